@@ -1,0 +1,978 @@
+"""
+Turn text into training data: find it, split it, encode it, write shards of token ids. Text is never judged here
+(data/curate.py does that) and never lost: every token of every document ends up in exactly one shard.
+
+Run     python prepare.py shakespeare                            # 1 MB, one token per byte; offline from any earlier copy
+        python prepare.py stdlib                                 # 12 MB that every Python carries: needs no network, ever
+        python prepare.py my.txt notes/ 'logs/*.jsonl.gz' --out=data/mine --vocab_size=4096
+        python prepare.py alpaca.json --kind=chat                # instructions, dialogues -> messages; also --kind=preference
+        cat book.txt | python prepare.py - --out=data/book       # also URLs, and hf://datasets/OWNER/NAME/FILE
+You see documents, bytes, tokens and bytes per token of each split, MB/s, and the next command.
+Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst, and the presets named below
+Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or uint32 ids, an end-of-text id after
+        each document), tokenizer.json, tokenizer_config.json, meta.json. For chat: train.jsonl, val.jsonl, meta.json.
+        All of it is made in data/<name>.partial and renamed at the end; a killed run goes on where it stopped.
+Next    python train.py --dataset=<name>
+"""
+import codecs
+import contextlib
+import csv
+import errno
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from bpe import SPECIALS, Tokenizer
+
+
+@dataclass
+class Config:
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)  # a preset, or files, folders, 'globs', URLs, - (stdin)
+    out: str | None = None                 # folder to write; by default data/<name of the first source>
+    input: str | None = None               # with a preset: a file you already have, in place of its download
+    vocab_size: int = 0                    # 0: one token per byte (character level); else train a BPE on the train split
+    pattern: str = "gpt4"                  # how that BPE splits text into words, see bpe.py
+    tokenizer: str | None = None           # folder of an existing tokenizer to use instead
+    kind: Literal["text", "chat", "preference"] = "text"  # text -> token shards; chat, preference -> checked JSONL
+    val_fraction: float = 0.1              # share of the documents (of one lone document: its end) kept for validation
+    columns: str | None = None             # csv, json, parquet: columns to use, joined by a newline, as in title,text
+    join_rows: bool = False                # csv, json, parquet: the rows of one file are one document
+    separator: str | None = None           # text files: what stands between documents; by default one file is one document
+    encoding: str = "utf-8"                # of text files without a byte order mark
+    skip_bad: bool = False                 # leave out (and count) rows and files that cannot be read, instead of stopping
+    files: int | None = None               # use only the first so many train files of a preset
+    shard_tokens: int = 100_000_000        # tokens per shard
+    workers: int = 0                       # encoding processes; 0: one per core, or none where the input is small
+    tries: int = 3                         # network attempts per file
+
+
+HUB = "hf://datasets/"
+PRESETS = {  # train, val: where from (no val: split here); sha256; anything else is a default for the flag of that name
+    "shakespeare": {
+        "train": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    },
+    "stdlib": {"skip_bad": True},
+    "tinystories": {
+        "train": [HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
+        "val": [HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"],
+        "separator": "<|endoftext|>",
+    },
+    "wikitext-2": {  # its rows are single lines, so they are put together again
+        "train": [HUB + "Salesforce/wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet"],
+        "val": [HUB + "Salesforce/wikitext/wikitext-2-raw-v1/validation-00000-of-00001.parquet"],
+        "join_rows": True,
+    },
+    "wikitext-103": {
+        "train": [HUB + f"Salesforce/wikitext/wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)],
+        "val": [HUB + "Salesforce/wikitext/wikitext-103-raw-v1/validation-00000-of-00001.parquet"],
+        "join_rows": True,
+    },
+    "openwebtext": {  # 80 files of 300 MB, 9 billion GPT-2 tokens
+        "train": [HUB + f"Skylion007/openwebtext/plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)],
+        "val_fraction": 0.0005,
+    },
+    "fineweb-edu": {  # the 10-billion-token sample, 2 GB a file
+        "train": [HUB + f"HuggingFaceFW/fineweb-edu/sample/10BT/{i:03d}_00000.parquet" for i in range(14)],
+        "val_fraction": 0.001,
+        "files": 1,
+    },
+    "c4": {  # 1024 files of 300 MB
+        "train": [HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
+        "val": [HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"],
+        "files": 1,
+    },
+}
+KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+PROSE = {".txt", ".text", ".md", ".rst"}   # what a folder is searched for, besides KINDS; a glob can name anything
+PIECE = 1 << 20                            # characters handled at a time: long documents travel in pieces of this size
+DOWNLOADS = Path("data") / "downloads"
+
+
+class Source(NamedTuple):
+    path: Path
+    kind: str                  # text, csv, json, parquet, or topics (pydoc's)
+    split: str | None = None   # train or val where the data set has its own split, else decided per document
+
+
+class Piece(NamedTuple):
+    text: str                  # a document, or a part of a long one
+    last: bool                 # the document ends here
+    key: str | None = None     # what decides the split, if not the text itself
+    dropped: str | None = None # instead of a document: why there is none
+
+
+# ---- 1. find the files ------------------------------------------------------------------------------------------------
+
+def find_sources(cfg):
+    """The files behind the command line, in a fixed order: the same input gives the same shards on every machine."""
+    name = cfg.sources[0]
+    if name in PRESETS and cfg.input is None:
+        if name == "stdlib":
+            return stdlib_sources()
+        preset = PRESETS[name]
+        found = [locate(url, name, cfg) for url in preset["train"][:cfg.files]]
+        split = "train" if "val" in preset else None
+        sources = [Source(path, kind_of(path), split) for path in found]
+        return sources + [Source(path, kind_of(path), "val")
+                          for path in (locate(url, name, cfg) for url in preset.get("val", []))]
+    paths = []
+    for text in [cfg.input] if cfg.input else cfg.sources:
+        path = Path(text).expanduser()
+        if text == "-":
+            spool = DOWNLOADS / "stdin"
+            spool.parent.mkdir(parents=True, exist_ok=True)
+            with open(spool, "wb") as file:  # on disk: stdin can be read once, and it is needed more often
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            paths.append(spool)
+        elif "://" in text:
+            paths.append(locate(text, None, cfg))
+        elif path.is_dir():
+            paths += files_in(path)
+        elif path.exists():
+            paths.append(path)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            paths += [Path(match) for match in matches if os.path.isfile(match)]
+        elif path.suffix or len(path.parts) > 1:
+            raise SystemExit(f"{text}: no such file or folder, and no file fits it as a glob")
+        else:
+            raise SystemExit(f"unknown dataset or missing file {text!r}: the presets are {', '.join(PRESETS)}; try "
+                             f"python prepare.py stdlib, or name a file or folder of your own")
+    unique = {path.resolve(): path for path in reversed(paths)}   # a file named twice is read once
+    return [Source(path, kind_of(path)) for path in reversed(unique.values())]
+
+
+def kind_of(path):
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
+    if path.name == "stdin":
+        with open(path, "rb") as file:
+            return "json" if file.read(1) == b"{" else "text"
+    return KINDS.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def files_in(folder):
+    everything = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    chosen = [path for path in everything if {s.lower() for s in path.suffixes} & (PROSE | KINDS.keys())]
+    if not chosen:
+        raise SystemExit(f"{folder}: {len(everything)} files, none of them {' '.join(sorted(PROSE | KINDS.keys()))}; "
+                         f"other names can be given as a glob: python prepare.py '{folder}/**/*.tex'")
+    if len(chosen) < len(everything):
+        print(f"{folder}: {len(chosen)} files; {len(everything) - len(chosen)} of other types left out")
+    return chosen
+
+
+def stdlib_sources():
+    """The sources of the running Python's own library (no tests, nothing installed later) and its help topics."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+    sources = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - skip)
+        sources += [Source(Path(folder) / name, "text") for name in sorted(names) if name.endswith(".py")]
+    import pydoc_data.topics
+    return sources + [Source(Path(pydoc_data.topics.__file__), "topics")]
+
+
+def locate(url, preset, cfg):
+    """A local copy of the file: from NANOPATH_DATA, Hugging Face's cache, the download cache, or else the network."""
+    sha256 = PRESETS[preset].get("sha256") if preset else None
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
+    folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent / "shared" / "data")
+    places = [Path(folder) / flat, Path(folder) / url.rsplit("/", 1)[1], DOWNLOADS / flat]
+    if url.startswith(HUB):
+        owner, name, file = url.removeprefix(HUB).split("/", 2)
+        name, _, revision = name.partition("@")
+        revision = revision or "main"
+        url = f"{endpoint}/datasets/{owner}/{name}/resolve/{revision}/{file}"
+        home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
+        cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / f"datasets--{owner}--{name}"
+        ref = cache / "refs" / revision
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        places.insert(2, cache / "snapshots" / commit / file)
+    for place in places:
+        if place.is_file() and (sha256 is None or file_hash(place) == sha256):
+            print(f"found   {place}")
+            return place
+    download(url, DOWNLOADS / flat, sha256, cfg, token=os.environ.get("HF_TOKEN") if url.startswith(endpoint) else None)
+    return DOWNLOADS / flat
+
+
+def download(url, target, sha256, cfg, token=None):
+    """Fetch `url` into `target`: goes on with a part that an earlier try left, checks length and hash, then renames."""
+    import requests  # not at the top: most runs need no network, and it costs 0.1 s
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"getting {url}")
+    for attempt in range(cfg.tries):
+        time.sleep(attempt)
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity"}   # a range of a compressed stream would be of no use
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(5, 60)) as reply:
+                if reply.status_code in (401, 403, 404):
+                    raise SystemExit(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, or set "
+                                     f"HF_TOKEN if it needs an account")
+                if reply.status_code == 416:        # the part is as long as the file, or longer: start again
+                    part.unlink()
+                reply.raise_for_status()
+                have = have if reply.status_code == 206 else 0
+                length = have + int(reply.headers.get("Content-Length", 0))
+                need_space(target.parent, length - have, "download")
+                with open(part, "ab" if have else "wb") as file:
+                    for block in reply.iter_content(PIECE):
+                        file.write(block)
+                for answer in [*reply.history, reply]:   # the Hub tells the hash of its large files on the way
+                    linked = answer.headers.get("X-Linked-ETag", "").strip('"')
+                    sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
+            if length and part.stat().st_size < length:
+                problem = f"the connection broke after {part.stat().st_size:,} of {length:,} bytes"
+            elif sha256 and file_hash(part) != sha256:
+                problem = "what came has another sha256 than expected"
+                part.unlink()
+            else:
+                os.replace(part, target)
+                return
+        except requests.RequestException as error:
+            problem = type(error).__name__
+    raise SystemExit(f"cannot get {url} ({problem}, {cfg.tries} tries). Put the file at {target}, or go without network: "
+                     f"python prepare.py stdlib")
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def need_space(folder, size, what):
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise SystemExit(f"--out: the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
+                         f"choose another disk with --out=FOLDER")
+
+
+# ---- 2. read documents ------------------------------------------------------------------------------------------------
+
+def optional(module, path):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise SystemExit(f"{path}: reading it takes one more package: pip install {module.split('.')[0]}") from None
+
+
+def open_bytes(path):
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return optional("zstandard", path).open(path, "rb")
+    return open(path, "rb")
+
+
+def open_text(path, cfg, newline=None):
+    """Text of a file. A byte order mark outranks --encoding; bytes that do not fit become lone surrogates, found later."""
+    with open_bytes(path) as file:
+        start = file.read(4)
+    encoding = cfg.encoding
+    if start.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8-sig"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def fault(text):
+    """What makes a text unfit (NUL, lone surrogate) and where; None if it is fine."""
+    if (at := text.find("\0")) >= 0:
+        return "NUL character (a binary file? UTF-16 without byte order mark? then --encoding=utf-16-le)", at
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:   # how surrogateescape keeps an undecodable byte
+            return f"byte 0x{code - 0xDC00:02X} is not UTF-8 (Latin-1? then --encoding=latin-1)", error.start
+        return f"lone surrogate U+{code:04X}", error.start
+    return None
+
+
+def check_text(source, cfg):
+    """Read a text file once for faults, before anything of it is used. Returns the first one (with its line), or None."""
+    lines = 1
+    with plain_errors(source.path), open_text(source.path, cfg) as file:
+        while block := file.read(PIECE):
+            if found := fault(block):
+                return f"line {lines + block.count(chr(10), 0, found[1])}: {found[0]}"
+            lines += block.count("\n")
+        if file.encoding == "utf-16" or file.newlines not in ("\n", None):
+            print(f"{source.path}: {file.encoding} with line ends {file.newlines!r}, read as UTF-8 with \\n")
+    return None
+
+
+def cut_point(text):
+    """
+    Where to cut a long text so that its tokens stay the same: between a visible ASCII character and a blank, where every
+    split pattern of bpe.py ends a word. Else after a newline, else anywhere (then one word is split, nothing is lost).
+    """
+    at = PIECE
+    while (at := text.rfind(" ", PIECE // 2, at)) > 0:
+        if "!" <= text[at - 1] <= "~":
+            return at
+    return text.rfind("\n", PIECE // 2, PIECE) + 1 or PIECE
+
+
+def pieces(blocks, separator=None):
+    """Blocks of text -> Pieces: one document, or one between two separators. Holds no more than about two blocks."""
+    buffer, begun = "", False
+    for block in itertools.chain(blocks, [None]):
+        *documents, buffer = (buffer + (block or "")).split(separator) if separator else [buffer + (block or "")]
+        if block is None:
+            documents, buffer = [*documents, buffer], ""
+        for text in documents:
+            if separator:          # the line ends around a separator belong to it
+                text = text.rstrip("\n") if begun else text.strip("\n")
+            yield Piece(text, True) if text or begun else Piece("", True, dropped="empty")
+            begun = False
+        while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
+            at = cut_point(buffer)
+            yield Piece(buffer[:at] if begun or not separator else buffer[:at].lstrip("\n"), False)
+            buffer, begun = buffer[at:], True
+
+
+def blocks_of(text):
+    return (text[at:at + PIECE] for at in range(0, len(text), PIECE))
+
+
+def rows(source, cfg):
+    """Yield (number, row as a dict) of a csv, json, jsonl or parquet file; a string instead of a dict says what is wrong."""
+    if source.kind == "parquet":
+        table = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
+        wanted = cfg.columns.split(",") if cfg.columns else [c for c in ("text", "content") if c in table.schema.names][:1]
+        for batch in table.iter_batches(batch_size=256, columns=wanted or None):   # small batches: rows can be long
+            yield from enumerate(batch.to_pylist(), 1)
+        return
+    with open_text(source.path, cfg, newline="" if source.kind == "csv" else "\n") as file:
+        if source.kind == "csv":
+            csv.field_size_limit(1 << 30)
+            table = csv.reader(file, delimiter="\t" if ".tsv" in source.path.suffixes else ",", strict=True)
+            header = next(table, [])
+            for row in table:
+                if row:
+                    yield table.line_num, (dict(zip(header, row)) if len(row) == len(header) else
+                                           f"{len(row)} fields where the header has {len(header)}")
+        else:
+            while (start := file.read(1)).isspace():
+                pass
+            if start == "[":       # one JSON array: the whole file is read at once
+                try:
+                    yield from enumerate(json.loads(start + file.read()), 1)
+                except json.JSONDecodeError as error:
+                    raise SystemExit(f"{source.path} line {error.lineno}: broken JSON ({error.msg})") from None
+                return
+            for number, line in enumerate(file, 1):
+                line = start + line if number == 1 else line
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                        yield number, row if isinstance(row, dict) else "not a JSON object"
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        yield number, f"broken JSON ({getattr(error, 'msg', 'nested too deep')})"
+
+
+def row_text(row, cfg, source):
+    """The text of one row: of --columns, or else of `text`, `content`, or its only column."""
+    if cfg.columns:
+        names = cfg.columns.split(",")
+    else:
+        names = [name for name in ("text", "content") if name in row][:1] or list(row)
+        if len(names) > 1:
+            raise SystemExit(f"{source.path}: which column is the text? --columns=NAME, one or more of: {', '.join(row)}")
+    if missing := [name for name in names if not isinstance(row.get(name), str)]:
+        raise ValueError(f"no text in column {missing[0]!r} (columns: {', '.join(row)})")
+    return "\n".join(row[name] for name in names)
+
+
+@contextlib.contextmanager
+def plain_errors(path):
+    """Damaged files raise a dozen things; say in one line which file it is and what to do."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SystemExit(f"{path}: the compressed file is cut short or damaged ({error}); get it again") from None
+    except UnicodeError as error:
+        raise SystemExit(f"{path}: {error}; name the right encoding with --encoding=NAME") from None
+    except csv.Error as error:
+        raise SystemExit(f"{path}: {error} (an open quote?)") from None
+
+
+def read(source, cfg):
+    """Every document of one file as Pieces."""
+    if source.kind == "topics":
+        from pydoc_data.topics import topics
+        yield from (Piece(topics[name], True) for name in sorted(topics))
+        return
+    with plain_errors(source.path):
+        if source.kind == "text":
+            with open_text(source.path, cfg) as file:
+                yield from pieces(iter(lambda: file.read(PIECE), ""), cfg.separator)
+        elif cfg.join_rows:
+            yield from pieces(piece.text for piece in read_rows(source, cfg) if not piece.dropped)
+        else:
+            yield from read_rows(source, cfg)
+
+
+def read_rows(source, cfg):
+    label = "row" if source.kind == "parquet" else "line"
+    for number, row in rows(source, cfg):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            if cfg.kind == "text":
+                text, key = row_text(row, cfg, source), None
+            else:
+                row, key = to_chat(row) if cfg.kind == "chat" else to_preference(row)
+                text = json.dumps(row, ensure_ascii=False)
+            if found := fault(text):
+                raise ValueError(found[0])
+        except ValueError as error:
+            yield bad(source, f"{label} {number}: {error}", cfg)
+            continue
+        if cfg.kind == "text" and not cfg.join_rows:
+            yield from pieces(blocks_of(text))
+        else:
+            yield Piece(text, True, key)
+
+
+def bad(source, problem, cfg):
+    if not cfg.skip_bad:
+        raise SystemExit(f"{source.path} {problem}. Mend it, or leave such rows and files out with --skip_bad")
+    return Piece("", True, dropped="bad")
+
+
+# ---- 3. chat and preference data: many spellings in, one schema out ---------------------------------------------------
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "bot": "assistant", "tool": "tool"}
+PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
+         ("prompt", "response"), ("question", "answer")]   # Alpaca, Dolly, FLAN, completions, question and answer
+
+
+def filled(row, name):
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise ValueError(f"{name!r} is empty, missing or not a string")
+    return row[name]
+
+
+def question_of(row, name):
+    """The request, with Alpaca's `input` or Dolly's `context` below it."""
+    extra = row.get("input") or row.get("context") if name == "instruction" else None
+    return filled(row, name) + (f"\n\n{extra}" if extra else "")
+
+
+def clean_messages(turns):
+    """Check a list of turns, in OpenAI's or ShareGPT's spelling."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("the messages are not a list, or an empty one")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(
+            turn, dict) else (None, None)
+        if role not in ROLES:
+            raise ValueError(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {number} ({role}) has no content")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def to_chat(row):
+    """One row of instruction or chat data -> {"messages": [...]}, and its first request, which decides the split."""
+    if turns := row.get("messages") or row.get("conversations"):
+        messages = clean_messages(turns)
+    else:
+        for ask, answer in PAIRS:
+            if ask in row and answer in row:
+                messages = [{"role": "user", "content": question_of(row, ask)},
+                            {"role": "assistant", "content": filled(row, answer)}]
+                break
+        else:
+            raise ValueError(f"no messages, conversations or {' or '.join('+'.join(pair) for pair in PAIRS)} among "
+                             f"its fields {', '.join(row)}")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    return {"messages": messages}, messages[0]["content"] + messages[1]["content"] * (messages[0]["role"] == "system")
+
+
+def to_preference(row):
+    """One row of preference data -> {"prompt", "chosen", "rejected"}; all three strings, or all three lists of messages."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:"):
+        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = clean_messages(chosen), clean_messages(rejected)
+        same = len(os.path.commonprefix([chosen, rejected]))
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if isinstance(row.get("prompt"), list) and not prompt:
+            prompt = clean_messages(row["prompt"])
+        elif isinstance(row.get("prompt"), str) and not prompt:
+            prompt = [{"role": "user", "content": filled(row, "prompt")}]
+        if not prompt:
+            raise ValueError("chosen and rejected do not begin with the same prompt")
+        if not chosen or not rejected:
+            raise ValueError("chosen and rejected are the same, or one of them ends with the prompt")
+    else:
+        name = next((name for name in ("prompt", "instruction", "question") if name in row), "prompt")
+        prompt, chosen, rejected = question_of(row, name), filled(row, "chosen"), filled(row, "rejected")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, json.dumps(prompt)
+
+
+def hh_messages(transcript):
+    """Anthropic's hh transcripts: turns that begin with a blank line and `Human:` or `Assistant:`."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": what.strip()}
+            for who, what in zip(parts[::2], parts[1::2])]
+
+
+# ---- 4. decide the split, before anything is written ------------------------------------------------------------------
+
+def document_hash(piece):
+    """64 bits of the document (of its first piece, if it is long): equal documents always land on the same side."""
+    text = piece.text if piece.key is None else piece.key
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def plan_split(sources, cfg):
+    """
+    {"below": h, "cut": c}: documents whose hash is below h are for validation. A source of few documents gives those with
+    the smallest hashes, at least one; a lone document is cut at character c, its end is for validation.
+    """
+    sources = [source for source in sources if source.split is None]
+    if not sources or not cfg.val_fraction:
+        return {"below": 0, "cut": None}
+    hashes, count, length, begins = set(), 0, 0, True
+    for piece in itertools.chain.from_iterable(read(source, cfg) for source in sources):
+        if piece.dropped:
+            continue
+        if begins:
+            hashes.add(document_hash(piece))
+            count += 1
+        begins = piece.last
+        length += len(piece.text) if count == 1 else 0
+        if len(hashes) * cfg.val_fraction > 20:   # so many that chance will do (none for validation: e**-20)
+            return {"below": int(cfg.val_fraction * 2 ** 64), "cut": None}
+    if count == 1:
+        cut = int(length * (1 - cfg.val_fraction))   # nanoGPT's formula, for comparability
+        if length < 100 or cfg.kind != "text":
+            raise SystemExit(f"{sources[0].path}: one document of {length} characters is too short to split; give more "
+                             f"text, or --val_fraction=0 for no validation split")
+        return {"below": 0, "cut": cut, "near": 0 if cfg.sources[0] == "shakespeare" else length // 20}
+    if len(hashes) < 2:
+        raise SystemExit(f"{cfg.sources[0]}: {count} different documents; at least 2 are needed to keep one for "
+                         f"validation. Give more text, or --val_fraction=0")
+    return {"below": sorted(hashes)[max(1, round(len(hashes) * cfg.val_fraction)) - 1] + 1, "cut": None}
+
+
+def line_end(text, at, near):
+    """The line end closest behind `at`, or before it, at most `near` characters away; else `at` itself."""
+    return text.find("\n", at, at + near) + 1 or text.rfind("\n", max(0, at - near), at) + 1 or at
+
+
+def parts(sources, cfg, plan, start=(0, 0)):
+    """
+    Every part of every document, from `start` on: yields ((file, piece) to start at next time, [(split, text, last)],
+    why dropped). Always in the same order, so a position and the shards' sizes are all that a resumed run must know.
+    """
+    for number in range(start[0], len(sources)):
+        source = sources[number]
+        split, seen = None, 0
+        for index, piece in enumerate(read(source, cfg)):
+            split = split or source.split or ("val" if document_hash(piece) < plan["below"] else "train")
+            found = [(split, piece.text, piece.last)]
+            if plan["cut"] is not None and not piece.dropped:
+                at = plan["cut"] - seen
+                if 0 < at <= len(piece.text):
+                    at = line_end(piece.text, at, plan["near"])
+                    found = [("train", piece.text[:at], True), ("val", piece.text[at:], piece.last)]
+                elif at <= 0:
+                    found = [("val", piece.text, piece.last)]
+            seen += len(piece.text)
+            split = None if piece.last else split
+            if (number, index) >= tuple(start):
+                yield (number, index + 1), [] if piece.dropped else found, piece.dropped
+
+
+def batches(stream):
+    """Group parts into batches of about a mebibyte, so that many small documents cost no more than a long one."""
+    batch, size, dropped, position = [], 0, Counter(), None
+    for position, found, reason in stream:
+        batch += found
+        size += sum(len(text) for _, text, _ in found)
+        dropped.update([reason] if reason else [])
+        if size >= PIECE:
+            yield position, batch, dropped
+            batch, size, dropped = [], 0, Counter()
+    if position is not None:
+        yield position, batch, dropped
+
+
+# ---- 5. encode --------------------------------------------------------------------------------------------------------
+
+TOKENIZER = None     # one per process; None when chat or preference data is written
+BYTE_IDS = False     # the ids are the bytes themselves
+
+
+def start_worker(folder):
+    """Load the tokenizer; leave when the parent process is killed (its pipe alone would not tell)."""
+    global TOKENIZER, BYTE_IDS
+    TOKENIZER = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that can occur below U+0800
+    BYTE_IDS = bool(TOKENIZER) and TOKENIZER.vocab_size == 256 + len(SPECIALS) and (
+        TOKENIZER.encode(every) == list(every.encode("utf-8")))
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_part(text):
+    if BYTE_IDS:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+    if re.search(r"(?<!\s)\s{100000}", text):   # tiktoken's regex engine runs out of stack on such a run of blanks
+        return np.array(TOKENIZER.encode(text), np.uint32)
+    return np.array(TOKENIZER.fast.encode_ordinary(text), np.uint32)
+
+
+def encode_batch(batch):
+    """[(split, text, last), ...] -> {split: (documents, bytes of text, tokens, what to write)}."""
+    result = {}
+    for split in {split for split, _, _ in batch}:
+        mine = [(text, last) for name, text, last in batch if name == split]
+        size = sum(len(text.encode("utf-8")) for text, _ in mine)
+        documents = sum(last for _, last in mine)
+        if TOKENIZER is None:
+            result[split] = documents, size, 0, "".join(text + "\n" for text, _ in mine).encode("utf-8")
+            continue
+        arrays = []
+        for text, last in mine:
+            arrays.append(encode_part(text))
+            if last:
+                arrays.append(np.array([TOKENIZER.eos_id], np.uint32))
+        ids = np.concatenate(arrays)
+        assert ids.max(initial=0) < TOKENIZER.vocab_size, f"id {ids.max()} in a vocabulary of {TOKENIZER.vocab_size}"
+        result[split] = documents, size, len(ids), ids.astype(id_type(TOKENIZER)).tobytes()
+    return result
+
+
+def id_type(tokenizer):
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+
+
+def encoded(work, folder, workers):
+    """Encode batches, here or in `workers` processes; results come in order, so the shards do not depend on `workers`."""
+    if workers <= 1:
+        start_worker(folder)
+        for position, batch, dropped in work:
+            yield position, encode_batch(batch), dropped
+        return
+    context = multiprocessing.get_context("spawn")   # the only way on Windows, and safe with threads everywhere
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(folder,)) as pool:
+        waiting = deque()
+        for position, batch, dropped in work:
+            waiting.append((position, pool.submit(encode_batch, batch), dropped))
+            if len(waiting) > 2 * workers:   # memory stays bounded: nobody reads far ahead
+                position, future, dropped = waiting.popleft()
+                yield position, future.result(), dropped
+        for position, future, dropped in waiting:
+            yield position, future.result(), dropped
+
+
+def make_tokenizer(cfg, stream):
+    """The tokenizer of --tokenizer, or a new one: bytes only, or a BPE learnt from the train split."""
+    if cfg.tokenizer:
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+    elif cfg.vocab_size == 0:
+        return Tokenizer.train([], 256 + len(SPECIALS), pattern=cfg.pattern)
+    else:
+        texts = (text for _, found, _ in stream for split, text, _ in found if split == "train")
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern)
+        if tokenizer.vocab_size < cfg.vocab_size:
+            raise SystemExit(f"--vocab_size={cfg.vocab_size}: the train split is too small for that, it gives "
+                             f"{tokenizer.vocab_size} tokens; try --vocab_size={tokenizer.vocab_size} or less")
+    if tokenizer.eos_id is None:
+        raise SystemExit(f"--tokenizer={cfg.tokenizer} has no end-of-text token to put between documents; choose another")
+    return tokenizer
+
+
+# ---- 6. write ---------------------------------------------------------------------------------------------------------
+
+def file_name(split, number, cfg):
+    return f"{split}_{number:05d}.bin" if cfg.kind == "text" else f"{split}.jsonl"
+
+
+def append(folder, split, sizes, data, limit, cfg):
+    """Append bytes to the last shard of a split, opening a new one whenever `limit` bytes are full; updates `sizes`."""
+    at = 0
+    while at < len(data):
+        if not sizes or sizes[-1] == limit:
+            sizes.append(0)
+        path = folder / file_name(split, len(sizes) - 1, cfg)
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.seek(sizes[-1])   # not simply the end: a killed run may have written more than it noted down
+            written = file.write(data[at:at + limit - sizes[-1]])
+            file.truncate()
+        sizes[-1] += written
+        at += written
+
+
+def save_json(path, value):
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    os.replace(new, path)
+
+
+def load_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def checked(cfg):
+    """Refuse what cannot work, and fill in what a preset sets."""
+    name = cfg.sources[0] if cfg.sources else ""
+    smallest = 256 + len(SPECIALS)
+    if not cfg.sources or (len(cfg.sources) > 1 and PRESETS.keys() & set(cfg.sources)):
+        raise SystemExit(f"name one preset ({', '.join(PRESETS)}), or files and folders; not both: {' '.join(cfg.sources)}")
+    if cfg.input and (name not in PRESETS or name == "stdlib"):
+        raise SystemExit(f"--input={cfg.input} stands in for the download of a preset, {name!r} has none; "
+                         f"try python prepare.py {cfg.input}")
+    if cfg.vocab_size and (cfg.vocab_size < smallest or cfg.tokenizer):
+        raise SystemExit(f"--vocab_size={cfg.vocab_size}: 0 (one token per byte), or at least {smallest} to train a BPE; "
+                         f"leave it out with --tokenizer")
+    if not 0 <= cfg.val_fraction <= 0.5:
+        raise SystemExit(f"--val_fraction={cfg.val_fraction} must lie between 0 (no validation split) and 0.5")
+    for flag, least in (("shard_tokens", 1), ("workers", 0), ("tries", 1), ("files", 1)):
+        value = getattr(cfg, flag)
+        if value is not None and value < least:
+            raise SystemExit(f"--{flag}={value} must be at least {least}")
+    try:
+        codecs.lookup(cfg.encoding)
+    except LookupError:
+        raise SystemExit(f"--encoding={cfg.encoding} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
+    if cfg.tokenizer and not (Path(cfg.tokenizer) / "tokenizer.json").is_file():
+        raise SystemExit(f"--tokenizer={cfg.tokenizer}: no tokenizer.json there; a prepared data/<name> folder has one")
+    plain = {field.name: field.default for field in fields(cfg)}
+    preset = PRESETS.get(name, {})
+    return replace(cfg, **{key: preset[key] for key in preset.keys() & plain.keys() if getattr(cfg, key) == plain[key]})
+
+
+def output_folder(cfg):
+    """The folder to write. Refuses one that holds anything but a prepared dataset: it will be replaced."""
+    name = cfg.sources[0]
+    stem = re.sub(r"[^\w.-]+", "_", Path(name.rstrip("/")).name.split(".")[0]) or "text"
+    out = Path(cfg.out or Path("data") / ("stdin" if name == "-" else stem)).expanduser()
+    old = out.with_name(out.name + ".old") if out.name else out
+    if out.name and old.exists() and not out.exists():   # killed between the two renames of `publish`
+        os.replace(old, out)
+    ours = r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|tokenizer(_config)?\.json|chat_template\.jinja"
+    if out.is_dir():
+        others = [path.name for path in out.iterdir() if not re.fullmatch(ours, path.name)]
+    else:
+        others = [out.name] if out.exists() else []
+    if others or out.name in ("", ".."):
+        raise SystemExit(f"--out={out} is not a dataset folder (it holds {', '.join(others[:3])}), and writing would "
+                         f"replace it; choose another with --out=data/NAME")
+    return out
+
+
+def publish(partial, out):
+    """Put the finished folder in place. The earlier one is moved aside first and deleted last."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def examine(sources, cfg):
+    """Hash every file, and look through text files for faults, so that nothing bad is met half way."""
+    listed, good, digest = [], [], hashlib.sha256()
+    for source in sources:
+        sha256 = file_hash(source.path)
+        listed.append([source.path.as_posix(), source.path.stat().st_size, sha256])
+        digest.update(bytes.fromhex(sha256))
+        if source.kind == "text" and (problem := check_text(source, cfg)):
+            bad(source, problem, cfg)
+        else:
+            good.append(source)
+    found = {"files": len(listed), "bytes": sum(size for _, size, _ in listed),
+             "sha256": listed[0][2] if len(listed) == 1 else digest.hexdigest(), "first": listed[:20]}
+    return found, good, len(sources) - len(good)
+
+
+def ready(out, recipe, source=None):
+    """Is this very dataset there already, and whole? Returns its meta.json, or None."""
+    meta = load_json(out / "meta.json")
+    if meta.get("format") != 1 or meta["recipe"] != recipe or (source and meta["source"] != source):
+        return None
+    shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
+    whole = all((out / s["file"]).is_file() and (out / s["file"]).stat().st_size == s["size"] for s in shards)
+    return meta if whole else None
+
+
+def report(out, meta, cfg):
+    for split, total in meta["splits"].items():
+        line = f"{split:5} {total['documents']:>11,} documents {total['bytes']:>15,} bytes"
+        if cfg.kind == "text" and total["tokens"]:
+            line += f" {total['tokens']:>15,} tokens {total['bytes'] / total['tokens']:6.3f} bytes per token"
+        print(line)
+    if any(meta["dropped"].values()):
+        print("dropped " + ", ".join(f"{count:,} {reason}" for reason, count in meta["dropped"].items()))
+    name = out.name if out.parent == Path("data") else out
+    script = {"text": "train.py", "chat": "finetune_lora.py", "preference": "rlhf.py"}[cfg.kind]
+    print(f"next    python {script} --dataset={name}")
+
+
+def build(cfg, out, partial, recipe):
+    """Everything between the checks and the final rename; returns meta.json's content, None if all was there already."""
+    progress = partial / "progress.json"
+    sources = find_sources(cfg)
+    if inside := [source.path for source in sources if out.resolve() in source.path.resolve().parents]:
+        raise SystemExit(f"--out={out} would replace {inside[0]}, which is to be read; choose another --out")
+    found, sources, unreadable = examine(sources, cfg)
+    if ready(out, recipe, found):
+        return None
+
+    saved = load_json(progress)
+    if saved.get("recipe") == recipe and saved.get("source") == found:
+        state = saved["state"]
+        print(f"resume  {partial}: {state['train']['documents'] + state['val']['documents']:,} documents are there")
+    else:
+        for path in partial.iterdir():
+            path.unlink()
+        state = {"next": [0, 0], "plan": plan_split(sources, cfg), "dropped": {"bad": unreadable} if unreadable else {}}
+        for split in ("train", "val"):
+            state[split] = {"documents": 0, "bytes": 0, "tokens": 0, "sizes": []}
+        if cfg.kind == "text":
+            make_tokenizer(cfg, parts(sources, cfg, state["plan"])).save(partial)
+        save_json(progress, {"recipe": recipe, "source": found, "state": state})
+
+    tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
+    width = np.dtype(id_type(tokenizer)).itemsize if tokenizer else 1
+    limit = cfg.shard_tokens * width if tokenizer else sys.maxsize
+    packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
+    size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
+    simple = cfg.vocab_size == 0 and not cfg.tokenizer
+    need_space(partial, size * width if simple else size * width // 4, "dataset")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes are encoded faster than sent to a process
+
+    noted = time.monotonic()
+    stream = batches(parts(sources, cfg, state["plan"], state["next"]))
+    with tqdm(total=None, unit="B", unit_scale=True, disable=None, desc="encode") as bar:
+        for position, result, dropped in encoded(stream, partial, workers):
+            for split, (documents, length, tokens, data) in result.items():
+                total = state[split]
+                append(partial, split, total["sizes"], data, limit, cfg)
+                total["documents"] += documents
+                total["bytes"] += length
+                total["tokens"] += tokens
+                bar.update(length)
+            state["next"] = position
+            state["dropped"] = Counter(state["dropped"]) + dropped
+            if time.monotonic() > noted + 0.2:
+                save_json(progress, {"recipe": recipe, "source": found, "state": state})
+                noted = time.monotonic()
+    if not state["train"]["documents"]:
+        raise SystemExit(f"{' '.join(cfg.sources)}: no text in it (empty?); try python prepare.py stdlib")
+
+    splits = {}
+    for split in ("train", "val"):
+        total = state[split]
+        shards = []
+        for number, length in enumerate(total.pop("sizes")):
+            path = partial / file_name(split, number, cfg)
+            with open(path, "r+b") as file:   # on the disk before the rename: a power cut cannot leave a hollow dataset
+                os.fsync(file.fileno())
+            assert path.stat().st_size == length, f"{path}: {path.stat().st_size} bytes on disk, {length} written"
+            shards.append({"file": path.name, "tokens": length // width, "size": length, "sha256": file_hash(path)})
+        splits[split] = {**total, "shards": shards}
+    meta = {"format": 1, "name": out.name, "kind": cfg.kind}
+    if tokenizer:
+        meta |= {"dtype": np.dtype(id_type(tokenizer)).name, "vocab_size": tokenizer.vocab_size,
+                 "tokenizer_hash": tokenizer.hash, "eos_id": tokenizer.eos_id}
+    meta |= {"splits": splits, "source": found, "recipe": recipe, "dropped": state["dropped"]}
+    save_json(partial / "meta.json", meta)
+    progress.unlink()
+    publish(partial, out)
+    return meta
+
+
+def main(cfg):
+    begun = time.perf_counter()
+    cfg = checked(cfg)
+    out = output_folder(cfg)
+    partial = out.with_name(out.name + ".partial")
+    recipe = {key: value for key, value in asdict(cfg).items() if key not in ("out", "workers", "tries")}
+    recipe["sources"] = list(cfg.sources)
+    recipe["tokenizer"] = Tokenizer.load(cfg.tokenizer).hash if cfg.tokenizer else None
+    recipe["python"] = platform.python_version() if cfg.sources[0] == "stdlib" else None
+    fixed = cfg.sources[0] in PRESETS and cfg.input is None
+    if fixed and (meta := ready(out, recipe)):   # no need to find the source again
+        print(f"ready   {out} (made before with the same arguments)")
+        return report(out, meta, cfg)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        meta = build(cfg, out, partial, recipe)
+    except SystemExit:
+        shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth going on with
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; the same command goes on from {partial}") from None
+    except BrokenProcessPool:
+        raise SystemExit(f"a worker process died (out of memory?); the same command with --workers=1 goes on from {partial}")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SystemExit(f"--out={out}: no space left on this disk; free some, and the same command goes on from "
+                             f"{partial}; or choose another --out") from None
+        raise SystemExit(f"--out={out} or its source: {error.strerror or error}: {error.filename or ''}; choose another "
+                         f"folder with --out=FOLDER") from None
+    if meta is None:
+        partial.rmdir()
+        meta = load_json(out / "meta.json")
+        print(f"ready   {out} (made before from the same text with the same arguments)")
+        return report(out, meta, cfg)
+    seconds = time.perf_counter() - begun
+    size = sum(split["bytes"] for split in meta["splits"].values())
+    print(f"wrote   {out} in {seconds:.1f} s ({size / seconds / 1e6:.1f} MB/s)")
+    report(out, meta, cfg)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.split("\n\n")[0], use_underscores=True))

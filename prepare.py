@@ -70,41 +70,30 @@ class Config:
 
 
 HUB = "hf://datasets/"
-PRESETS = {  # train, val: where from (no val: split here); sha256; anything else is a default for the flag of that name
-    "shakespeare": {
-        "train": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
-        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    },
-    "stdlib": {"skip_bad": True},
-    "tinystories": {
-        "train": [HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
-        "val": [HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"],
-        "separator": "<|endoftext|>",
-    },
-    "wikitext-2": {  # its rows are single lines, so they are put together again
-        "train": [HUB + "Salesforce/wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet"],
-        "val": [HUB + "Salesforce/wikitext/wikitext-2-raw-v1/validation-00000-of-00001.parquet"],
-        "join_rows": True,
-    },
-    "wikitext-103": {
-        "train": [HUB + f"Salesforce/wikitext/wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)],
-        "val": [HUB + "Salesforce/wikitext/wikitext-103-raw-v1/validation-00000-of-00001.parquet"],
-        "join_rows": True,
-    },
-    "openwebtext": {  # 80 files of 300 MB, 9 billion GPT-2 tokens
-        "train": [HUB + f"Skylion007/openwebtext/plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)],
-        "val_fraction": 0.0005,
-    },
-    "fineweb-edu": {  # the 10-billion-token sample, 2 GB a file
-        "train": [HUB + f"HuggingFaceFW/fineweb-edu/sample/10BT/{i:03d}_00000.parquet" for i in range(14)],
-        "val_fraction": 0.001,
-        "files": 1,
-    },
-    "c4": {  # 1024 files of 300 MB
-        "train": [HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
-        "val": [HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"],
-        "files": 1,
-    },
+WIKI = HUB + "Salesforce/wikitext/wikitext-"
+PRESETS = {  # train, val: where to get it (no val: split here); every other key is a default for the flag of that name
+    "shakespeare": dict(
+        train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "stdlib": dict(skip_bad=True),
+    "tinystories": dict(
+        train=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
+        val=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"], separator="<|endoftext|>"),
+    "wikitext-2": dict(   # each row is one line of an article, so the rows are joined again
+        train=[WIKI + "2-raw-v1/train-00000-of-00001.parquet"],
+        val=[WIKI + "2-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
+    "wikitext-103": dict(
+        train=[WIKI + f"103-raw-v1/train-{i:05d}-of-00002.parquet" for i in range(2)],
+        val=[WIKI + "103-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
+    "openwebtext": dict(  # 80 files of 300 MB, 9 billion GPT-2 tokens
+        train=[HUB + f"Skylion007/openwebtext/plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)],
+        val_fraction=0.0005),
+    "fineweb-edu": dict(  # the 10-billion-token sample, 2 GB a file
+        train=[HUB + f"HuggingFaceFW/fineweb-edu/sample/10BT/{i:03d}_00000.parquet" for i in range(14)],
+        val_fraction=0.001, files=1),
+    "c4": dict(           # 1024 files of 300 MB
+        train=[HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
+        val=[HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"], files=1),
 }
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 PROSE = {".txt", ".text", ".md", ".rst"}   # what a folder is searched for, besides KINDS; a glob can name anything
@@ -134,11 +123,10 @@ def find_sources(cfg):
         if name == "stdlib":
             return stdlib_sources()
         preset = PRESETS[name]
-        found = [locate(url, name, cfg) for url in preset["train"][:cfg.files]]
-        split = "train" if "val" in preset else None
-        sources = [Source(path, kind_of(path), split) for path in found]
-        return sources + [Source(path, kind_of(path), "val")
-                          for path in (locate(url, name, cfg) for url in preset.get("val", []))]
+        wanted = [(url, "train" if "val" in preset else None) for url in preset["train"][:cfg.files]]
+        wanted += [(url, "val") for url in preset.get("val", [])]
+        found = [(locate(url, name, cfg), split) for url, split in wanted]
+        return [Source(path, kind_of(path), split) for path, split in found]
     paths = []
     for text in [cfg.input] if cfg.input else cfg.sources:
         path = Path(text).expanduser()
@@ -247,7 +235,7 @@ def download(url, target, sha256, cfg, token=None):
                 length = have + int(reply.headers.get("Content-Length", 0))
                 need_space(target.parent, length - have, "download")
                 with open(part, "ab" if have else "wb") as file:
-                    for block in reply.iter_content(PIECE):
+                    for block in reply.iter_content(1 << 16):   # a block that breaks off is lost
                         file.write(block)
                 for answer in [*reply.history, reply]:   # the Hub tells the hash of its large files on the way
                     linked = answer.headers.get("X-Linked-ETag", "").strip('"')
@@ -293,6 +281,19 @@ def open_bytes(path):
     if path.suffix == ".zst":
         return optional("zstandard", path).open(path, "rb")
     return open(path, "rb")
+
+
+def check_zst(path):
+    """zstandard takes a file that is cut short for a short file; so follow its frames to the end once."""
+    zstandard, frame = optional("zstandard", path), None
+    with open(path, "rb") as file:
+        while block := file.read(PIECE):
+            while block:
+                frame = zstandard.ZstdDecompressor().decompressobj() if frame is None or frame.eof else frame
+                frame.decompress(block)
+                block = frame.unused_data
+    if frame and not frame.eof:
+        raise EOFError("the last frame has no end")
 
 
 def open_text(path, cfg, newline=None):
@@ -347,20 +348,19 @@ def cut_point(text):
 
 
 def pieces(blocks, separator=None):
-    """Blocks of text -> Pieces: one document, or one between two separators. Holds no more than about two blocks."""
+    """Blocks of text -> Pieces: one document, or one between two separators. Never holds more than about two blocks."""
     buffer, begun = "", False
     for block in itertools.chain(blocks, [None]):
-        *documents, buffer = (buffer + (block or "")).split(separator) if separator else [buffer + (block or "")]
-        if block is None:
-            documents, buffer = [*documents, buffer], ""
+        buffer += block or ""
+        documents = buffer.split(separator) if separator else [buffer]
+        buffer = "" if block is None else documents.pop()
         for text in documents:
-            if separator:          # the line ends around a separator belong to it
-                text = text.rstrip("\n") if begun else text.strip("\n")
-            yield Piece(text, True) if text or begun else Piece("", True, dropped="empty")
+            text = text.strip("\n") if separator and not begun else text   # the line ends around a separator go with it
+            yield Piece(text, True, dropped=None if text or begun else "empty")
             begun = False
         while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
             at = cut_point(buffer)
-            yield Piece(buffer[:at] if begun or not separator else buffer[:at].lstrip("\n"), False)
+            yield Piece(buffer[:at], False)
             buffer, begun = buffer[at:], True
 
 
@@ -373,8 +373,8 @@ def rows(source, cfg):
     if source.kind == "parquet":
         table = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
         wanted = cfg.columns.split(",") if cfg.columns else [c for c in ("text", "content") if c in table.schema.names][:1]
-        for batch in table.iter_batches(batch_size=256, columns=wanted or None):   # small batches: rows can be long
-            yield from enumerate(batch.to_pylist(), 1)
+        groups = table.iter_batches(batch_size=256, columns=wanted or None)   # few at a time: rows can be long
+        yield from enumerate(itertools.chain.from_iterable(group.to_pylist() for group in groups), 1)
         return
     with open_text(source.path, cfg, newline="" if source.kind == "csv" else "\n") as file:
         if source.kind == "csv":
@@ -386,16 +386,15 @@ def rows(source, cfg):
                     yield table.line_num, (dict(zip(header, row)) if len(row) == len(header) else
                                            f"{len(row)} fields where the header has {len(header)}")
         else:
-            while (start := file.read(1)).isspace():
-                pass
+            start = file.read(1)
             if start == "[":       # one JSON array: the whole file is read at once
                 try:
                     yield from enumerate(json.loads(start + file.read()), 1)
                 except json.JSONDecodeError as error:
                     raise SystemExit(f"{source.path} line {error.lineno}: broken JSON ({error.msg})") from None
                 return
-            for number, line in enumerate(file, 1):
-                line = start + line if number == 1 else line
+            first = start if start == "\n" else start + file.readline()
+            for number, line in enumerate(itertools.chain([first], file), 1):
                 if line.strip():
                     try:
                         row = json.loads(line)
@@ -428,6 +427,10 @@ def plain_errors(path):
         raise SystemExit(f"{path}: {error}; name the right encoding with --encoding=NAME") from None
     except csv.Error as error:
         raise SystemExit(f"{path}: {error} (an open quote?)") from None
+    except Exception as error:
+        if type(error).__name__ in ("ZstdError", "ArrowInvalid"):   # of packages that may not be installed
+            raise SystemExit(f"{path}: damaged, or not what its name says ({error}); get it again") from None
+        raise
 
 
 def read(source, cfg):
@@ -535,7 +538,9 @@ def to_preference(row):
         chosen, rejected = hh_messages(chosen), hh_messages(rejected)
     if isinstance(chosen, list) and isinstance(rejected, list):
         chosen, rejected = clean_messages(chosen), clean_messages(rejected)
-        same = len(os.path.commonprefix([chosen, rejected]))
+        same = 0
+        while chosen[same:same + 1] == rejected[same:same + 1] != []:
+            same += 1
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if isinstance(row.get("prompt"), list) and not prompt:
             prompt = clean_messages(row["prompt"])
@@ -592,7 +597,7 @@ def plan_split(sources, cfg):
         if length < 100 or cfg.kind != "text":
             raise SystemExit(f"{sources[0].path}: one document of {length} characters is too short to split; give more "
                              f"text, or --val_fraction=0 for no validation split")
-        return {"below": 0, "cut": cut, "near": 0 if cfg.sources[0] == "shakespeare" else length // 20}
+        return {"below": 0, "cut": cut, "near": 0 if cfg.sources[0] == "shakespeare" else (length - cut) // 2}
     if len(hashes) < 2:
         raise SystemExit(f"{cfg.sources[0]}: {count} different documents; at least 2 are needed to keep one for "
                          f"validation. Give more text, or --val_fraction=0")
@@ -765,27 +770,29 @@ def load_json(path):
 def checked(cfg):
     """Refuse what cannot work, and fill in what a preset sets."""
     name = cfg.sources[0] if cfg.sources else ""
-    smallest = 256 + len(SPECIALS)
-    if not cfg.sources or (len(cfg.sources) > 1 and PRESETS.keys() & set(cfg.sources)):
-        raise SystemExit(f"name one preset ({', '.join(PRESETS)}), or files and folders; not both: {' '.join(cfg.sources)}")
-    if cfg.input and (name not in PRESETS or name == "stdlib"):
-        raise SystemExit(f"--input={cfg.input} stands in for the download of a preset, {name!r} has none; "
-                         f"try python prepare.py {cfg.input}")
-    if cfg.vocab_size and (cfg.vocab_size < smallest or cfg.tokenizer):
-        raise SystemExit(f"--vocab_size={cfg.vocab_size}: 0 (one token per byte), or at least {smallest} to train a BPE; "
-                         f"leave it out with --tokenizer")
-    if not 0 <= cfg.val_fraction <= 0.5:
-        raise SystemExit(f"--val_fraction={cfg.val_fraction} must lie between 0 (no validation split) and 0.5")
-    for flag, least in (("shard_tokens", 1), ("workers", 0), ("tries", 1), ("files", 1)):
-        value = getattr(cfg, flag)
-        if value is not None and value < least:
-            raise SystemExit(f"--{flag}={value} must be at least {least}")
+    least = 256 + len(SPECIALS)
+    for wrong, message in (
+        (not name, f"nothing to read: name a preset ({', '.join(PRESETS)}), files or folders"),
+        (len(cfg.sources) > 1 and PRESETS.keys() & set(cfg.sources), f"a preset stands alone, not {cfg.sources}"),
+        (cfg.input and "train" not in PRESETS.get(name, {}),
+         f"--input={cfg.input} stands in for the download of a preset; try python prepare.py {cfg.input}"),
+        (cfg.vocab_size and cfg.tokenizer, f"--vocab_size={cfg.vocab_size} and --tokenizer={cfg.tokenizer}: give one"),
+        (cfg.vocab_size and cfg.vocab_size < least,
+         f"--vocab_size={cfg.vocab_size}: 0 is one token per byte, a BPE begins at {least}; try --vocab_size=4096"),
+        (cfg.tokenizer and not Path(cfg.tokenizer, "tokenizer.json").is_file(),
+         f"--tokenizer={cfg.tokenizer}: no tokenizer.json there; a prepared data/NAME folder has one"),
+        (not 0 <= cfg.val_fraction <= 0.5, f"--val_fraction={cfg.val_fraction}: 0 (none) to 0.5, try 0.1"),
+        (cfg.shard_tokens < 1, f"--shard_tokens={cfg.shard_tokens}: at least 1, try 100000000"),
+        (cfg.files is not None and cfg.files < 1, f"--files={cfg.files}: at least 1"),
+        (cfg.workers < 0, f"--workers={cfg.workers}: 0 chooses, 1 is this process alone"),
+        (cfg.tries < 1, f"--tries={cfg.tries}: at least 1"),
+    ):
+        if wrong:
+            raise SystemExit(message)
     try:
         codecs.lookup(cfg.encoding)
     except LookupError:
         raise SystemExit(f"--encoding={cfg.encoding} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
-    if cfg.tokenizer and not (Path(cfg.tokenizer) / "tokenizer.json").is_file():
-        raise SystemExit(f"--tokenizer={cfg.tokenizer}: no tokenizer.json there; a prepared data/<name> folder has one")
     plain = {field.name: field.default for field in fields(cfg)}
     preset = PRESETS.get(name, {})
     return replace(cfg, **{key: preset[key] for key in preset.keys() & plain.keys() if getattr(cfg, key) == plain[key]})
@@ -825,6 +832,9 @@ def examine(sources, cfg):
     listed, good, digest = [], [], hashlib.sha256()
     for source in sources:
         sha256 = file_hash(source.path)
+        with plain_errors(source.path):
+            if source.path.suffix == ".zst":
+                check_zst(source.path)
         listed.append([source.path.as_posix(), source.path.stat().st_size, sha256])
         digest.update(bytes.fromhex(sha256))
         if source.kind == "text" and (problem := check_text(source, cfg)):

@@ -1,0 +1,575 @@
+"""prepare.py: what goes in comes out, whatever happens in between."""
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import prepare  # noqa: E402
+from bpe import Tokenizer  # noqa: E402
+from prepare import Config  # noqa: E402
+
+DATA = Path(os.environ.get("NANOPATH_DATA", ROOT.parent / "shared" / "data"))
+SHAKESPEARE = DATA / "tinyshakespeare.txt"
+real = pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="no NANOPATH_DATA here")
+WORDS = "the cat sat on a mat while rain fell and été 猫が いた 🙂 nobody cared very much about it".split()
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test in a folder of its own, and without any copy of a preset within reach."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOPATH_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    return tmp_path
+
+
+def run(*sources, **flags):
+    """Prepare and return meta.json's content."""
+    flags.setdefault("out", "data/x")
+    prepare.main(Config(sources=tuple(map(str, sources)), **flags))
+    return json.loads(Path(flags["out"], "meta.json").read_text(encoding="utf-8"))
+
+
+def refused(*sources, **flags):
+    """Prepare, expect one line of error and nothing left behind; return the line."""
+    flags.setdefault("out", "data/x")
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(Config(sources=tuple(map(str, sources)), **flags))
+    assert "\n" not in str(stop.value).strip(), "more than one line"
+    assert not Path(flags["out"]).exists(), "something stands under the final name"
+    assert not Path(flags["out"] + ".partial").exists(), "something half written stayed"
+    return str(stop.value)
+
+
+def documents(folder, split):
+    """Slow and independent of prepare.py: split the ids at eos, bytes of each document by the tokenizer's decode."""
+    folder = Path(folder)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(folder)
+    found, ids = [], []
+    for shard in meta["splits"][split]["shards"]:
+        raw = (folder / shard["file"]).read_bytes()
+        assert hashlib.sha256(raw).hexdigest() == shard["sha256"]
+        assert len(raw) == shard["tokens"] * np.dtype(meta["dtype"]).itemsize
+        for token in np.frombuffer(raw, np.dtype(meta["dtype"]).newbyteorder("<")).tolist():
+            if token == meta["eos_id"]:
+                found.append(tokenizer.decode(ids))
+                ids = []
+            else:
+                ids.append(token)
+    assert not ids, "the last document has no end"
+    return found
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def jsonl(path, texts):
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8", newline="\n")
+    return path
+
+
+def make_texts(count, seed=0, longest=60):
+    pick = np.random.default_rng(seed)
+    return [f"{i} " + " ".join(WORDS[j] for j in pick.integers(0, len(WORDS), pick.integers(1, longest))) for i in range(count)]
+
+
+# ---- what goes in comes out ----
+
+@real
+def test_shakespeare_is_split_as_in_nanogpt(monkeypatch, capsys):
+    monkeypatch.setenv("NANOPATH_DATA", str(DATA))
+    meta = run("shakespeare", out="data/shakespeare")
+    text = SHAKESPEARE.read_bytes()
+    train = np.fromfile("data/shakespeare/train_00000.bin", "<u2")
+    val = np.fromfile("data/shakespeare/val_00000.bin", "<u2")
+    assert bytes(train[:-1].astype(np.uint8)) == text[:1_003_854] and bytes(val[:-1].astype(np.uint8)) == text[1_003_854:]
+    assert train[-1] == val[-1] == meta["eos_id"]
+    assert meta["source"]["sha256"].startswith("86c4e6aa") and meta["splits"]["train"]["bytes"] == 1_003_854
+    assert meta["tokenizer_hash"] == Tokenizer.load("data/shakespeare").hash
+    before = everything("data/shakespeare")
+    monkeypatch.setenv("NANOPATH_DATA", "nowhere")   # already prepared comes first
+    capsys.readouterr()
+    run("shakespeare", out="data/shakespeare")
+    printed = capsys.readouterr().out
+    assert printed.startswith("ready") and "next    python train.py --dataset=shakespeare" in printed
+    assert everything("data/shakespeare") == before
+
+
+def test_stdlib_needs_nothing_and_is_the_same_every_time():
+    first = run("stdlib", out="data/a")
+    second = run("stdlib", out="data/b")
+    assert first["splits"] == second["splits"]
+    assert first["splits"]["train"]["bytes"] > 5_000_000 and first["splits"]["val"]["documents"] > 5
+    assert any("A dataclass" in text or "import" in text for text in documents("data/a", "val"))
+
+
+def test_no_document_is_lost_changed_or_repeated():
+    texts = make_texts(700) + ["same", "same", "<|endoftext|> is only text", " lead", "trail \n", "\n", "x" * 5000]
+    meta = run(jsonl("in.jsonl", texts), shard_tokens=5000)
+    train, val = documents("data/x", "train"), documents("data/x", "val")
+    assert Counter(train + val) == Counter(texts)
+    assert not set(train) & set(val), "the same text on both sides"
+    assert 30 < len(val) < 120 and len(meta["splits"]["train"]["shards"]) > 5
+    assert all(shard["tokens"] == 5000 for shard in meta["splits"]["train"]["shards"][:-1])
+    for split, texts in (("train", train), ("val", val)):
+        assert meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert meta["splits"][split]["documents"] == len(texts)
+
+
+def test_the_split_of_a_document_does_not_depend_on_its_neighbours():
+    texts = make_texts(600)
+    run(jsonl("a.jsonl", texts), out="data/a")
+    run(jsonl("b.jsonl", texts[::-1] + make_texts(300, seed=1, longest=9)), out="data/b")
+    assert set(documents("data/a", "val")) <= set(documents("data/b", "val"))
+
+
+def test_few_documents_still_leave_one_for_validation():
+    for count in (2, 3, 12):
+        folder = Path(f"in{count}")
+        folder.mkdir()
+        for i, text in enumerate(make_texts(count)):
+            (folder / f"{i}.md").write_text(text, encoding="utf-8")
+        run(folder, out=f"data/{count}")
+        assert len(documents(f"data/{count}", "val")) == 1
+        assert len(documents(f"data/{count}", "train")) == count - 1
+
+
+def test_a_lone_document_is_cut_at_a_line_end():
+    text = "\n".join(make_texts(100, longest=12))
+    Path("in.txt").write_text(text, encoding="utf-8", newline="\n")
+    run("in.txt")
+    (train,), (val,) = documents("data/x", "train"), documents("data/x", "val")
+    assert train + val == text and train.endswith("\n") and 0.85 < len(train) / len(text) < 0.95
+
+
+def test_a_trained_bpe_gives_the_ids_of_its_own_encoder_however_the_text_was_cut():
+    text = " ".join(make_texts(10_000))   # more than one PIECE
+    Path("in.txt").write_text(text, encoding="utf-8", newline="\n")
+    assert len(text) > prepare.PIECE * 1.2
+    meta = run("in.txt", vocab_size=500, val_fraction=0)
+    tokenizer = Tokenizer.load("data/x")
+    assert meta["vocab_size"] == 500 and meta["splits"]["train"]["tokens"] < 0.7 * len(text)
+    ids = np.fromfile("data/x/train_00000.bin", "<u2").tolist()
+    assert ids == tokenizer.fast.encode_ordinary(text) + [tokenizer.eos_id]
+    again = run(jsonl("in.jsonl", make_texts(50)), tokenizer="data/x", out="data/y")
+    assert again["tokenizer_hash"] == meta["tokenizer_hash"]
+
+
+def test_every_format_gives_the_same_documents():
+    texts = make_texts(40) + ['with "quotes", commas', "two\nlines"]
+    jsonl("a.jsonl", texts)
+    with gzip.open("b.jsonl.gz", "wb") as file:
+        file.write(Path("a.jsonl").read_bytes())
+    Path("c.json").write_text(json.dumps([{"title": "t", "text": text} for text in texts]), encoding="utf-8")
+    for name, tab in (("d.csv", ","), ("e.tsv", "\t")):
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter=tab).writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+    Path("f.txt").write_text("\n<|sep|>\n".join(texts), encoding="utf-8", newline="\n")
+    names = ["a.jsonl", "b.jsonl.gz", "c.json", "d.csv", "e.tsv", "f.txt"]
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": list(range(len(texts)))}), "g.parquet")
+        names.append("g.parquet")
+    except ImportError:
+        pass
+    try:
+        import zstandard
+        Path("h.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(Path("a.jsonl").read_bytes()))
+        names.append("h.jsonl.zst")
+    except ImportError:
+        pass
+    for name in names:
+        run(name, out=f"data/{name}", separator="<|sep|>")
+        found = documents(f"data/{name}", "train") + documents(f"data/{name}", "val")
+        assert Counter(found) == Counter(texts), name
+    run("c.json", columns="title,text", out="data/two")
+    found = documents("data/two", "train") + documents("data/two", "val")
+    assert Counter(found) == Counter("t\n" + text for text in texts)
+    run("d.csv", join_rows=True, val_fraction=0, out="data/joined")
+    assert documents("data/joined", "train") == ["".join(texts)]
+
+
+def test_optional_readers_say_what_to_install(monkeypatch):
+    for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")):
+        Path(name).write_bytes(b"PAR1")
+        for module in (package, f"{package}.parquet"):
+            monkeypatch.setitem(sys.modules, module, None)
+        assert f"pip install {package}" in refused(name)
+
+
+def test_folders_globs_and_stdin(monkeypatch, capsys):
+    Path("in/deep").mkdir(parents=True)
+    for name, text in (("a.txt", "alpha " * 30), ("deep/b.md", "beta " * 30), ("deep/c.tex", "gamma " * 30)):
+        Path("in", name).write_text(text, encoding="utf-8")
+    run("in", val_fraction=0)
+    assert documents("data/x", "train") == ["alpha " * 30, "beta " * 30] and "1 of other types" in capsys.readouterr().out
+    run("in/**/*.tex", "in/a.txt", "in/a.txt", val_fraction=0)
+    assert documents("data/x", "train") == ["gamma " * 30, "alpha " * 30]
+    for given, kind in ((b"plain words " * 40, "plain words " * 40), (b'{"text": "from a pipe"}\n', "from a pipe")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        run("-", val_fraction=0)
+        assert documents("data/x", "train") == [kind]
+
+
+def test_the_next_run_reuses_or_replaces(capsys):
+    run(jsonl("in.jsonl", make_texts(30)))
+    before = Path("data/x/train_00000.bin").stat().st_mtime_ns
+    capsys.readouterr()
+    run("in.jsonl")
+    assert capsys.readouterr().out.startswith("ready") and Path("data/x/train_00000.bin").stat().st_mtime_ns == before
+    run(jsonl("in.jsonl", make_texts(31)))
+    assert len(documents("data/x", "train") + documents("data/x", "val")) == 31, "changed input was not noticed"
+    Path("data/x/train_00000.bin").write_bytes(b"")
+    run("in.jsonl")
+    assert documents("data/x", "train"), "a hollow shard was taken for whole"
+
+
+# ---- killed, parallel, full ----
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)]
+
+
+def test_workers_and_kill_minus_9_change_nothing(tmp_path):
+    jsonl("in.jsonl", [" ".join(make_texts(40, seed=i)) for i in range(1500)])
+    run(jsonl("small.jsonl", make_texts(2000)), vocab_size=600, out="data/tok")
+    flags = ["in.jsonl", "--tokenizer=data/tok", "--shard_tokens=300000"]
+    subprocess.run(command(*flags, "--out=data/one", "--workers=1"), check=True, capture_output=True)
+    subprocess.run(command(*flags, "--out=data/four", "--workers=4"), check=True, capture_output=True)
+    kills = 0
+    for pause in (0.1, 0.3, 0.2, 0.5):   # after the first batches are noted down
+        child = subprocess.Popen(command(*flags, "--out=data/killed", "--workers=1"), stdout=subprocess.DEVNULL)
+        progress = Path("data/killed.partial/progress.json")
+        noted = progress.read_bytes() if progress.exists() else b""
+        until = time.time() + 20
+        while child.poll() is None and time.time() < until and not (progress.exists() and progress.read_bytes() != noted):
+            time.sleep(0.01)
+        time.sleep(pause / 5)
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            kills += 1
+        child.wait()
+        assert not Path("data/killed").exists() or child.returncode == 0
+    assert kills, "too fast to be killed: make the input larger"
+    last = subprocess.run(command(*flags, "--out=data/killed"), check=True, capture_output=True, text=True, encoding="utf-8")
+    assert last.stdout.startswith(("resume", "ready"))
+    expected = everything("data/one")
+    for name in ("four", "killed"):
+        found = everything(f"data/{name}")
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if key != "meta.json" and found[key] != expected[key]] == []
+        meta, other = json.loads(expected["meta.json"]), json.loads(found["meta.json"])
+        assert other["splits"] == meta["splits"] and other["dropped"] == meta["dropped"]
+
+
+def test_a_full_disk_keeps_the_earlier_dataset_and_goes_on_later(monkeypatch):
+    run(jsonl("in.jsonl", make_texts(30)))
+    before = everything("data/x")
+    jsonl("in.jsonl", make_texts(60))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="--out=data/x: no space left"):
+        broken.setattr(prepare, "append", full)
+        run("in.jsonl")
+    assert everything("data/x") == before
+    run("in.jsonl")
+    assert len(documents("data/x", "train") + documents("data/x", "val")) == 60
+    assert not Path("data/x.partial").exists() and not Path("data/x.old").exists()
+
+
+def test_space_is_checked_first(monkeypatch):
+    jsonl("in.jsonl", make_texts(30))
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+    assert "--out" in refused("in.jsonl")
+
+
+# ---- bad input: one line that names what is wrong, and nothing half written ----
+
+def test_unknown_names():
+    assert "python prepare.py stdlib" in refused("shakespear")
+    assert "no such file or folder" in refused("missing/folder")
+    assert "no such file" in refused("missing.txt")
+    Path("empty").mkdir()
+    assert "0 files" in refused("empty")
+    assert "--vocab_size=100" in refused("stdlib", vocab_size=100)
+    assert "--tokenizer=nowhere" in refused("stdlib", tokenizer="nowhere")
+    assert "--encoding=klingon" in refused("stdlib", encoding="klingon")
+    assert "--val_fraction=0.9" in refused("stdlib", val_fraction=0.9)
+    assert "stands alone" in refused("stdlib", "shakespeare")
+    assert "--input=a.txt" in refused("stdlib", input="a.txt")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.txt", b"", "empty"),
+    ("word.txt", b"hello", "too short to split"),
+    ("binary.txt", bytes(range(256)) * 20, "NUL"),
+    ("nul.txt", b"line one\nline\0two\n" * 20, "line 2: NUL"),
+    ("latin.txt", ("plain\n" * 30 + "caf\u00e9\n" * 30).encode("latin-1"), "line 31: byte 0xE9.*--encoding=latin-1"),
+    ("utf16.txt", ("no mark " * 50).encode("utf-16-le"), "--encoding=utf-16-le"),
+    ("surrogate.txt", b"fine\n" * 40 + b"\xed\xa0\x80", "line 41: byte 0xED"),
+    ("surrogate.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', r"line 2: lone surrogate U\+D800"),
+    ("nul.jsonl", b'{"text": "a"}\n{"text": "b\\u0000"}\n', "line 2: NUL"),
+    ("broken.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "line 3: broken JSON"),
+    ("list.jsonl", b'{"text": "a"}\n[1]\n', "line 2: not a JSON object"),
+    ("missing.jsonl", b'{"text": "a"}\n{"text": null}\n', "line 2: no text in column 'text'"),
+    ("columns.jsonl", b'{"title": "a", "body": "b"}\n', "--columns=NAME.*title, body"),
+    ("broken.json", b'[{"text": "a"},\n {"text": }]', "line 2: broken JSON"),
+    ("ragged.csv", b"id,text\n1,a\n2,b,c\n", "line 3: 3 fields where the header has 2"),
+    ("quote.csv", b'id,text\n1,"a\n2,b\n', "quote"),
+    ("cut.txt.gz", gzip.compress(os.urandom(9000).hex().encode())[:5000], "cut short"),
+    ("notgz.txt.gz", b"just text", "damaged"),
+    ("notparquet.parquet", b"just text", "damaged|pip install pyarrow"),
+])
+def test_bad_files(name, content, words):
+    Path(name).write_bytes(content)
+    line = refused(name)
+    assert name in line
+    assert re.search(words, line), line
+
+
+def test_a_zst_cut_in_half_is_not_taken_for_a_short_one():
+    zstandard = pytest.importorskip("zstandard")
+    whole = zstandard.ZstdCompressor().compress(os.urandom(200_000).hex().encode())
+    Path("cut.txt.zst").write_bytes(whole[:len(whole) // 2])
+    assert "cut short" in refused("cut.txt.zst")
+    Path("two.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(b"one " * 40)
+                                    + zstandard.ZstdCompressor().compress(b"two " * 40))
+    run("two.txt.zst", val_fraction=0)
+    assert documents("data/x", "train") == ["one " * 40 + "two " * 40]
+
+
+def test_skip_bad_counts_what_it_leaves_out():
+    Path("in").mkdir()
+    Path("in/a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n{"text": ""}\n{"text": "\\ud800"}\n{"text": "b"}\n')
+    Path("in/b.txt").write_bytes(b"\0\0\0")
+    meta = run("in", skip_bad=True)
+    assert meta["dropped"] == {"bad": 3, "empty": 1}
+    assert Counter(documents("data/x", "train") + documents("data/x", "val")) == Counter("ab")
+
+
+def test_other_encodings_and_line_ends_are_said_and_converted(capsys):
+    text = "Zeile eins: äöü\nZeile zwei: €\n" * 20
+    for name, content, encoding in (("utf16", text.encode("utf-16"), "utf-8"), ("bom", text.encode("utf-8-sig"), "utf-8"),
+                                    ("crlf", text.replace("\n", "\r\n").encode(), "utf-8"),
+                                    ("cp1252", text.encode("cp1252"), "cp1252")):
+        Path(f"{name}.txt").write_bytes(content)
+        run(f"{name}.txt", encoding=encoding, val_fraction=0, out=f"data/{name}")
+        assert documents(f"data/{name}", "train") == [text], name
+        if name in ("utf16", "crlf"):
+            assert f"{name}.txt: utf-" in capsys.readouterr().out
+
+
+def test_vocabulary_larger_than_the_text_allows():
+    Path("in.txt").write_text("abc " * 100, encoding="utf-8")
+    assert "--vocab_size=5000" in refused("in.txt", vocab_size=5000)
+
+
+def test_folders_that_cannot_or_must_not_be_written():
+    jsonl("in.jsonl", make_texts(30))
+    Path("file").write_text("x", encoding="utf-8")
+    with pytest.raises(SystemExit, match="--out=file/x"):   # root may write everywhere, but not inside a file
+        run("in.jsonl", out="file/x")
+    Path("photos").mkdir()
+    Path("photos/me.png").write_bytes(b"x")
+    for out in ("photos", "file", "."):
+        with pytest.raises(SystemExit, match="--out="):
+            run("in.jsonl", out=out)
+    assert Path("photos/me.png").exists() and Path("in.jsonl").exists()
+    run("in.jsonl")
+    with pytest.raises(SystemExit, match="would replace"):
+        Path("data/x/train.jsonl").write_bytes(Path("in.jsonl").read_bytes())
+        run("data/x/train.jsonl")
+
+
+def test_a_huge_single_line_needs_little_memory():
+    with open("line.txt", "wb") as file:
+        for _ in range(200):
+            file.write(b"words and more words without end " * 31775)   # 200 times 1 MiB, no newline
+    size = Path("line.txt").stat().st_size
+    script = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import prepare;"
+              "prepare.main(prepare.Config(sources=('line.txt',), out='data/x'));"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 300, "MB"
+    meta = json.loads(Path("data/x/meta.json").read_text(encoding="utf-8"))
+    assert sum(split["bytes"] for split in meta["splits"].values()) == size > 200e6
+
+
+# ---- chat and preference data ----
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}]},
+    {"conversations": [{"from": "human", "value": "q2"}, {"from": "gpt", "value": "a2"}]},
+    {"instruction": "q3", "input": "more", "output": "a3"},
+    {"instruction": "q4", "context": "", "response": "a4", "category": "qa"},
+    {"inputs": "q5", "targets": "a5"},
+    {"question": "q6", "answer": "a6"},
+    {"prompt": "q7", "completion": "a7"},
+]
+
+
+def lines(folder):
+    return [json.loads(line) for split in ("train", "val")
+            for line in Path(folder, f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_seven_spellings_of_instructions_become_messages(capsys):
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS), encoding="utf-8")
+    meta = run("in.jsonl", kind="chat")
+    found = {row["messages"][0]["content"]: row["messages"] for row in lines("data/x")}
+    assert found.keys() == {"q1", "q2", "q3\n\nmore", "q4", "q5", "q6", "q7"}
+    assert found["q3\n\nmore"] == [{"role": "user", "content": "q3\n\nmore"}, {"role": "assistant", "content": "a3"}]
+    assert meta["splits"]["val"]["documents"] == 1 and "python finetune_lora.py --dataset=x" in capsys.readouterr().out
+
+
+def test_preference_data():
+    turn = [{"role": "user", "content": "hi"}]
+    good, worse = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    rows = [{"prompt": "p", "chosen": "c", "rejected": "r"},
+            {"instruction": "p2", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
+            {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+            {"prompt": "hi", "chosen": turn + good, "rejected": turn + worse}]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run("in.jsonl", kind="preference")
+    found = lines("data/x")
+    assert len(found) == 4 and {"prompt": "p", "chosen": "c", "rejected": "r"} in found
+    assert {"prompt": "p2\n\nx", "chosen": "c", "rejected": "r"} in found
+    assert found.count({"prompt": turn, "chosen": good, "rejected": worse}) == 2
+
+
+@pytest.mark.parametrize("kind, row, words", [
+    ("chat", {"messages": [{"role": "user", "content": "q"}]}, "last message is not the assistant's"),
+    ("chat", {"messages": [{"role": "wizard", "content": "q"}]}, "message 1 has role 'wizard'"),
+    ("chat", {"messages": [{"role": "user", "content": " "}]}, "message 1 .user. has no content"),
+    ("chat", {"messages": "hello"}, "not a list"),
+    ("chat", {"instruction": "q", "output": ""}, "'output' is empty"),
+    ("chat", {"title": "x"}, "among its fields title"),
+    ("preference", {"prompt": "p", "chosen": "same", "rejected": "same"}, "are the same"),
+    ("preference", {"prompt": "p", "chosen": "c"}, "'rejected' is empty, missing"),
+])
+def test_bad_records_are_named_by_file_and_line(kind, row, words):
+    Path("in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (CHATS[0], row)) if kind == "chat" else
+                                "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    assert re.search(rf"in\.jsonl line 2: .*{words}", refused("in.jsonl", kind=kind))
+
+
+@pytest.mark.skipif(not (DATA / "preference_data_1100.json").is_file(), reason="no NANOPATH_DATA here")
+def test_real_instruction_and_preference_files():
+    meta = run(DATA / "instruction_data_1100.json", kind="chat")
+    assert sum(split["documents"] for split in meta["splits"].values()) == 1100
+    meta = run(DATA / "gsm8k_test.jsonl", kind="chat", out="data/gsm8k")
+    assert sum(split["documents"] for split in meta["splits"].values()) == 1319
+    meta = run(DATA / "preference_data_1100.json", kind="preference", out="data/p", skip_bad=True)
+    rows = json.loads((DATA / "preference_data_1100.json").read_text(encoding="utf-8"))
+    equal = sum(row["chosen"] == row["rejected"] for row in rows)
+    assert sum(split["documents"] for split in meta["splits"].values()) == 1100 - equal
+
+
+# ---- the network, played by a server on this machine ----
+
+@pytest.fixture
+def server():
+    """Serves server.files; server.cut[path] = n breaks the first answer after n bytes; server.seen notes the requests."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.server.seen.append((self.path, begin, self.headers.get("Authorization")))
+            body = self.server.files.get(self.path)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(body) - begin))
+            self.end_headers()
+            self.wfile.write(body[begin:self.server.cut.pop(self.path, len(body))])
+
+        def log_message(self, *arguments):
+            pass
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.files, made.cut, made.seen = {}, {}, []
+    made.url = f"http://127.0.0.1:{made.server_port}"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+
+
+def test_a_broken_download_goes_on_where_it_stopped(server, monkeypatch):
+    body = "\n".join(make_texts(4000)).encode()
+    server.files["/text.txt"] = body
+    server.cut["/text.txt"] = 300_000
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    run(server.url + "/text.txt", val_fraction=0)
+    assert documents("data/x", "train") == [body.decode()]
+    (_, first, _), (_, second, _) = server.seen
+    assert first == 0 and 200_000 < second <= 300_000, "all that had come should be kept"
+    run(server.url + "/text.txt", val_fraction=0, out="data/y")
+    assert len(server.seen) == 2, "the download cache was not used"
+
+
+def test_the_known_hash_is_checked(server, monkeypatch):
+    server.files["/input.txt"] = b"not Shakespeare at all " * 50
+    monkeypatch.setitem(prepare.PRESETS["shakespeare"], "train", [server.url + "/input.txt"])
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    assert "another sha256" in refused("shakespeare")
+    assert not Path("data/downloads/tinyshakespeare.txt").exists()
+
+
+def test_without_network_the_error_says_what_to_do(server, monkeypatch):
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setitem(prepare.PRESETS["shakespeare"], "train", [server.url + "/input.txt"])
+    line = refused("shakespeare", tries=1)
+    assert "tinyshakespeare.txt" in line and "python prepare.py stdlib" in line and "ConnectionError" in line
+
+
+def test_hub_files_by_endpoint_token_and_offline_cache(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    server.files["/datasets/me/set/resolve/main/a/b.txt"] = b"from the hub " * 30
+    run("hf://datasets/me/set/a/b.txt", val_fraction=0)
+    assert documents("data/x", "train") == ["from the hub " * 30] and server.seen[-1][2] == "Bearer secret"
+    assert "404" in refused("hf://datasets/me/set/none.txt", out="data/none")
+    cache = tmp_path / "hub" / "datasets--me--set"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc", encoding="utf-8")
+    (cache / "snapshots" / "abc" / "c.txt").write_text("from the cache " * 30, encoding="utf-8")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    count = len(server.seen)
+    run("hf://datasets/me/set/c.txt", val_fraction=0, out="data/c")
+    assert documents("data/c", "train") == ["from the cache " * 30] and len(server.seen) == count
+
+
+def test_a_preset_takes_a_file_one_already_has():
+    Path("mine.txt").write_text("\n<|endoftext|>\n".join(make_texts(50)), encoding="utf-8", newline="\n")
+    run("tinystories", input="mine.txt")
+    assert Counter(documents("data/x", "train") + documents("data/x", "val")) == Counter(make_texts(50))
+
+
+def test_importing_is_silent_and_every_flag_is_read():
+    done = subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    source = (ROOT / "prepare.py").read_text(encoding="utf-8")
+    assert [name for name in Config.__dataclass_fields__ if f"cfg.{name}" not in source and f'"{name}"' not in source] == []

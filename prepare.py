@@ -2,15 +2,15 @@
 Turn text into training data: find it, split it, encode it, write shards of token ids. Text is never judged here
 (data/curate.py does that) and never lost: every token of every document ends up in exactly one shard.
 
-Run     python prepare.py shakespeare                            # 1 MB, one token per byte; offline from any earlier copy
-        python prepare.py stdlib                                 # 12 MB that every Python carries: needs no network, ever
+Run     python prepare.py shakespeare               # 1 MB, one token per byte
+        python prepare.py stdlib                    # 12 MB that every Python carries: no network, ever
         python prepare.py my.txt notes/ 'logs/*.jsonl.gz' --out=data/mine --vocab_size=4096
-        python prepare.py alpaca.json --kind=chat                # instructions, dialogues -> messages; also --kind=preference
+        python prepare.py alpaca.json --kind=chat   # instructions, dialogues -> messages; also preference
         cat book.txt | python prepare.py - --out=data/book       # also URLs, and hf://datasets/OWNER/NAME/FILE
 You see documents, bytes, tokens and bytes per token of each split, MB/s, and the next command.
 Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst, and the presets named below
-Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or uint32 ids, an end-of-text id after
-        each document), tokenizer.json, tokenizer_config.json, meta.json. For chat: train.jsonl, val.jsonl, meta.json.
+Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or uint32 ids, an end-of-text id
+        after each document), tokenizer.json, tokenizer_config.json, meta.json. For chat: train.jsonl, val.jsonl.
         All of it is made in data/<name>.partial and renamed at the end; a killed run goes on where it stopped.
 Next    python train.py --dataset=<name>
 """
@@ -50,28 +50,28 @@ from bpe import SPECIALS, Tokenizer
 
 @dataclass
 class Config:
-    sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)  # a preset, or files, folders, 'globs', URLs, - (stdin)
-    out: str | None = None                 # folder to write; by default data/<name of the first source>
-    input: str | None = None               # with a preset: a file you already have, in place of its download
-    vocab_size: int = 0                    # 0: one token per byte (character level); else train a BPE on the train split
-    pattern: str = "gpt4"                  # how that BPE splits text into words, see bpe.py
-    tokenizer: str | None = None           # folder of an existing tokenizer to use instead
-    kind: Literal["text", "chat", "preference"] = "text"  # text -> token shards; chat, preference -> checked JSONL
-    val_fraction: float = 0.1              # share of the documents (of one lone document: its end) kept for validation
-    columns: str | None = None             # csv, json, parquet: columns to use, joined by a newline, as in title,text
-    join_rows: bool = False                # csv, json, parquet: the rows of one file are one document
-    separator: str | None = None           # text files: what stands between documents; by default one file is one document
-    encoding: str = "utf-8"                # of text files without a byte order mark
-    skip_bad: bool = False                 # leave out (and count) rows and files that cannot be read, instead of stopping
-    files: int | None = None               # use only the first so many train files of a preset
-    shard_tokens: int = 100_000_000        # tokens per shard
-    workers: int = 0                       # encoding processes; 0: one per core, or none where the input is small
-    tries: int = 3                         # network attempts per file
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)  # a preset; or files, folders, 'globs', URLs, -
+    out: str | None = None          # folder to write; by default data/<name of the first source>
+    input: str | None = None        # with a preset: a file you already have, in place of its download
+    vocab_size: int = 0             # 0: one token per byte (character level); else train a BPE on the train split
+    pattern: str = "gpt4"           # how that BPE splits text into words, see bpe.py
+    tokenizer: str | None = None    # folder of an existing tokenizer to use instead
+    kind: Literal["text", "chat", "preference"] = "text"  # text: token shards; the others: checked JSONL
+    val_fraction: float = 0.1       # share of the documents (of a lone document: its end) kept for validation
+    columns: str | None = None      # csv, json, parquet: columns to use, joined by a newline, as in title,text
+    join_rows: bool = False         # csv, json, parquet: the rows of one file are one document
+    separator: str | None = None    # text files: what stands between documents; by default a file is one document
+    encoding: str = "utf-8"         # of text files without a byte order mark
+    skip_bad: bool = False          # leave out (and count) unreadable rows and files instead of stopping
+    files: int | None = None        # use only the first so many train files of a preset
+    shard_tokens: int = 100_000_000 # tokens per shard
+    workers: int = 0                # encoding processes; 0: one per core, or none where the input is small
+    tries: int = 3                  # network attempts per file
 
 
 HUB = "hf://datasets/"
 WIKI = HUB + "Salesforce/wikitext/wikitext-"
-PRESETS = {  # train, val: where to get it (no val: split here); every other key is a default for the flag of that name
+PRESETS = {  # train, val: where to get it (no val: split here); other keys are defaults for the flags of that name
     "shakespeare": dict(
         train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
@@ -95,9 +95,10 @@ PRESETS = {  # train, val: where to get it (no val: split here); every other key
         train=[HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
         val=[HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"], files=1),
 }
-KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-PROSE = {".txt", ".text", ".md", ".rst"}   # what a folder is searched for, besides KINDS; a glob can name anything
-PIECE = 1 << 20                            # characters handled at a time: long documents travel in pieces of this size
+KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
+         ".parquet": "parquet"}
+PROSE = {".txt", ".text", ".md", ".rst"}  # what a folder is searched for, besides KINDS; a glob can name anything
+PIECE = 1 << 20                           # characters handled at a time: a long document travels in such pieces
 DOWNLOADS = Path("data") / "downloads"
 
 
@@ -114,7 +115,7 @@ class Piece(NamedTuple):
     dropped: str | None = None # instead of a document: why there is none
 
 
-# ---- 1. find the files ------------------------------------------------------------------------------------------------
+# ---- 1. find the files ---------------------------------------------------------------------------------
 
 def find_sources(cfg):
     """The files behind the command line, in a fixed order: the same input gives the same shards on every machine."""
@@ -190,7 +191,7 @@ def locate(url, preset, cfg):
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
     folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent / "shared" / "data")
-    places = [Path(folder) / flat, Path(folder) / url.rsplit("/", 1)[1], DOWNLOADS / flat]
+    places = [Path(folder) / flat, DOWNLOADS / flat]
     if url.startswith(HUB):
         owner, name, file = url.removeprefix(HUB).split("/", 2)
         name, _, revision = name.partition("@")
@@ -200,12 +201,13 @@ def locate(url, preset, cfg):
         cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / f"datasets--{owner}--{name}"
         ref = cache / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        places.insert(2, cache / "snapshots" / commit / file)
+        places.insert(1, cache / "snapshots" / commit / file)
     for place in places:
         if place.is_file() and (sha256 is None or file_hash(place) == sha256):
             print(f"found   {place}")
             return place
-    download(url, DOWNLOADS / flat, sha256, cfg, token=os.environ.get("HF_TOKEN") if url.startswith(endpoint) else None)
+    token = os.environ.get("HF_TOKEN") if url.startswith(endpoint + "/") else None   # never to another host
+    download(url, DOWNLOADS / flat, sha256, cfg, token)
     return DOWNLOADS / flat
 
 
@@ -226,8 +228,8 @@ def download(url, target, sha256, cfg, token=None):
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(5, 60)) as reply:
                 if reply.status_code in (401, 403, 404):
-                    raise SystemExit(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, or set "
-                                     f"HF_TOKEN if it needs an account")
+                    raise SystemExit(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, "
+                                     f"or set HF_TOKEN if it needs an account")
                 if reply.status_code == 416:        # the part is as long as the file, or longer: start again
                     part.unlink()
                 reply.raise_for_status()
@@ -250,8 +252,8 @@ def download(url, target, sha256, cfg, token=None):
                 return
         except requests.RequestException as error:
             problem = type(error).__name__
-    raise SystemExit(f"cannot get {url} ({problem}, {cfg.tries} tries). Put the file at {target}, or go without network: "
-                     f"python prepare.py stdlib")
+    raise SystemExit(f"cannot get {url} ({problem}, {cfg.tries} tries). Put the file at {target}, or go without "
+                     f"network: python prepare.py stdlib")
 
 
 def file_hash(path):
@@ -262,11 +264,11 @@ def file_hash(path):
 def need_space(folder, size, what):
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise SystemExit(f"--out: the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
+        raise SystemExit(f"--out: the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB; "
                          f"choose another disk with --out=FOLDER")
 
 
-# ---- 2. read documents ------------------------------------------------------------------------------------------------
+# ---- 2. read documents ---------------------------------------------------------------------------------
 
 def optional(module, path):
     try:
@@ -297,7 +299,7 @@ def check_zst(path):
 
 
 def open_text(path, cfg, newline=None):
-    """Text of a file. A byte order mark outranks --encoding; bytes that do not fit become lone surrogates, found later."""
+    """Text of a file. A byte order mark outranks --encoding; bytes that do not fit become lone surrogates."""
     with open_bytes(path) as file:
         start = file.read(4)
     encoding = cfg.encoding
@@ -323,7 +325,7 @@ def fault(text):
 
 
 def check_text(source, cfg):
-    """Read a text file once for faults, before anything of it is used. Returns the first one (with its line), or None."""
+    """Read a text file once for faults, before anything of it is used. Returns the first one, or None."""
     lines = 1
     with plain_errors(source.path), open_text(source.path, cfg) as file:
         while block := file.read(PIECE):
@@ -337,8 +339,8 @@ def check_text(source, cfg):
 
 def cut_point(text):
     """
-    Where to cut a long text so that its tokens stay the same: between a visible ASCII character and a blank, where every
-    split pattern of bpe.py ends a word. Else after a newline, else anywhere (then one word is split, nothing is lost).
+    Where to cut a long text so that its tokens stay the same: between a visible ASCII character and a blank,
+    where every split pattern ends a word. Else after a newline, else anywhere (one word is split, nothing lost).
     """
     at = PIECE
     while (at := text.rfind(" ", PIECE // 2, at)) > 0:
@@ -348,14 +350,15 @@ def cut_point(text):
 
 
 def pieces(blocks, separator=None):
-    """Blocks of text -> Pieces: one document, or one between two separators. Never holds more than about two blocks."""
+    """Blocks of text -> Pieces of one document, or of one between two separators. Holds about two blocks."""
     buffer, begun = "", False
     for block in itertools.chain(blocks, [None]):
         buffer += block or ""
         documents = buffer.split(separator) if separator else [buffer]
         buffer = "" if block is None else documents.pop()
         for text in documents:
-            text = text.strip("\n") if separator and not begun else text   # the line ends around a separator go with it
+            if separator and not begun:
+                text = text.strip("\n")   # the line ends around a separator go with it
             yield Piece(text, True, dropped=None if text or begun else "empty")
             begun = False
         while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
@@ -369,10 +372,11 @@ def blocks_of(text):
 
 
 def rows(source, cfg):
-    """Yield (number, row as a dict) of a csv, json, jsonl or parquet file; a string instead of a dict says what is wrong."""
+    """Yield (number, row as a dict) of a csv, json or parquet file; a string in place of a dict is what is wrong."""
     if source.kind == "parquet":
         table = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
-        wanted = cfg.columns.split(",") if cfg.columns else [c for c in ("text", "content") if c in table.schema.names][:1]
+        usual = [name for name in ("text", "content") if name in table.schema.names][:1]
+        wanted = cfg.columns.split(",") if cfg.columns else usual if cfg.kind == "text" else None
         groups = table.iter_batches(batch_size=256, columns=wanted or None)   # few at a time: rows can be long
         yield from enumerate(itertools.chain.from_iterable(group.to_pylist() for group in groups), 1)
         return
@@ -410,7 +414,7 @@ def row_text(row, cfg, source):
     else:
         names = [name for name in ("text", "content") if name in row][:1] or list(row)
         if len(names) > 1:
-            raise SystemExit(f"{source.path}: which column is the text? --columns=NAME, one or more of: {', '.join(row)}")
+            raise SystemExit(f"{source.path}: which is the text? --columns=NAME, one or more of: {', '.join(row)}")
     if missing := [name for name in names if not isinstance(row.get(name), str)]:
         raise ValueError(f"no text in column {missing[0]!r} (columns: {', '.join(row)})")
     return "\n".join(row[name] for name in names)
@@ -477,7 +481,7 @@ def bad(source, problem, cfg):
     return Piece("", True, dropped="bad")
 
 
-# ---- 3. chat and preference data: many spellings in, one schema out ---------------------------------------------------
+# ---- 3. chat and preference data: many spellings in, one schema out ---------------------------------------
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "bot": "assistant", "tool": "tool"}
@@ -503,8 +507,8 @@ def clean_messages(turns):
         raise ValueError("the messages are not a list, or an empty one")
     messages = []
     for number, turn in enumerate(turns, 1):
-        role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(
-            turn, dict) else (None, None)
+        turn = turn if isinstance(turn, dict) else {}
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES:
             raise ValueError(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
@@ -528,11 +532,11 @@ def to_chat(row):
                              f"its fields {', '.join(row)}")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
-    return {"messages": messages}, messages[0]["content"] + messages[1]["content"] * (messages[0]["role"] == "system")
+    return {"messages": messages}, json.dumps(messages[:1 + (messages[0]["role"] == "system")])
 
 
 def to_preference(row):
-    """One row of preference data -> {"prompt", "chosen", "rejected"}; all three strings, or all three lists of messages."""
+    """One row of preference data -> {"prompt", "chosen", "rejected"}: three strings, or three lists of messages."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:"):
         chosen, rejected = hh_messages(chosen), hh_messages(rejected)
@@ -565,7 +569,7 @@ def hh_messages(transcript):
             for who, what in zip(parts[::2], parts[1::2])]
 
 
-# ---- 4. decide the split, before anything is written ------------------------------------------------------------------
+# ---- 4. decide the split, before anything is written ---------------------------------------------------
 
 def document_hash(piece):
     """64 bits of the document (of its first piece, if it is long): equal documents always land on the same side."""
@@ -575,8 +579,8 @@ def document_hash(piece):
 
 def plan_split(sources, cfg):
     """
-    {"below": h, "cut": c}: documents whose hash is below h are for validation. A source of few documents gives those with
-    the smallest hashes, at least one; a lone document is cut at character c, its end is for validation.
+    {"below": h, "cut": c}: documents whose hash is below h are for validation. A source of few documents gives
+    those with the smallest hashes, at least one; a lone document is cut at character c and gives its end.
     """
     sources = [source for source in sources if source.split is None]
     if not sources or not cfg.val_fraction:
@@ -595,8 +599,8 @@ def plan_split(sources, cfg):
     if count == 1:
         cut = int(length * (1 - cfg.val_fraction))   # nanoGPT's formula, for comparability
         if length < 100 or cfg.kind != "text":
-            raise SystemExit(f"{sources[0].path}: one document of {length} characters is too short to split; give more "
-                             f"text, or --val_fraction=0 for no validation split")
+            raise SystemExit(f"{sources[0].path}: one document of {length} characters is too short to split; give "
+                             f"more text, or --val_fraction=0 for no validation split")
         return {"below": 0, "cut": cut, "near": 0 if cfg.sources[0] == "shakespeare" else (length - cut) // 2}
     if len(hashes) < 2:
         raise SystemExit(f"{cfg.sources[0]}: {count} different documents; at least 2 are needed to keep one for "
@@ -647,7 +651,7 @@ def batches(stream):
         yield position, batch, dropped
 
 
-# ---- 5. encode --------------------------------------------------------------------------------------------------------
+# ---- 5. encode -----------------------------------------------------------------------------------------
 
 TOKENIZER = None     # one per process; None when chat or preference data is written
 BYTE_IDS = False     # the ids are the bytes themselves
@@ -698,7 +702,7 @@ def id_type(tokenizer):
 
 
 def encoded(work, folder, workers):
-    """Encode batches, here or in `workers` processes; results come in order, so the shards do not depend on `workers`."""
+    """Encode batches, here or in `workers` processes; results come in order, whatever the number of workers."""
     if workers <= 1:
         start_worker(folder)
         for position, batch, dropped in work:
@@ -716,31 +720,41 @@ def encoded(work, folder, workers):
             yield position, future.result(), dropped
 
 
+def load_tokenizer(cfg):
+    try:
+        return Tokenizer.load(cfg.tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"--tokenizer={cfg.tokenizer} cannot be used: {error}") from None
+
+
 def make_tokenizer(cfg, stream):
     """The tokenizer of --tokenizer, or a new one: bytes only, or a BPE learnt from the train split."""
     if cfg.tokenizer:
-        tokenizer = Tokenizer.load(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg)
     elif cfg.vocab_size == 0:
         return Tokenizer.train([], 256 + len(SPECIALS), pattern=cfg.pattern)
     else:
         texts = (text for _, found, _ in stream for split, text, _ in found if split == "train")
-        tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern)
+        try:
+            tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern)
+        except ValueError as error:
+            raise SystemExit(f"--vocab_size={cfg.vocab_size} --pattern={cfg.pattern}: {error}") from None
         if tokenizer.vocab_size < cfg.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: the train split is too small for that, it gives "
                              f"{tokenizer.vocab_size} tokens; try --vocab_size={tokenizer.vocab_size} or less")
     if tokenizer.eos_id is None:
-        raise SystemExit(f"--tokenizer={cfg.tokenizer} has no end-of-text token to put between documents; choose another")
+        raise SystemExit(f"--tokenizer={cfg.tokenizer} has no end-of-text token to put between documents")
     return tokenizer
 
 
-# ---- 6. write ---------------------------------------------------------------------------------------------------------
+# ---- 6. write ------------------------------------------------------------------------------------------
 
 def file_name(split, number, cfg):
     return f"{split}_{number:05d}.bin" if cfg.kind == "text" else f"{split}.jsonl"
 
 
 def append(folder, split, sizes, data, limit, cfg):
-    """Append bytes to the last shard of a split, opening a new one whenever `limit` bytes are full; updates `sizes`."""
+    """Append bytes to the last shard of a split, or to new ones whenever `limit` bytes are full; notes `sizes`."""
     at = 0
     while at < len(data):
         if not sizes or sizes[-1] == limit:
@@ -795,7 +809,8 @@ def checked(cfg):
         raise SystemExit(f"--encoding={cfg.encoding} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
     plain = {field.name: field.default for field in fields(cfg)}
     preset = PRESETS.get(name, {})
-    return replace(cfg, **{key: preset[key] for key in preset.keys() & plain.keys() if getattr(cfg, key) == plain[key]})
+    unset = {key for key in preset.keys() & plain.keys() if getattr(cfg, key) == plain[key]}
+    return replace(cfg, **{key: preset[key] for key in unset})
 
 
 def output_folder(cfg):
@@ -870,7 +885,7 @@ def report(out, meta, cfg):
 
 
 def build(cfg, out, partial, recipe):
-    """Everything between the checks and the final rename; returns meta.json's content, None if all was there already."""
+    """From the sources to the final rename. Returns what meta.json holds, or None if all was there already."""
     progress = partial / "progress.json"
     sources = find_sources(cfg)
     if inside := [source.path for source in sources if out.resolve() in source.path.resolve().parents]:
@@ -886,7 +901,7 @@ def build(cfg, out, partial, recipe):
     else:
         for path in partial.iterdir():
             path.unlink()
-        state = {"next": [0, 0], "plan": plan_split(sources, cfg), "dropped": {"bad": unreadable} if unreadable else {}}
+        state = {"next": [0, 0], "plan": plan_split(sources, cfg), "dropped": Counter(bad=unreadable)}
         for split in ("train", "val"):
             state[split] = {"documents": 0, "bytes": 0, "tokens": 0, "sizes": []}
         if cfg.kind == "text":
@@ -901,7 +916,7 @@ def build(cfg, out, partial, recipe):
     simple = cfg.vocab_size == 0 and not cfg.tokenizer
     need_space(partial, size * width if simple else size * width // 4, "dataset")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes are encoded faster than sent to a process
+    workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes: encoded sooner than sent elsewhere
 
     noted = time.monotonic()
     stream = batches(parts(sources, cfg, state["plan"], state["next"]))
@@ -928,7 +943,7 @@ def build(cfg, out, partial, recipe):
         shards = []
         for number, length in enumerate(total.pop("sizes")):
             path = partial / file_name(split, number, cfg)
-            with open(path, "r+b") as file:   # on the disk before the rename: a power cut cannot leave a hollow dataset
+            with open(path, "r+b") as file:   # on the disk before the rename, lest a power cut leave it hollow
                 os.fsync(file.fileno())
             assert path.stat().st_size == length, f"{path}: {path.stat().st_size} bytes on disk, {length} written"
             shards.append({"file": path.name, "tokens": length // width, "size": length, "sha256": file_hash(path)})
@@ -937,7 +952,7 @@ def build(cfg, out, partial, recipe):
     if tokenizer:
         meta |= {"dtype": np.dtype(id_type(tokenizer)).name, "vocab_size": tokenizer.vocab_size,
                  "tokenizer_hash": tokenizer.hash, "eos_id": tokenizer.eos_id}
-    meta |= {"splits": splits, "source": found, "recipe": recipe, "dropped": state["dropped"]}
+    meta |= {"splits": splits, "source": found, "recipe": recipe, "dropped": +Counter(state["dropped"])}
     save_json(partial / "meta.json", meta)
     progress.unlink()
     publish(partial, out)
@@ -951,7 +966,7 @@ def main(cfg):
     partial = out.with_name(out.name + ".partial")
     recipe = {key: value for key, value in asdict(cfg).items() if key not in ("out", "workers", "tries")}
     recipe["sources"] = list(cfg.sources)
-    recipe["tokenizer"] = Tokenizer.load(cfg.tokenizer).hash if cfg.tokenizer else None
+    recipe["tokenizer"] = load_tokenizer(cfg).hash if cfg.tokenizer else None
     recipe["python"] = platform.python_version() if cfg.sources[0] == "stdlib" else None
     fixed = cfg.sources[0] in PRESETS and cfg.input is None
     if fixed and (meta := ready(out, recipe)):   # no need to find the source again
@@ -966,13 +981,14 @@ def main(cfg):
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; the same command goes on from {partial}") from None
     except BrokenProcessPool:
-        raise SystemExit(f"a worker process died (out of memory?); the same command with --workers=1 goes on from {partial}")
+        raise SystemExit(f"--workers={cfg.workers}: one died (out of memory?); the same command with --workers=1 "
+                         f"goes on from {partial}") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SystemExit(f"--out={out}: no space left on this disk; free some, and the same command goes on from "
                              f"{partial}; or choose another --out") from None
-        raise SystemExit(f"--out={out} or its source: {error.strerror or error}: {error.filename or ''}; choose another "
-                         f"folder with --out=FOLDER") from None
+        raise SystemExit(f"--out={out} or its source: {error.strerror or error}: {error.filename or ''}; choose "
+                         f"another folder with --out=FOLDER") from None
     if meta is None:
         partial.rmdir()
         meta = load_json(out / "meta.json")

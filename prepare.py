@@ -45,7 +45,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bpe import SPECIALS, Tokenizer
+from bpe import PATTERNS, SPECIALS, Tokenizer
 
 
 @dataclass
@@ -654,26 +654,33 @@ def batches(stream):
 # ---- 5. encode -----------------------------------------------------------------------------------------
 
 TOKENIZER = None     # one per process; None when chat or preference data is written
-BYTE_IDS = False     # the ids are the bytes themselves
+ENCODE = None        # its fastest function from text to ids
 
 
 def start_worker(folder):
-    """Load the tokenizer; leave when the parent process is killed (its pipe alone would not tell)."""
-    global TOKENIZER, BYTE_IDS
-    TOKENIZER = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-    every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that can occur below U+0800
-    BYTE_IDS = bool(TOKENIZER) and TOKENIZER.vocab_size == 256 + len(SPECIALS) and (
-        TOKENIZER.encode(every) == list(every.encode("utf-8")))
+    """Load the tokenizer and choose its encoder; leave when the parent is killed (the pipe alone would not tell)."""
+    global TOKENIZER, ENCODE
+    if (folder / "tokenizer.json").exists():
+        TOKENIZER = Tokenizer.load(folder)
+        ENCODE = choose_encoder(TOKENIZER)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_part(text):
-    if BYTE_IDS:
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
-    if re.search(r"(?<!\s)\s{100000}", text):   # tiktoken's regex engine runs out of stack on such a run of blanks
-        return np.array(TOKENIZER.encode(text), np.uint32)
-    return np.array(TOKENIZER.fast.encode_ordinary(text), np.uint32)
+def choose_encoder(tokenizer):
+    """Text -> array of ids: the bytes themselves without merges, else tiktoken, else bpe.py's own readable encoder."""
+    every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that can occur below U+0800
+    if tokenizer.vocab_size == 256 + len(SPECIALS) and tokenizer.encode(every) == list(every.encode("utf-8")):
+        return lambda text: np.frombuffer(text.encode("utf-8"), np.uint8)
+    try:
+        fast = tokenizer.fast.encode_ordinary
+    except ValueError:   # GPT-2's ids, for one, are not in the order that tiktoken wants
+        fast = tokenizer.encode
+
+    def encode(text):
+        blank = re.search(r"(?<!\s)\s{100000}", text)   # tiktoken's regex engine panics on such a run of blanks
+        return np.array((tokenizer.encode if blank else fast)(text), np.uint32)
+    return encode
 
 
 def encode_batch(batch):
@@ -688,7 +695,7 @@ def encode_batch(batch):
             continue
         arrays = []
         for text, last in mine:
-            arrays.append(encode_part(text))
+            arrays.append(ENCODE(text))
             if last:
                 arrays.append(np.array([TOKENIZER.eos_id], np.uint32))
         ids = np.concatenate(arrays)
@@ -738,10 +745,7 @@ def make_tokenizer(cfg, stream):
         try:
             tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern)
         except ValueError as error:
-            raise SystemExit(f"--vocab_size={cfg.vocab_size} --pattern={cfg.pattern}: {error}") from None
-        if tokenizer.vocab_size < cfg.vocab_size:
-            raise SystemExit(f"--vocab_size={cfg.vocab_size}: the train split is too small for that, it gives "
-                             f"{tokenizer.vocab_size} tokens; try --vocab_size={tokenizer.vocab_size} or less")
+            raise SystemExit(str(error)) from None   # it names the flag and what the text allows
     if tokenizer.eos_id is None:
         raise SystemExit(f"--tokenizer={cfg.tokenizer} has no end-of-text token to put between documents")
     return tokenizer
@@ -793,8 +797,9 @@ def checked(cfg):
         (cfg.vocab_size and cfg.tokenizer, f"--vocab_size={cfg.vocab_size} and --tokenizer={cfg.tokenizer}: give one"),
         (cfg.vocab_size and cfg.vocab_size < least,
          f"--vocab_size={cfg.vocab_size}: 0 is one token per byte, a BPE begins at {least}; try --vocab_size=4096"),
-        (cfg.tokenizer and not Path(cfg.tokenizer, "tokenizer.json").is_file(),
-         f"--tokenizer={cfg.tokenizer}: no tokenizer.json there; a prepared data/NAME folder has one"),
+        (cfg.tokenizer and not Path(cfg.tokenizer).exists(),
+         f"--tokenizer={cfg.tokenizer}: no such folder; a prepared data/NAME holds a tokenizer"),
+        (cfg.pattern not in PATTERNS, f"--pattern={cfg.pattern}: choose one of {', '.join(PATTERNS)}"),
         (not 0 <= cfg.val_fraction <= 0.5, f"--val_fraction={cfg.val_fraction}: 0 (none) to 0.5, try 0.1"),
         (cfg.shard_tokens < 1, f"--shard_tokens={cfg.shard_tokens}: at least 1, try 100000000"),
         (cfg.files is not None and cfg.files < 1, f"--files={cfg.files}: at least 1"),

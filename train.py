@@ -50,11 +50,11 @@ class Config:
     n_kv_head: int = 0              # key/value heads; 0: as many as query heads
     head_dim: int = 64              # channels per head
     n_hidden: int = 344             # width of the MLP
-    block_size: int = 256           # context length T
+    block_size: int = 128           # context length T
     rope_theta: float = 1000.0      # base of the rotary frequencies
     tie_embeddings: bool = False    # share the embedding with the output head
     # batch and length
-    batch_size: int = 8             # sequences per optimizer step, summed over all processes
+    batch_size: int = 16            # sequences per optimizer step, summed over all processes
     micro_batch: int = 0            # sequences per forward pass and process; 0: its whole share at once
     max_steps: int = 1000           # optimizer steps
     # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms

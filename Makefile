@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo quick test bench help clean
+demo: .venv/ready                ## set up, then text -> tokenizer -> trained GPT -> samples, in a few minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/laptop.sh
+
+quick: .venv/ready               ## the same path in half a minute, with a smaller training
+	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=100 bash runs/laptop.sh
+
+test: .venv/ready-dev            ## run every test; needs no network once set up
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+
+bench: .venv/ready               ## measure against nanoGPT: make bench NANOGPT=path/to/its/checkout
+	$(BIN)/python bench/train.py --nanogpt=$(NANOGPT)
+
+help:                            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+
+clean:                           ## remove runs and the environment; datasets stay
+	rm -rf .venv out
+
+# torch first and alone: pip then finds it satisfied and fetches nothing larger
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12'"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@

@@ -660,9 +660,8 @@ ENCODE = None        # its fastest function from text to ids
 def start_worker(folder):
     """Load the tokenizer and choose its encoder; leave when the parent is killed (the pipe alone would not tell)."""
     global TOKENIZER, ENCODE
-    if (folder / "tokenizer.json").exists():
-        TOKENIZER = Tokenizer.load(folder)
-        ENCODE = choose_encoder(TOKENIZER)
+    TOKENIZER = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

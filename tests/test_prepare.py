@@ -186,12 +186,15 @@ def test_a_long_run_of_blanks_never_reaches_tiktoken():
 
 
 @pytest.mark.skipif(not (DATA / "gpt2" / "vocab.bpe").is_file(), reason="no NANOPATH_DATA here")
-def test_gpt2s_own_tokenizer():
-    import tiktoken
-    merges = (DATA / "gpt2" / "vocab.bpe").read_text(encoding="utf-8")
-    run(jsonl("in.jsonl", ["Hello  world, it's 2026!"]), tokenizer=str(DATA / "gpt2"), val_fraction=0)
-    ids = np.fromfile("data/x/train_00000.bin", "<u2").tolist()
-    assert ids[0] == 15496 and ids[-1] == 50256 and len(merges) > 0 and tiktoken.__version__
+def test_gpt2s_own_tokenizer_whose_ids_are_not_in_merge_order():
+    merges = (DATA / "gpt2" / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    vocab = json.loads((DATA / "gpt2" / "encoder.json").read_text(encoding="utf-8"))
+    Path("gpt2").mkdir()
+    Path("gpt2/tokenizer.json").write_text(json.dumps({
+        "added_tokens": [{"id": 50256, "content": "<|endoftext|>"}], "pre_tokenizer": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}}), encoding="utf-8")
+    run(jsonl("in.jsonl", ["Hello world"]), tokenizer="gpt2", val_fraction=0)
+    assert np.fromfile("data/x/train_00000.bin", "<u2").tolist() == [15496, 995, 50256]   # "Hello", " world", end of text
 
 
 def test_a_large_vocabulary_takes_four_bytes(monkeypatch):

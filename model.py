@@ -391,6 +391,17 @@ def config_from_hf(hf, where="config.json"):
     return GPTConfig(**values, qk_norm=family == "qwen3")
 
 
+def pick_device(name="auto"):
+    """torch.device for a --device flag: auto is CUDA, then MPS, then CPU. Raises ValueError for what is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(str(name).split(":")[0], False):
+        raise ValueError(f"--device={name}: not available here. Use auto, or one of: "
+                         + ", ".join(kind for kind, there in available.items() if there))
+    return torch.device(name)
+
+
 def write_json(path, value):
     """Write JSON under a temporary name, then move it into place: a reader never sees half a file."""
     temporary = Path(f"{path}.tmp")
@@ -411,17 +422,18 @@ def save_model(folder, model, tokenizer):
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
                {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    temporary.chmod(0o644)                                         # safetensors makes files only their owner may read
     os.replace(temporary, folder / "model.safetensors")
 
 
 def load_model(path, device="auto", dtype=None):
     """Read a Hugging Face folder. Returns (model, tokenizer), the model on `device`, weights and activations in `dtype`.
 
-    device "auto" is CUDA, then MPS, then CPU; dtype None is float32. Tensor by tensor: peak memory is the model plus
+    dtype None is float32. Tensor by tensor: peak memory is the model plus
     one tensor. Raises ValueError naming the file and what is wrong with it; no partial model is ever returned.
     """
     from bpe import Tokenizer                                      # lazily: the model itself knows only ids
-    path = Path(path)
+    path, device = Path(path), pick_device(device)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no model (no config.json). Train one first: python train.py")
     for name in ("model.safetensors", "tokenizer.json"):
@@ -433,8 +445,6 @@ def load_model(path, device="auto", dtype=None):
         config = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")), path / "config.json")
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
     expected = dict(model.named_parameters())

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from bpe import Tokenizer
-from model import GPT, GPTConfig, save_model, write_json
+from model import GPT, GPTConfig, pick_device, save_model, write_json
 
 
 @dataclass
@@ -113,14 +113,13 @@ def setup(cfg):
     """Process group (under torchrun), device, matmul dtype, threads, seed. Returns (device, dtype, rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(kind, False):
-        raise SystemExit(f"--device={cfg.device}: not available here. Use --device=auto, or one of: "
-                         + ", ".join(name for name, there in available.items() if there))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    try:
+        device = pick_device(cfg.device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    kind = device.type
+    if kind == "cuda" and world > 1:
+        device = torch.device("cuda", local)
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -395,6 +394,14 @@ def write_manifest(out, cfg, tokenizer, folder):
         "processor": platform.processor() or platform.machine(), "commit": commit})
 
 
+def keep_earlier_run(out):
+    """A new run never overwrites an old one: out/name becomes out/name.1, or the first free number."""
+    if (out / "manifest.json").is_file():
+        number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
+        os.replace(out, f"{out}.{number}")
+        print(f"the earlier run in {out} is kept as {out}.{number}")
+
+
 def plot_losses(out):
     """loss.png from log.jsonl: training loss (smoothed) and validation loss over the steps."""
     import matplotlib                                              # slow to import, needed once
@@ -450,8 +457,10 @@ def main(cfg):
     device, dtype, rank, world = setup(cfg)
     train_tokens, val_tokens = check(cfg, folder, world)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
+            if not cfg.resume:
+                keep_earlier_run(out)
+            out.mkdir(parents=True, exist_ok=True)
             (out / "writable.tmp").touch()
             (out / "writable.tmp").unlink()
     except OSError as error:

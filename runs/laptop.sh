@@ -16,7 +16,14 @@ else
 fi
 
 say "2. Train a GPT on it"
-python train.py --dataset="$name" --max_steps="${STEPS:-1000}"
+steps=${STEPS:-1000}
+if ! grep -qs "\"max_steps\": $steps," "out/$name/manifest.json"; then
+    python train.py --dataset="$name" --max_steps="$steps"
+elif [ -d "out/$name/state/step-$(printf %07d "$steps")" ]; then
+    echo "out/$name is trained already; to train again: python train.py --dataset=$name"
+else
+    python train.py --out="out/$name" --resume      # an earlier run was interrupted: go on where it stopped
+fi
 
 say "3. Let it write"
 python sample.py --model="out/$name" --prompt="$prompt" --max_new_tokens=200

@@ -1,0 +1,213 @@
+"""train.py: it learns, it resumes bit for bit, two processes equal one, nothing is lost or half written."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT, SMALL, run
+from model import load_model
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def start(tiny, out, *flags, **kwargs):
+    return run(ROOT / "train.py", f"--dataset={tiny}", f"--out={out}", *SMALL, *flags, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    """An uninterrupted run of 30 steps."""
+    out = tmp_path_factory.mktemp("run") / "reference"
+    start(tiny, out, "--max_steps=30", "--eval_every=10", "--save_every=10", "--grad_clip=1.0", "--weight_decay=0.01")
+    return out
+
+
+def test_it_overfits_a_few_kilobytes_and_the_best_model_is_what_it_says(tiny, tmp_path):
+    out = tmp_path / "run"
+    start(tiny, out, "--max_steps=300", "--eval_every=100")
+    values = losses(out)
+    assert len(values) == 300 and values[1] > 5 and np.mean([values[s] for s in range(290, 301)]) < 0.9
+    best = min(json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+               if "val_loss" in line)
+    model, _ = load_model(out, device="cpu")
+    val = train.Tokens(tiny, "val", 32)
+    ids = torch.from_numpy(val.read(0, len(val)))
+    slow = sum(model(ids[i:i + 33][None, :-1], ids[i:i + 33][None, 1:], reduction="sum").item()
+               for i in range(0, len(ids) - 1, 32)) / (len(ids) - 1)
+    assert abs(slow - best) < 1e-5
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(out.rglob("*.tmp*")) and not (out / "state/unfinished").exists()
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny, reference, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", f"--dataset={tiny}", f"--out={out}", *SMALL, "--max_steps=30",
+               "--eval_every=10", "--save_every=4", "--grad_clip=1.0", "--weight_decay=0.01"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL)
+    goal = random.randrange(5, 25)
+    while process.poll() is None:
+        if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text(encoding="utf-8").splitlines()) >= goal:
+            process.kill()
+        time.sleep(0.002)
+    process.wait()
+    run(ROOT / "train.py", f"--out={out}", "--resume")
+    assert losses(out) == losses(reference)                        # floats, compared exactly
+    ours, theirs = load_model(out, device="cpu")[0], load_model(reference, device="cpu")[0]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_before_leaving(tiny, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", f"--dataset={tiny}", f"--out={out}", *SMALL, "--max_steps=100000",
+               "--eval_every=0", "--save_every=0"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "log.jsonl").exists() or len(losses(out)) < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "everything is saved" in text
+    step = max(losses(out))
+    assert (out / f"state/step-{step:07d}/state.json").is_file() and load_model(out, device="cpu")
+    run(ROOT / "train.py", f"--out={out}", "--resume", f"--max_steps={step + 3}")
+    assert max(losses(out)) == step + 3
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny, reference, tmp_path):
+    import shutil
+    out = tmp_path / "copy"
+    shutil.copytree(reference, out)
+    newest = sorted((out / "state").glob("step-*"))[-1] / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1                                      # one flipped bit
+    newest.write_bytes(data)
+    text = run(ROOT / "train.py", f"--out={out}", "--resume").stdout
+    assert "is damaged" in text and "resuming at step 20" in text
+    assert losses(out) == losses(reference)
+
+
+@pytest.mark.parametrize("flags", [["--micro_batch=1"], ["--micro_batch=2"]])
+def test_gradient_accumulation_changes_nothing(tiny, reference, tmp_path, flags):
+    out = tmp_path / "run"
+    start(tiny, out, "--max_steps=30", "--eval_every=10", "--grad_clip=1.0", "--weight_decay=0.01", *flags)
+    for step, loss in losses(reference).items():
+        assert abs(losses(out)[step] - loss) < 1e-3
+
+
+def test_two_processes_equal_one(tiny, reference, tmp_path):
+    out = tmp_path / "run"
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", f"--dataset={tiny}",
+        f"--out={out}", *SMALL, "--max_steps=30", "--eval_every=10", "--save_every=10", "--grad_clip=1.0",
+        "--weight_decay=0.01")
+    one, two = losses(reference), losses(out)
+    assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-3
+    assert max(abs(one[s] - two[s]) for s in range(1, 6)) < 1e-5
+    vals = [[json.loads(line)["val_loss"] for line in (run_ / "log.jsonl").read_text(encoding="utf-8").splitlines()
+             if "val_loss" in line] for run_ in (reference, out)]
+    assert np.allclose(*vals, atol=1e-3)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", f"--out={out}", "--resume",
+        "--max_steps=33")
+    assert max(losses(out)) == 33
+
+
+def test_muon_is_the_published_recipe():
+    """Against the formula written out matrix by matrix, in double precision, tall and wide."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (20, 8), (8, 20), (8, 20)]
+    params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
+    expected, momenta = [p.detach().clone() for p in params], [torch.zeros(s, dtype=torch.float64) for s in shapes]
+    muon = train.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float64)
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            momenta[i] = 0.9 * momenta[i] + 0.1 * p.grad
+            X = 0.9 * momenta[i] + 0.1 * p.grad
+            X = X / (X.norm() + 1e-7)
+            for _ in range(5):
+                A = X @ X.T
+                X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            rows, cols = X.shape
+            expected[i] = expected[i] * (1 - 0.1 * 0.2) - 0.1 * max(1, rows / cols) ** 0.5 * X
+        muon.step()
+    for p, e in zip(params, expected):
+        assert (p - e).abs().max() < 1e-10
+        singular = torch.linalg.svdvals(train.newton_schulz(torch.randn(1, 8, 20)))
+        assert 0.5 < singular.min() and singular.max() < 1.3
+
+
+def test_every_window_comes_once_an_epoch(tiny):
+    tokens = train.Tokens(tiny, "train", 16, seed=5)
+    whole = tokens.read(0, len(tokens))
+    seen = [tuple(tokens.batch(i, 1)[0][0].tolist()) for i in range(tokens.windows)]
+    offset = tokens.offset
+    assert sorted(seen) == sorted(tuple(whole[offset + i * 16:offset + i * 16 + 16].tolist()) for i in range(tokens.windows))
+    x, y = tokens.batch(3, 4)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert seen != [tuple(tokens.batch(tokens.windows + i, 1)[0][0].tolist()) for i in range(tokens.windows)]
+    assert torch.equal(train.Tokens(tiny, "train", 16, seed=5).batch(3, 4)[0], x)
+
+
+def test_shards_read_like_one_array(tiny, tmp_path):
+    meta = json.loads((tiny / "meta.json").read_text(encoding="utf-8"))
+    whole = np.fromfile(tiny / "train_00000.bin", dtype=meta["dtype"])
+    cuts = [0, 7, 100, 101, len(whole)]
+    shards = []
+    for i, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        whole[a:b].tofile(tmp_path / f"train_{i:05d}.bin")
+        shards.append({"file": f"train_{i:05d}.bin", "tokens": b - a})
+    meta["splits"]["train"]["shards"] = shards
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    tokens = train.Tokens(tmp_path, "train", 16)
+    for start_ in (0, 5, 6, 7, 95, 99, 100, 101, 500):
+        assert tokens.read(start_, 40).tolist() == whole[start_:start_ + 40].tolist()
+
+
+def test_schedule():
+    cfg = train.Config(max_steps=100, warmup_steps=10, cooldown=0.5)
+    values = [train.lr_at(step, cfg) for step in range(100)]
+    assert values[0] == 0.1 and values[9:51] == [1.0] * 42 and abs(values[75] - 0.5) < 1e-9 and values[99] == 0.02
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--dataset=nowhere"], "--dataset=nowhere"), (["--preset=nowhere"], "--preset=nowhere"),
+    (["--batch_size=0"], "--batch_size=0"), (["--batch_size=6", "--micro_batch=4"], "--batch_size=6"),
+    (["--block_size=100000"], "--block_size=100000"), (["--n_kv_head=3"], "n_kv_head=3"), (["--bogus=1"], "--bogus"),
+    (["--device=tpu"], "--device=tpu"), (["--dtype=int3"], "--dtype=int3"), (["--out=/dev/null/x"], "--out=/dev/null/x"),
+    (["--cooldown=2"], "--cooldown=2"), (["--resume", "--out=nowhere"], "--resume")])
+def test_bad_input_is_one_clear_line(tiny, tmp_path, flags, message):
+    done = run(ROOT / "train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, *flags, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_foreign_tokenizer_and_a_cut_shard_are_refused(tiny, tmp_path):
+    import shutil
+    from bpe import Tokenizer
+    for damage, message in ((lambda d: Tokenizer.train(["abab"], 266).save(d), "tokenizer.json is not the one"),
+                            (lambda d: os.truncate(d / "val_00000.bin", 10), "cut short")):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tiny, tmp_path / "copy")
+        damage(tmp_path / "copy")
+        done = run(ROOT / "train.py", f"--dataset={tmp_path / 'copy'}", f"--out={tmp_path / 'run'}", check=False)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_second_run_keeps_the_first(tiny, tmp_path):
+    for _ in range(2):
+        text = start(tiny, tmp_path / "run", "--max_steps=2").stdout
+    assert "is kept as" in text and load_model(tmp_path / "run.1", device="cpu") and load_model(tmp_path / "run", device="cpu")

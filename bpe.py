@@ -1,22 +1,32 @@
 """
 Text to token ids and back: byte-level byte pair encoding, the tokenizer of GPT-2, GPT-4, Llama 3 and Qwen.
 
-A text is cut into words by a regular expression; a word starts as its UTF-8 bytes, ids 0 to 255; then the pairs of
-neighbours that training found most frequent are merged, in the order in which they were learnt. Nothing is ever out of
+A text is cut into words by a regular expression. A word starts as its UTF-8 bytes, ids 0 to 255; then the pairs of
+neighbours that training found most frequent are joined, in the order in which they were learnt. Nothing is ever out of
 vocabulary, and with no merges at all the tokenizer is simply the character model.
 
 Run     python bpe.py data/downloads/tinyshakespeare.txt --vocab_size=2048 --out=out/tokenizer --verbose
-        python bpe.py my_texts/*.txt --report                    # bytes per token at several sizes, on held-out text
-Next    python prepare.py shakespeare --vocab_size=2048
-Papers  BPE for words (arXiv:1508.07909), byte-level BPE (GPT-2, Radford 2019)
+        python bpe.py FOLDER FILE... --vocab_size=32768 --report     # how good is which vocabulary size, on held-out text
+You see each merge as it is learnt ('t' + 'h' first, whole names at the end), then one sentence cut into its tokens
+Writes  OUT/tokenizer.json and tokenizer_config.json, which transformers, vLLM and every other tool can open
+Next    python prepare.py FILE... --tokenizer=out/tokenizer
+Papers  BPE for words (arXiv:1508.07909), byte-level BPE (GPT-2, Radford 2019), fill in the middle (arXiv:2207.14255)
 """
+import codecs
 import hashlib
 import heapq
+import io
 import json
+import multiprocessing
 import os
-from collections import Counter
+import sys
+import time
+import unicodedata
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +36,21 @@ import tyro
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>",
             "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|file_sep|>")
 
-# How the text is cut before any merge: no token ever crosses these borders.
+# How a text is cut into words before any merge: no token ever crosses these borders. In turn: 's and 'll, letters with
+# the blank before them, digits, punctuation, line ends, and blanks, of which the last is left to the next word.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+             r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+             r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+LONG_BLANK = regex.compile(r"(?<!\s)\s{100000}")                   # tiktoken's regex engine overflows on a few times that
 
 # tokenizer.json spells bytes as printable characters: a visible Latin-1 byte as itself, the others from U+0100 upward.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -54,6 +70,10 @@ def spell(token):
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
+def unspell(text):
+    return bytes(CHAR_TO_BYTE[c] for c in text)
+
+
 def to_bytes(text):
     """UTF-8, with one clear error for a lone surrogate (half of a UTF-16 pair: not a character)."""
     try:
@@ -64,207 +84,355 @@ def to_bytes(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training, first half: the distinct words and how often each occurs. All that BPE needs to know about a corpus.
 
-def count_words(texts, pattern):
-    """Counter of the distinct words of an iterable of strings, in first-seen order. Memory: the distinct words."""
-    find, words = regex.compile(pattern).finditer, Counter()
-    for text in texts:
-        words.update(match.group() for match in find(text))
-    return Counter({to_bytes(word): count for word, count in words.items()})
+CHUNK = 1 << 20                                                    # bytes looked at together: they fit into the cache
+TASK = 16 << 20                                                    # bytes that a process counts before it reports
 
 
-def learn_merges(words, count, on_merge=None):
-    """The `count` most frequent merges of a word Counter, as pairs of token ids; the k-th creates id 256 + k.
+def safe_cuts(pattern):
+    """Boolean table over (byte x) * 256 + (byte y): may a text be cut between x and y without changing its words?
 
-    Ties go to the smallest pair, bytes in BYTE_ORDER, as in Hugging Face's trainer: equal merges on equal text.
-
-    The insight that makes this fast: a pair (a, b) can only gain occurrences in the step that creates a or b, later it
-    only loses them, to merges that take one of its tokens. So all places of a pair are known at its birth, and its
-    count then is an upper bound for ever. Nothing is kept up to date: the heap's top is re-counted when it is popped;
-    if places have died it goes back with its true count, otherwise it is the true maximum.
+    The regular expression is the slow part of counting, and most text repeats: so it is cut cheaply first, at places
+    where every pattern above ends a word, equal pieces are counted, and the expression sees each piece only once.
     """
-    order = np.argsort(np.array(BYTE_ORDER))                       # byte -> its place among ties
-    pieces = [np.frombuffer(word, dtype=np.uint8) for word in words]
-    if not pieces:
-        return []
-    lengths = np.array([len(piece) + 1 for piece in pieces])
-    tok = np.full(lengths.sum(), -1, dtype=np.int64)               # all words in a row, each closed by -1
-    ends = np.cumsum(lengths)
-    inside = np.ones(len(tok), dtype=bool)
-    inside[ends - 1] = False
-    tok[inside] = np.concatenate(pieces)
-    weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
-    nxt, prv = np.arange(1, len(tok) + 1), np.arange(-1, len(tok) - 1)
-    where, heap, merges = {}, [], []
+    if pattern not in PATTERNS.values():
+        return np.zeros(65536, dtype=bool)                         # an unknown pattern: no cut is known to be safe
+    ascii_, visible = np.arange(256) < 128, np.zeros(256, dtype=bool)
+    letter, digit, newline = visible.copy(), visible.copy(), visible.copy()
+    visible[33:127] = True
+    letter[[*range(65, 91), *range(97, 123)]] = True
+    digit[48:58] = True
+    newline[10] = pattern != PATTERNS["gpt2"]                      # GPT-2 reads " \n" otherwise at the end of a text
+    is_char = np.eye(256, dtype=bool)
+    table = (letter[:, None] & (ascii_ & ~letter & ~is_char[ord("'")])      # o200k keeps "don't" whole
+             | digit[:, None] & (ascii_ & ~digit)
+             | visible[:, None] & is_char[ord(" ")]
+             | newline[:, None] & (visible & ~is_char[ord("/")]))           # o200k keeps "*\n/" whole
+    return table.ravel()
 
-    def born(places):
-        """Index the pairs that start at these places: their places and their weight, once and for all."""
-        if len(places) == 0:
+
+def cuts_in(data, safe):
+    """Positions where `data` may be cut."""
+    codes = np.frombuffer(data, dtype=np.uint8)
+    return np.flatnonzero(safe[codes[:-1].astype(np.uint16) << 8 | codes[1:]]) + 1
+
+
+def read_chunks(source, safe, size=CHUNK):
+    """Yield a file (a Path) or a text (a str) as pieces of about `size` bytes of UTF-8, cut where it is safe."""
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(to_bytes(source)) as file:
+        parts, position, block = [], 0, file.read(size)
+        while block:
+            following = file.read(size)
+            cuts = cuts_in(block[-65536:], safe)
+            if following and not len(cuts):                        # one long word: it has to be read as a whole
+                parts.append(block)
+            else:
+                at = len(block) - min(len(block), 65536) + int(cuts[-1]) if following else len(block)
+                chunk = b"".join([*parts, block[:at]])
+                try:
+                    chunk.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{source}: byte {position + error.start} is not UTF-8. Convert the file: iconv "
+                                     "-f LATIN1 -t UTF-8 (or -f UTF-16), or let prepare.py read it") from None
+                yield chunk
+                position += len(chunk)
+                parts = [block[at:]]
+            block = following
+
+
+def tasks(sources, safe):
+    """Chunks of all sources, joined by the byte 255, which UTF-8 never uses, to about TASK bytes."""
+    chunks, size = [], 0
+    for source in sources:
+        for chunk in read_chunks(source, safe):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size >= TASK:
+                yield b"\xff".join(chunks)
+                chunks, size = [], 0
+    if chunks:
+        yield b"\xff".join(chunks)
+
+
+def count_task(data, pattern):
+    """Counter of the words of one task."""
+    safe, pieces, at = safe_cuts(pattern), Counter(), 0
+    while at < len(data):
+        end = data.find(b"\xff", at + CHUNK) % (len(data) + 1)     # not found, -1: the end
+        chunk = data[at:end]
+        pieces.update(np.insert(np.frombuffer(chunk, np.uint8), cuts_in(chunk, safe), 255).tobytes().split(b"\xff"))
+        at = end + 1
+    words, find = Counter(), regex.compile(pattern).findall
+    for piece, count in pieces.items():
+        for word in find(piece.decode("utf-8")):
+            words[word] += count
+    return words
+
+
+def count_words(sources, pattern, workers=1, progress=False):
+    """Counter of the distinct words, as bytes, of an iterable of Paths and strings. Memory: the distinct words and a
+    few TASKs. Each string and each file is a text of its own; the result is the same for any number of workers."""
+    stream = tasks(sources, safe_cuts(pattern))
+
+    def results():
+        first = list(islice(stream, 2))
+        todo = chain(first, stream)
+        if workers == 1 or len(first) < 2:                         # not worth starting processes
+            yield from ((len(data), count_task(data, pattern)) for data in todo)
             return
-        keys = tok[places] << 32 | tok[nxt[places]]
-        by_key = np.argsort(keys, kind="stable")
-        keys, places = keys[by_key], places[by_key]
-        edges = np.flatnonzero(np.diff(keys, prepend=-1))
-        sums = np.add.reduceat(weight[places], edges)
-        for key, group, total in zip(keys[edges].tolist(), np.split(places, edges[1:]), sums.tolist()):
-            a, b = key >> 32, key & 0xFFFFFFFF
-            tie = (order[a] if a < 256 else a, order[b] if b < 256 else b)
-            where[key] = group
-            heapq.heappush(heap, (-total, tie, key))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            waiting = deque()
+            for data in todo:
+                waiting.append((len(data), pool.submit(count_task, data, pattern)))
+                if len(waiting) > workers:                         # read no further ahead: memory stays bounded
+                    size, future = waiting.popleft()
+                    yield size, future.result()
+            for size, future in waiting:
+                yield size, future.result()
 
-    starts = np.flatnonzero(tok >= 0)
-    born(starts[tok[nxt[starts]] >= 0])
-    while len(merges) < count and heap:
-        bound, tie, key = heapq.heappop(heap)
-        a, b = key >> 32, key & 0xFFFFFFFF
-        places = where.pop(key)
-        live = places[(tok[places] == a) & (tok[nxt[places]] == b)]
-        total = int(weight[live].sum())
-        if total < -bound:                                         # some were taken by other merges: try again later
-            if total > 0:
-                where[key] = live
-                heapq.heappush(heap, (-total, tie, key))
-            continue
-        if a == b:                                                 # "aaaa" is two pairs: keep every second of a run
-            follows = np.zeros(len(live), dtype=bool)
-            follows[1:] = nxt[live[:-1]] == live[1:]
-            index = np.arange(len(live))
-            run_start = np.maximum.accumulate(np.where(follows, 0, index))
-            live = live[(index - run_start) % 2 == 0]
-        new = 256 + len(merges)
-        merges.append((a, b))
-        if on_merge:
-            on_merge(a, b, new, total)
-        right = nxt[live]
-        after = nxt[right]
-        tok[live], tok[right] = new, -2
-        nxt[live], prv[after] = after, live
-        before = prv[live]
-        left_pairs = before[(before >= 0) & (tok[before] >= 0) & (tok[before] != new)]
-        right_pairs = live[tok[after] >= 0]                        # includes (new, new)
-        born(np.concatenate([left_pairs, right_pairs]))
-    return merges
+    words, done = Counter(), 0
+    for size, found in results():
+        words.update(found)
+        done += size
+        if progress:
+            print(f"counted {done / 1e6:,.0f} MB: {len(words):,} distinct words", file=sys.stderr, flush=True)
+    return Counter({word.encode("utf-8"): count for word, count in words.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Training, second half: the merges
+
+def learn_merges(words, min_count=1):
+    """Yield the most frequent pair (left, right, count), join it in all words, and again: while a pair occurs min_count
+    times. Ties go to the smallest pair of ids, bytes in BYTE_ORDER: exactly the merges of Hugging Face's trainer.
+
+    The insight that makes this fast: a pair (a, b) can only gain occurrences in the step that creates a or b; later it
+    only loses them, to merges that take one of its tokens. So all places of a pair are known at its birth, and its
+    count then is an upper bound for ever. Nothing is kept up to date: when a pair comes to the top of the heap it is
+    counted again; if places have died it goes back with its true count, otherwise it is the true maximum.
+    """
+    words = {word: count for word, count in words.items() if word}
+    if not words:
+        return
+    # All words in one row: tok holds a token where it starts, -1 where a word ends, -2 inside a token. A byte's number
+    # here is its place in BYTE_ORDER, so that comparing numbers breaks ties. int32 halves the memory.
+    order = np.argsort(np.array(BYTE_ORDER)).astype(np.int32)
+    lengths = np.array([len(word) + 1 for word in words])
+    row = np.frombuffer(b"\xff".join(words) + b"\xff", dtype=np.uint8)      # 255 is in no UTF-8 text
+    tok = np.where(row == 255, -1, order[row]).astype(np.int32)
+    weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
+    nxt = np.arange(1, len(tok) + 1, dtype=np.int32)               # where the next token starts, and the one before;
+    prv = np.arange(-1, len(tok) - 1, dtype=np.int32)              # prv[0] = -1 is the last place, which holds a -1
+    tokens = [bytes([b]) for b in BYTE_ORDER]
+    where, heap = {}, []                                           # pair -> its places; (-count, pair)
+
+    def born(places):
+        """Index all pairs that start at these places: their places and their count, once and for all."""
+        keys = tok[places].astype(np.int64) << 32 | tok[nxt[places]]        # one number for both tokens
+        by_key = np.argsort(keys, kind="stable")                   # stable: the places of a pair stay in order
+        keys, places = keys[by_key], places[by_key]
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        counts = np.add.reduceat(weight[places], starts)
+        ends = np.append(starts[1:], len(keys))
+        often = counts >= min_count
+        for key, start, end, count in zip(*(x[often].tolist() for x in (keys[starts], starts, ends, counts))):
+            where[key] = places[start:end]
+            heapq.heappush(heap, (-count, key))
+
+    starts = np.flatnonzero(tok >= 0).astype(np.int32)
+    starts = starts[tok[nxt[starts]] >= 0]
+    if len(starts):
+        born(starts)
+    while heap:
+        bound, key = heapq.heappop(heap)
+        a, b = key >> 32, key & 0xFFFFFFFF
+        places = where.pop(key)
+        live = places[(tok[places] == a) & (tok[nxt[places]] == b)]
+        count = int(weight[live].sum()) if len(live) < len(places) else -bound
+        if count < -bound:                                         # some were taken by other merges: try again later
+            if count >= min_count:
+                where[key] = live
+                heapq.heappush(heap, (-count, key))
+            continue
+        yield tokens[a], tokens[b], count
+        if a == b:                                                 # "aaaa" holds three pairs: join the 1st and the 3rd
+            index = np.arange(len(live))
+            follows = np.append(False, nxt[live[:-1]] == live[1:])
+            run_start = np.maximum.accumulate(np.where(follows, 0, index))
+            live = live[(index - run_start) % 2 == 0]
+        new = len(tokens)
+        tokens.append(tokens[a] + tokens[b])
+        right = nxt[live]
+        after = nxt[right]
+        tok[live] = new
+        tok[right] = -2
+        nxt[live] = after
+        prv[after] = live
+        before = prv[live]
+        before = before[(tok[before] >= 0) & (tok[before] != new)]
+        places = np.concatenate([before, live[tok[after] >= 0]])   # each new pair once, (new, new) included
+        if len(places):
+            born(places)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Using it
 
 class Tokenizer:
-    """tokens: bytes -> id, in merge order (a token's place in it is its rank); specials: text -> id."""
+    """tokens: bytes -> id: the 256 bytes, then the merges in order (the place in it is the rank of a token), then, with
+    ignore_merges, words that are a token without any merge. specials: text -> id. merges: pairs of bytes.
 
-    def __init__(self, tokens, specials, pattern, merges=None):
-        self.tokens, self.specials, self.pattern = dict(tokens), dict(specials), pattern
-        self.merges = merges or []                                 # pairs of bytes, for tokenizer.json
-        self.rank = {token: rank for rank, token in enumerate(self.tokens)}
+    Attributes: vocab_size (largest id + 1), eos_id (end of a document), pad_id, im_end_id (None if there is none),
+    hash (sha256 of all that decides ids)."""
+
+    def __init__(self, tokens, specials, pattern, merges=(), ignore_merges=False, nfc=False, eos=None, pad=None):
+        self.tokens, self.specials, self.pattern, self.merges = dict(tokens), dict(specials), pattern, list(merges)
+        self.ignore_merges, self.nfc = ignore_merges, nfc
+        for name in self.specials:
+            if not name or to_bytes(name) in self.tokens:
+                raise ValueError(f"special token {name!r}: it is empty or an ordinary token too; call it <|{name}|>")
+        self.split = regex.compile(pattern)
+        if self.split.groups or "".join(self.split.findall("Aé1 ?\n\t\0 你😀\u0301'")) != "Aé1 ?\n\t\0 你😀\u0301'":
+            raise ValueError(f"split pattern {pattern!r}: it must match all text, and have no capturing groups")
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: name.encode("utf-8") for name, i in self.specials.items()}
+        if len(self.bytes_of) < len(self.tokens) + len(self.specials):
+            raise ValueError("two tokens have the same id")
         self.vocab_size = max(self.bytes_of) + 1
-        self.split = regex.compile(pattern)
+        self.rank = {token: rank for rank, token in enumerate(self.tokens)}
+        ranked = 256 + len({a + b for a, b in self.merges})
+        self.ids = list(self.tokens.values())                      # rank -> id
+        self.ordered = self.ids[256:ranked] == sorted(self.ids[256:ranked])
+        self.extras = len(self.tokens) > ranked and ignore_merges
+        self.compiled_ranks = {t: i if self.ordered else self.rank[t] for t, i in islice(self.tokens.items(), ranked)}
+        self.eos_id = self.specials.get("<|endoftext|>", self.specials.get(eos))
+        self.pad_id = self.specials.get("<|pad|>", self.specials.get(pad))
+        self.pad_id = None if self.pad_id == self.eos_id else self.pad_id      # else no end would ever be learnt
+        self.im_end_id = self.specials.get("<|im_end|>")
         self.cache = {}
 
-    eos_id = property(lambda self: self.specials.get("<|endoftext|>"))
-    pad_id = property(lambda self: self.specials.get("<|pad|>"))
-    im_end_id = property(lambda self: self.specials.get("<|im_end|>"))
-
     @classmethod
-    def train(cls, paths_or_texts, vocab_size, pattern="gpt4", specials=SPECIALS, on_merge=None):
-        """Learn a tokenizer of `vocab_size` ids: 256 bytes, merges, specials, in this order. Path objects are read
-        line by line, strings are texts. pattern: a name of PATTERNS, or a regular expression."""
+    def train(cls, paths_or_texts, vocab_size, pattern="gpt4", specials=SPECIALS, min_count=1, workers=1,
+              on_merge=None, progress=False):
+        """Learn a tokenizer of `vocab_size` ids: 256 bytes, merges, specials, in this order.
+
+        A Path is read as a file of UTF-8, a str is a text itself. pattern: a name of PATTERNS, or a regular expression.
+        min_count: how often a pair must occur. workers: processes that count. on_merge(number, left, right, count).
+        """
         count = vocab_size - 256 - len(specials)
         if count < 0:
             raise ValueError(f"--vocab_size={vocab_size}: must be at least {256 + len(specials)}, "
                              f"256 bytes and {len(specials)} special tokens")
+        if len(set(specials)) < len(specials):
+            raise ValueError(f"specials={specials}: each may be named once")
         pattern = PATTERNS.get(pattern, pattern)
-        texts = [paths_or_texts] if isinstance(paths_or_texts, (str, Path)) else paths_or_texts
-
-        def read():
-            for item in texts:
-                if isinstance(item, Path):
-                    yield item.read_text(encoding="utf-8")
-                else:
-                    yield item
-        tokens = [bytes([b]) for b in range(256)]
-        merges = []
-
-        def learnt(a, b, new, total):
-            tokens.append(tokens[a] + tokens[b])
-            merges.append((tokens[a], tokens[b]))
+        sources = [paths_or_texts] if isinstance(paths_or_texts, (str, Path)) else paths_or_texts
+        merges, tokens = [], [bytes([b]) for b in range(256)]
+        cls(zip(tokens, range(256)), {}, pattern)                  # refuse a bad pattern before the long work
+        words = count_words(sources, pattern, workers, progress) if count else {}
+        shown = time.monotonic()
+        for left, right, occurrences in islice(learn_merges(words, min_count), count):
+            merges.append((left, right))
+            tokens.append(left + right)
             if on_merge:
-                on_merge(len(merges), tokens[a], tokens[b], total)
-        if count:
-            learn_merges(count_words(read(), pattern), count, learnt)
-            if len(merges) < count:
-                raise ValueError(f"--vocab_size={vocab_size}: this text allows only {len(merges)} merges. "
-                                 f"Use --vocab_size={256 + len(merges) + len(specials)} or less, or more text")
+                on_merge(len(merges), left, right, occurrences)
+            if progress and time.monotonic() > shown + 2:
+                shown = time.monotonic()
+                print(f"learnt {len(merges):,} of {count:,} merges", file=sys.stderr, flush=True)
+        if len(merges) < count:
+            raise ValueError(f"--vocab_size={vocab_size}: this text allows only {len(merges)} merges. "
+                             f"Use --vocab_size={256 + len(merges) + len(specials)} or less, or more text")
         ids = {token: i for i, token in enumerate(tokens)}
         return cls(ids, {name: len(tokens) + i for i, name in enumerate(specials)}, pattern, merges)
 
     # text -> ids
 
     def encode(self, text, allowed_special=()):
-        """ids of a text. A special token is only recognised when its text is in allowed_special; otherwise it is
-        ordinary text, so that no user can inject one."""
-        to_bytes(text)                                             # refuse lone surrogates
-        allowed = [name for name in allowed_special if name in self.specials]
-        unknown = set(allowed_special) - set(allowed)
-        if unknown:
+        """ids of a text. A special token is recognised only if its text is in allowed_special ("all": any of them);
+        otherwise it is ordinary text, so that no user can inject one. ValueError for a lone surrogate."""
+        allowed = set(self.specials) if allowed_special == "all" else set(allowed_special)
+        if unknown := allowed - set(self.specials):
             raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
         if not allowed:
-            return self._encode_ordinary(text)
+            return self._encode_part(text)
+        longest_first = "|".join(map(regex.escape, sorted(allowed, key=len, reverse=True)))
         ids = []
-        for part in regex.split("(" + "|".join(map(regex.escape, sorted(allowed, key=len, reverse=True))) + ")", text):
-            ids += [self.specials[part]] if part in allowed else self._encode_ordinary(part)
+        for part in regex.split(f"({longest_first})", text):
+            ids += [self.specials[part]] if part in allowed else self._encode_part(part)
         return ids
 
-    def _encode_ordinary(self, text):
+    def _encode_part(self, text):
+        """encode_readable, but compiled wherever tiktoken gives the same ids without crashing."""
+        to_bytes(text)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.extras or len(text) > 100_000 and LONG_BLANK.search(text):
+            return self.encode_readable(text)
+        ids = self._compiled.encode_ordinary(text)
+        return ids if self.ordered else [self.ids[rank] for rank in ids]
+
+    def encode_readable(self, text):
+        """ids of a text without special tokens, the slow and obvious way: cut it into words, merge each of them."""
+        to_bytes(text)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
         ids = []
-        for match in self.split.finditer(text):
-            word = match.group()
+        for word in self.split.findall(text):
             found = self.cache.get(word)
             if found is None:
-                found = self._merge(word.encode("utf-8"))
-                if len(self.cache) < 1 << 16:
+                found = self.merge_word(word.encode("utf-8"))
+                if len(self.cache) < 1 << 18 and len(word) < 100:
                     self.cache[word] = found
             ids += found
         return ids
 
-    def _merge(self, word):
-        """BPE of one word: join the neighbours of lowest rank until none joins. A heap over a linked list, n log n."""
-        if word in self.tokens:
+    @cached_property
+    def joins(self):
+        """(left rank, right rank) -> rank of the token they make. A low rank was learnt early and is applied first."""
+        return {(self.rank[a], self.rank[b]): self.rank[a + b] for a, b in self.merges}
+
+    def merge_word(self, word):
+        """BPE of one word. The plain way, to look for the lowest pair again after every merge, takes n^2 steps; a heap
+        of the pairs that can be joined, over a linked list of the parts, takes n log n."""
+        if self.ignore_merges and word in self.tokens:
             return [self.tokens[word]]
-        rank, parts = self.rank, [word[i:i + 1] for i in range(len(word))]
+        joins, parts = self.joins, [self.rank[word[i:i + 1]] for i in range(len(word))]
         nxt, prv = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
-        heap = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]
-        heapq.heapify(heap)
+        heap = [(joins[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in joins]
+        heapq.heapify(heap)                                        # lowest rank first, then leftmost
         while heap:
-            r, i = heapq.heappop(heap)
+            joined, i = heapq.heappop(heap)
             j = nxt[i]
-            if parts[i] is None or j >= len(parts) or rank.get(parts[i] + parts[j]) != r:
-                continue                                           # that pair is gone
-            parts[i] += parts[j]
-            parts[j] = None
-            nxt[i] = nxt[j]
+            if j >= len(parts) or joins.get((parts[i], parts[j])) != joined:
+                continue                                           # one of the two has been joined otherwise
+            parts[i], parts[j], nxt[i] = joined, -1, nxt[j]        # -1 is in no pair
             if nxt[i] < len(parts):
                 prv[nxt[i]] = i
             for left in (prv[i], i):
-                right = nxt[left] if left >= 0 else len(parts)
-                if right < len(parts):
-                    joined = rank.get(parts[left] + parts[right])
-                    if joined is not None:
-                        heapq.heappush(heap, (joined, left))
-        return [self.tokens[part] for part in parts if part is not None]
+                right = nxt[left]
+                if left >= 0 and right < len(parts):
+                    rank = joins.get((parts[left], parts[right]))
+                    if rank is not None:
+                        heapq.heappush(heap, (rank, left))
+        return [self.ids[part] for part in parts if part >= 0]
 
     @cached_property
+    def _compiled(self):
+        import tiktoken                                            # here, so that a reader of ids does not need it
+        return tiktoken.Encoding("nanopath", pat_str=self.pattern, mergeable_ranks=self.compiled_ranks,
+                                 special_tokens=self.specials)
+
+    @property
     def fast(self):
-        """The same tokenizer as a tiktoken.Encoding: compiled, about three times faster, for text in bulk."""
-        import tiktoken
-        if any(i != rank for rank, i in enumerate(self.tokens.values())):
-            raise ValueError("this tokenizer's ids are not in merge order; use encode()")
-        return tiktoken.Encoding("nanopath", pat_str=self.pattern, mergeable_ranks=self.rank, special_tokens=self.specials)
+        """The same tokenizer as a tiktoken.Encoding, bare: a lone surrogate becomes U+FFFD, 10^6 blanks crash it."""
+        if self.nfc or self.extras or not self.ordered:
+            raise ValueError("tiktoken cannot represent this tokenizer by itself (NFC normalization, ids out of merge "
+                             "order, or words without merges); use encode(), which is as fast")
+        return self._compiled
 
     # ids -> text
 
     def decode_bytes(self, ids):
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids      # tensors and arrays too
         try:
             return b"".join([self.bytes_of[i] for i in ids])
         except KeyError as error:
@@ -277,36 +445,45 @@ class Tokenizer:
     def stream(self):
         """push(id) -> the text that is complete by now, flush() -> the rest. A character of several bytes can be
         spread over several tokens; it appears when its last byte is there, never as half of it."""
-        return StreamDecoder(self)
+        return Stream(self)
 
-    # chat
+    # the formats that models are taught
+
+    def special(self, name):
+        if name not in self.specials:
+            raise ValueError(f"this tokenizer has no {name}. Learn one that has: python bpe.py PATH... --out=FOLDER")
+        return self.specials[name]
 
     def render(self, messages, add_generation_prompt=False):
         """Messages [{"role", "content"}] -> ids, mask in ChatML. mask is 1 on what the assistant writes, its
         <|im_end|> included: the loss of fine-tuning. Contents are ordinary text, whatever they spell."""
-        start, end = self.specials["<|im_start|>"], self.specials["<|im_end|>"]
-        ids, mask = [], []
-        for message in messages:
+        start, end = self.special("<|im_start|>"), self.special("<|im_end|>")
+        newline, ids, mask = self.encode("\n"), [], []
+        for number, message in enumerate(messages):
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError(f'message {number} must be {{"role": text, "content": text}}, it is {message!r}')
             header = message["role"] + "\n"
             body = self.encode(header + message["content"])        # as one string, as the template is tokenized
-            position, counts = 0, []
-            for i in body:
-                position += len(self.bytes_of[i])
-                counts.append(int(message["role"] == "assistant" and position > len(header.encode("utf-8"))))
-            newline = self.encode("\n")
+            ends = np.cumsum([len(self.bytes_of[i]) for i in body])
+            spoken = message["role"] == "assistant"
             ids += [start, *body, end, *newline]
-            mask += [0, *counts, int(message["role"] == "assistant"), *[0] * len(newline)]
+            mask += [0, *(spoken * (ends > len(to_bytes(header)))).tolist(), int(spoken), *[0] * len(newline)]
         if add_generation_prompt:
             prompt = [start, *self.encode("assistant\n")]
             ids, mask = ids + prompt, mask + [0] * len(prompt)
         return ids, mask
 
+    def fim(self, prefix, suffix):
+        """ids after which a model trained to fill in the middle writes what stands between the two."""
+        return [self.special("<|fim_prefix|>"), *self.encode(prefix), self.special("<|fim_suffix|>"),
+                *self.encode(suffix), self.special("<|fim_middle|>")]
+
     # files
 
     @cached_property
     def hash(self):
-        """sha256 over everything that decides ids."""
         content = [self.pattern, [[spell(t), i] for t, i in self.tokens.items()], sorted(self.specials.items())]
+        content += [["NFC"]] * self.nfc + [["ignore_merges"]] * self.extras
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
 
     def save(self, folder):
@@ -314,20 +491,23 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                 for name, i in self.specials.items()]
+                 for name, i in sorted(self.specials.items(), key=lambda item: item[1])]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        # specials stand in the vocabulary too: the ids of added_tokens alone are not obeyed when there are gaps
         model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                     fuse_unk=False, byte_fallback=False, ignore_merges=False,
-                     vocab={spell(token): i for token, i in self.tokens.items()},
+                     fuse_unk=False, byte_fallback=False, ignore_merges=self.ignore_merges,
+                     vocab={spell(token): i for token, i in self.tokens.items()} | self.specials,
                      merges=[[spell(a), spell(b)] for a, b in self.merges])
-        tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+        tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=added,
+                         normalizer={"type": "NFC"} if self.nfc else None,
                          pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]},
                          post_processor=None, decoder=byte_level | {"use_regex": True}, model=model)
         # tokenizer_class is needed: transformers 5 would otherwise put in the pattern of the model's family
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
-                      eos_token="<|endoftext|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE)
-        config = {k: v for k, v in config.items() if not k.endswith("_token") or v in self.specials}
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+        for key, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id)):
+            config |= {key: self.bytes_of[i].decode("utf-8")} if i is not None else {}
+        config |= {"chat_template": CHAT_TEMPLATE} if {"<|im_start|>", "<|im_end|>"} <= set(self.specials) else {}
         for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
             temporary = folder / (name + ".tmp")
             temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
@@ -335,114 +515,167 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json (or the folder that holds it). Refuses by name what this class cannot represent."""
+        """Read a folder or file: Hugging Face's tokenizer.json, or GPT-2's vocab.bpe with encoder.json.
+
+        ValueError names what this class cannot represent. Not applied: a post_processor that puts a first token before
+        every text (Llama 3); put specials["<|begin_of_text|>"] there yourself.
+        """
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        names = ("tokenizer.json", "vocab.bpe") if path.is_dir() else (path.name,)
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is None:
             raise ValueError(f"{path}: there is no such tokenizer. Learn one: python bpe.py PATH... --out=FOLDER")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            model, pre = data["model"], data["pre_tokenizer"]
-            if model.get("type") != "BPE" or data.get("normalizer"):
-                raise ValueError(f"{path}: only byte-level BPE without a normalizer can be read, this is "
-                                 f"{model.get('type')} with normalizer {data.get('normalizer')}")
-            parts = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-            patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
-            if not patterns and parts[0]["type"] == "ByteLevel" and parts[0].get("use_regex", True):
-                patterns = [PATTERNS["gpt2"]]
-            if len(patterns) != 1 or any(part["type"] not in ("Split", "ByteLevel") for part in parts):
-                raise ValueError(f"{path}: its pre_tokenizer {[part['type'] for part in parts]} is not supported")
-            specials = {t["content"]: t["id"] for t in data["added_tokens"]}
-            vocab = {bytes(CHAR_TO_BYTE[c] for c in t): i for t, i in model["vocab"].items() if t not in specials}
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-            merges = [tuple(bytes(CHAR_TO_BYTE[c] for c in side) for side in pair) for pair in merges]
-            ranked = sorted((t for t in vocab if len(t) == 1), key=lambda t: vocab[t]) + [a + b for a, b in merges]
-            tokens = {token: vocab[token] for token in ranked}
-            if len([t for t in tokens if len(t) == 1]) != 256:
-                raise ValueError(f"{path}: its vocabulary lacks some of the 256 bytes")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
-        return cls(tokens, specials, patterns[0], merges)
+            if file.suffix == ".json" and file.name != "encoder.json":
+                return cls(**read_tokenizer_json(file))
+            vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+            lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            return cls(**arrange(vocab, merges, [name for name in vocab if name.startswith("<|")], PATTERNS["gpt2"]))
+        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeError, regex.error) as error:
+            raise ValueError(f"{file} is not a byte-level BPE tokenizer ({type(error).__name__}: {error})") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
-class StreamDecoder:
+def arrange(vocab, merges, specials, pattern, **rest):
+    """Arguments of Tokenizer from a vocabulary {spelling: id} and merges of spellings."""
+    names = set(specials)
+    ids = {unspell(token): i for token, i in vocab.items() if token not in names}
+    merges = [(unspell(a), unspell(b)) for a, b in merges]
+    singles = sorted((t for t in ids if len(t) == 1), key=ids.get)
+    if len(singles) < 256:
+        raise ValueError(f"its vocabulary has {len(singles)} of the 256 bytes, so not all text can be encoded")
+    joined = [a + b for a, b in merges]                            # a token may be listed with each of its ways to be
+    distinct = list(dict.fromkeys(joined))                         # made (Llama 3); they must stand together, else its
+    groups = sum(x != y for x, y in zip(joined, joined[1:])) + (len(joined) > 0)      # rank would not be one number
+    if groups > len(distinct):
+        raise ValueError("the same token is made by merges of different rank")
+    tokens = {token: ids[token] for token in chain(singles, distinct)}
+    tokens |= dict(sorted(ids.items(), key=lambda item: item[1]))  # the tokens that no merge makes come last
+    return dict(tokens=tokens, specials={name: vocab[name] for name in specials}, pattern=pattern, merges=merges, **rest)
+
+
+def read_tokenizer_json(file):
+    """Arguments of Tokenizer from a tokenizer.json and the tokenizer_config.json beside it."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    model, normalizer, pre = data["model"], data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    split, level = steps[0], steps[-1]
+    kinds = [step.get("type") for step in steps]
+    added = data.get("added_tokens") or []
+    problems = [
+        (model.get("type", "BPE") != "BPE", f"model {model.get('type')}"),
+        (model.get("byte_fallback"), "byte_fallback (a SentencePiece model)"),
+        (model.get("dropout"), "dropout"),
+        (model.get("continuing_subword_prefix"), "continuing_subword_prefix"),
+        (model.get("end_of_word_suffix"), "end_of_word_suffix"),
+        (normalizer.get("type", "NFC") != "NFC", f"normalizer {normalizer.get('type')}"),
+        (kinds not in (["Split", "ByteLevel"], ["ByteLevel"]), f"pre_tokenizer {kinds}"),
+        (level.get("add_prefix_space"), "add_prefix_space"),
+        (level.get("use_regex", True) != (len(steps) == 1), f"pre_tokenizer {kinds} with use_regex {len(steps) > 1}"),
+        (len(steps) > 1 and (split.get("behavior"), split.get("invert", False)) != ("Isolated", False),
+         f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}"),
+        ((data.get("decoder") or {}).get("type", "ByteLevel") != "ByteLevel", "a decoder other than ByteLevel"),
+        (any(t.get("lstrip") or t.get("rstrip") or t.get("single_word") for t in added),
+         "added tokens that take blanks with them (lstrip, rstrip, single_word)")]
+    found = [name for wrong, name in problems if wrong]
+    if found:
+        raise ValueError(f"cannot represent {', '.join(found)}; only byte-level BPE (GPT-2, Llama 3, Qwen) can be read")
+    pattern = PATTERNS["gpt2"] if len(steps) == 1 else split["pattern"].get("Regex") or regex.escape(split["pattern"]["String"])
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
+    beside = file.parent / "tokenizer_config.json"
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    eos, pad = (t.get("content") if isinstance(t, dict) else t for t in (config.get("eos_token"), config.get("pad_token")))
+    return arrange(vocab, merges, [token["content"] for token in added], pattern, eos=eos, pad=pad,
+                   ignore_merges=bool(model.get("ignore_merges")), nfc=bool(normalizer))
+
+
+class Stream:
     def __init__(self, tokenizer):
-        self.tokenizer, self.pending = tokenizer, b""
+        self.bytes_of, self.decoder = tokenizer.decode_bytes, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i):
-        self.pending += self.tokenizer.decode_bytes([i])
-        for keep in range(min(3, len(self.pending)) + 1):          # at most 3 bytes can be waiting for a fourth
-            tail = self.pending[len(self.pending) - keep:]
-            if keep and self._is_start(tail):
-                break
-        else:
-            keep = 0
-        done, self.pending = self.pending[:len(self.pending) - keep], self.pending[len(self.pending) - keep:]
-        return done.decode("utf-8", errors="replace")
-
-    @staticmethod
-    def _is_start(tail):
-        """Whether these bytes are a proper beginning of one character."""
-        first = tail[0]
-        need = 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 0
-        if len(tail) >= need:
-            return False
-        try:
-            tail.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return error.reason == "unexpected end of data"
-        return False
+        return self.decoder.decode(self.bytes_of([i]))
 
     def flush(self):
-        rest, self.pending = self.pending, b""
-        return rest.decode("utf-8", errors="replace")
+        return self.decoder.decode(b"", final=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 @dataclass
 class Config:
-    paths: tyro.conf.Positional[tuple[str, ...]]  # text files to learn from
+    paths: tyro.conf.Positional[tuple[str, ...]]  # text files or folders of them, UTF-8
     vocab_size: int = 4096          # ids in all: 256 bytes, the merges, 8 specials
-    pattern: str = "gpt4"           # how words are cut: gpt2, gpt4, llama3, qwen2
+    pattern: str = "gpt4"           # how words are cut: gpt2, gpt4, o200k, llama3, qwen2
+    min_count: int = 1              # a pair must occur so often to be merged
     out: str = "out/tokenizer"      # folder to write
+    workers: int = 0                # processes that count words; 0: one per core
     verbose: bool = False           # show every merge as it is learnt
-    report: bool = False            # learn on 90 % of each text, measure several sizes on the rest, write nothing
+    report: bool = False            # keep the last tenth of every file for measuring: bytes per token at several sizes
+
+
+def report(tokenizer, text):
+    """Print what each vocabulary size makes of a text. A smaller vocabulary is a prefix of the larger one's merges."""
+    words = text.split()
+    size = len(text.encode("utf-8"))
+    print("On held-out text. A whole word is one token, with the blank before it.")
+    print("vocab_size  bytes/token  tokens/word  whole words")
+    sizes = [2 ** k for k in range(9, 18) if 2 ** k < tokenizer.vocab_size]
+    for vocab_size in [264, *sizes, tokenizer.vocab_size]:
+        merges = tokenizer.merges[:vocab_size - 264]
+        small = Tokenizer(islice(tokenizer.tokens.items(), 256 + len(merges)), {}, tokenizer.pattern, merges)
+        ids = len(small.encode(text))
+        whole = sum(len(small.encode(" " + word)) == 1 for word in words)
+        print(f"{vocab_size:10d} {size / ids:12.3f} {ids / len(words):12.3f} {whole / len(words):12.1%}")
 
 
 def main(cfg):
+    files = []
+    for path in map(Path, cfg.paths):
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
+        files += [path] if path.is_file() else inside
+        if not path.exists() or (path.is_dir() and not inside):
+            raise SystemExit(f"{path}: no such file, or an empty folder. Give text files: python bpe.py FILE...")
+    if not files:
+        raise SystemExit("what to learn from? python bpe.py FILE... --vocab_size=4096")
     if cfg.pattern not in PATTERNS:
         raise SystemExit(f"--pattern={cfg.pattern}: choose one of {', '.join(PATTERNS)}")
-    texts = []
-    for path in cfg.paths:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"{path}: cannot be read as UTF-8 text ({error}). Give text files: python bpe.py FILE...")\
-                from None
+    if cfg.min_count < 1 or cfg.workers < 0:
+        raise SystemExit(f"--min_count={cfg.min_count} --workers={cfg.workers}: at least 1, at least 0")
+    held_out = []
 
-    def show(number, a, b, count):
-        print(f"merge {number:5d}: {a.decode('utf-8', 'replace')!r} + {b.decode('utf-8', 'replace')!r}, {count:,} times")
+    def first_parts():
+        """The first nine tenths of every file; the last goes to held_out, but no more than 20 MB."""
+        for file in files:
+            size, position = file.stat().st_size, 0
+            for chunk in read_chunks(file, safe_cuts(PATTERNS[cfg.pattern]), min(CHUNK, size // 20 + 1)):
+                position += len(chunk)
+                if position <= 0.9 * size:
+                    yield chunk.decode("utf-8")
+                elif len(held_out) * CHUNK < 20e6:
+                    held_out.append(chunk.decode("utf-8"))
 
+    def show(number, left, right, count):
+        print(f"merge {number:5d}: {left.decode('utf-8', 'replace')!r} + {right.decode('utf-8', 'replace')!r}, {count:,} times")
+
+    start = time.perf_counter()
     try:
-        if cfg.report:
-            held_out = "".join(text[int(0.9 * len(text)):] for text in texts)
-            print("vocab_size  bytes/token  tokens/word  whole words")
-            for size in (512, 1024, 2048, 4096, 8192, 16384, 32768):
-                try:
-                    tok = Tokenizer.train([text[:int(0.9 * len(text))] for text in texts], size, cfg.pattern)
-                except ValueError as error:
-                    print(error)
-                    break
-                words = [" " + word for word in held_out.split()]
-                ids, whole = len(tok.encode(held_out)), sum(len(tok.encode(word)) == 1 for word in words)
-                print(f"{size:10d} {len(held_out.encode()) / ids:12.3f} {ids / len(words):12.3f} {whole / len(words):12.1%}")
-            return
-        tok = Tokenizer.train(texts, cfg.vocab_size, cfg.pattern, on_merge=show if cfg.verbose else None)
-        tok.save(cfg.out)
+        tokenizer = Tokenizer.train(first_parts() if cfg.report else files, cfg.vocab_size, cfg.pattern,
+                                    min_count=cfg.min_count, workers=cfg.workers or os.cpu_count(),
+                                    on_merge=show if cfg.verbose else None, progress=not cfg.verbose)
+        tokenizer.save(cfg.out)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    print(f"{tok.vocab_size} ids written to {cfg.out}")
+    print(f"{tokenizer.vocab_size:,} ids learnt in {time.perf_counter() - start:.1f} s, written to {cfg.out}")
+    sentence = "To be, or not to be: that is the question."
+    print("|".join(tokenizer.decode([i]) for i in tokenizer.encode(sentence)))
+    if cfg.report:
+        report(tokenizer, "".join(held_out))
     print(f"Next: python prepare.py {' '.join(cfg.paths)} --tokenizer={cfg.out}")
 
 

@@ -84,7 +84,7 @@ QUIET = dict(eval_every=0, sample_every=0, save_every=0)
 PRESETS = {
     "shakespeare": {},
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it
-    "sprint": dict(n_layer=2, block_size=32, batch_size=24, max_steps=80, muon_lr=0.05, momentum=0.85, **QUIET),
+    "sprint": dict(n_layer=2, block_size=32, batch_size=24, max_steps=100, muon_lr=0.05, momentum=0.85, **QUIET),
     "sprint_char": dict(block_size=64, max_steps=150, muon_lr=0.05, momentum=0.85, **QUIET),
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
                             weight_decay=0.1, grad_clip=1.0, sample_every=500, compile=True),

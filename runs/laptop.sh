@@ -6,12 +6,12 @@ cd "$(dirname "$0")/.."
 
 say() { printf '\n=== %s\n' "$*"; }
 
-say "1. Text and tokenizer: 1024 tokens learnt from the text, then the text as token ids"
-if python prepare.py shakespeare --vocab_size=1024 --tries=1; then
+say "1. Text and tokenizer: 512 tokens learnt from the text, then the text as token ids"
+if python prepare.py shakespeare --vocab_size=512 --tries=1; then
     name=shakespeare prompt='ROMEO:'
 else
     echo "Shakespeare is not here and cannot be fetched just now, so this run learns Python from Python's own library."
-    python prepare.py stdlib --vocab_size=1024
+    python prepare.py stdlib --vocab_size=512
     name=stdlib prompt='def main():'
 fi
 

@@ -6,7 +6,7 @@ neighbours that training found most frequent are joined, in the order in which t
 vocabulary, and with no merges at all the tokenizer is simply the character model.
 
 Run     python bpe.py data/downloads/tinyshakespeare.txt --vocab_size=2048 --out=out/tokenizer --verbose
-        python bpe.py FOLDER FILE... --vocab_size=32768 --report     # how good is which vocabulary size, on held-out text
+        python bpe.py FOLDER FILE... --vocab_size=32768 --report     # how good is which size, on held-out text
 You see each merge as it is learnt ('t' + 'h' first, whole names at the end), then one sentence cut into its tokens
 Writes  OUT/tokenizer.json and tokenizer_config.json, which transformers, vLLM and every other tool can open
 Next    python prepare.py FILE... --tokenizer=out/tokenizer
@@ -42,15 +42,17 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
             r"|\s*[\r\n]|\s+(?!\S)|\s+",
-    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-             r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+             r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
              r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-LONG_BLANK = regex.compile(r"(?<!\s)\s{100000}")                   # tiktoken's regex engine overflows on a few times that
+LONG_BLANK = 50_000                                                # tiktoken's regex engine overflows at 6 times that
 
 # tokenizer.json spells bytes as printable characters: a visible Latin-1 byte as itself, the others from U+0100 upward.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -87,7 +89,7 @@ def to_bytes(text):
 # Training, first half: the distinct words and how often each occurs. All that BPE needs to know about a corpus.
 
 CHUNK = 1 << 20                                                    # bytes looked at together: they fit into the cache
-TASK = 16 << 20                                                    # bytes that a process counts before it reports
+TASK = 8 << 20                                                     # bytes that a process counts before it reports
 
 
 def safe_cuts(pattern):
@@ -96,19 +98,14 @@ def safe_cuts(pattern):
     The regular expression is the slow part of counting, and most text repeats: so it is cut cheaply first, at places
     where every pattern above ends a word, equal pieces are counted, and the expression sees each piece only once.
     """
-    if pattern not in PATTERNS.values():
-        return np.zeros(65536, dtype=bool)                         # an unknown pattern: no cut is known to be safe
-    ascii_, visible = np.arange(256) < 128, np.zeros(256, dtype=bool)
-    letter, digit, newline = visible.copy(), visible.copy(), visible.copy()
-    visible[33:127] = True
-    letter[[*range(65, 91), *range(97, 123)]] = True
-    digit[48:58] = True
-    newline[10] = pattern != PATTERNS["gpt2"]                      # GPT-2 reads " \n" otherwise at the end of a text
-    is_char = np.eye(256, dtype=bool)
-    table = (letter[:, None] & (ascii_ & ~letter & ~is_char[ord("'")])      # o200k keeps "don't" whole
-             | digit[:, None] & (ascii_ & ~digit)
-             | visible[:, None] & is_char[ord(" ")]
-             | newline[:, None] & (visible & ~is_char[ord("/")]))           # o200k keeps "*\n/" whole
+    table = np.zeros((256, 256), dtype=bool)
+    if pattern in PATTERNS.values():                               # of any other pattern nothing is known
+        letters, digits, visible = [*range(65, 91), *range(97, 123)], range(48, 58), range(33, 127)
+        table[np.ix_(letters, [y for y in range(128) if y not in letters and y != ord("'")])] = True     # don't
+        table[np.ix_(digits, [y for y in range(128) if y not in digits])] = True
+        table[visible, ord(" ")] = True
+        if pattern != PATTERNS["gpt2"]:                            # it reads " \n" otherwise at the end of a text
+            table[ord("\n"), [y for y in visible if y != ord("/")]] = True       # o200k keeps "*\n/" whole
     return table.ravel()
 
 
@@ -171,7 +168,7 @@ def count_task(data, pattern):
 
 
 def count_words(sources, pattern, workers=1, progress=False):
-    """Counter of the distinct words, as bytes, of an iterable of Paths and strings. Memory: the distinct words and a
+    """{word as bytes: how often} of an iterable of Paths and strings. Memory: the distinct words and a
     few TASKs. Each string and each file is a text of its own; the result is the same for any number of workers."""
     stream = tasks(sources, safe_cuts(pattern))
 
@@ -197,7 +194,7 @@ def count_words(sources, pattern, workers=1, progress=False):
         done += size
         if progress:
             print(f"counted {done / 1e6:,.0f} MB: {len(words):,} distinct words", file=sys.stderr, flush=True)
-    return Counter({word.encode("utf-8"): count for word, count in words.items()})
+    return {word.encode("utf-8"): count for word, count in words.items() if word}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +209,6 @@ def learn_merges(words, min_count=1):
     count then is an upper bound for ever. Nothing is kept up to date: when a pair comes to the top of the heap it is
     counted again; if places have died it goes back with its true count, otherwise it is the true maximum.
     """
-    words = {word: count for word, count in words.items() if word}
     if not words:
         return
     # All words in one row: tok holds a token where it starts, -1 where a word ends, -2 inside a token. A byte's number
@@ -292,9 +288,14 @@ class Tokenizer:
         for name in self.specials:
             if not name or to_bytes(name) in self.tokens:
                 raise ValueError(f"special token {name!r}: it is empty or an ordinary token too; call it <|{name}|>")
-        self.split = regex.compile(pattern)
-        if self.split.groups or "".join(self.split.findall("Aé1 ?\n\t\0 你😀\u0301'")) != "Aé1 ?\n\t\0 你😀\u0301'":
-            raise ValueError(f"split pattern {pattern!r}: it must match all text, and have no capturing groups")
+        try:
+            self.split = regex.compile(pattern)
+        except regex.error as error:
+            raise ValueError(f"split pattern {pattern!r}: {error}. By name: {', '.join(PATTERNS)}") from None
+        probe = "Aé1 ?\n\t\0 你😀\u0301' "
+        if self.split.groups or "".join(self.split.findall(probe)) != probe:
+            raise ValueError(f"split pattern {pattern!r}: it must match all text and have no capturing groups. "
+                             f"By name: {', '.join(PATTERNS)}")
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: name.encode("utf-8") for name, i in self.specials.items()}
         if len(self.bytes_of) < len(self.tokens) + len(self.specials):
@@ -366,7 +367,8 @@ class Tokenizer:
         """encode_readable, but compiled wherever tiktoken gives the same ids without crashing."""
         to_bytes(text)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.extras or len(text) > 100_000 and LONG_BLANK.search(text):
+        blocks = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)   # twice as many blanks in a row fill one of these
+        if self.extras or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
             return self.encode_readable(text)
         ids = self._compiled.encode_ordinary(text)
         return ids if self.ordered else [self.ids[rank] for rank in ids]
@@ -532,8 +534,9 @@ class Tokenizer:
             vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
             lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            return cls(**arrange(vocab, merges, [name for name in vocab if name.startswith("<|")], PATTERNS["gpt2"]))
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeError, regex.error) as error:
+            made = {a + b for a, b in merges}                      # the others are bytes, and <|endoftext|>
+            return cls(**arrange(vocab, merges, [t for t in vocab if len(t) > 1 and t not in made], PATTERNS["gpt2"]))
+        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeError) as error:
             raise ValueError(f"{file} is not a byte-level BPE tokenizer ({type(error).__name__}: {error})") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -554,7 +557,8 @@ def arrange(vocab, merges, specials, pattern, **rest):
         raise ValueError("the same token is made by merges of different rank")
     tokens = {token: ids[token] for token in chain(singles, distinct)}
     tokens |= dict(sorted(ids.items(), key=lambda item: item[1]))  # the tokens that no merge makes come last
-    return dict(tokens=tokens, specials={name: vocab[name] for name in specials}, pattern=pattern, merges=merges, **rest)
+    specials = {name: vocab[name] for name in specials}
+    return dict(tokens=tokens, specials=specials, pattern=pattern, merges=merges, **rest)
 
 
 def read_tokenizer_json(file):
@@ -583,12 +587,13 @@ def read_tokenizer_json(file):
     found = [name for wrong, name in problems if wrong]
     if found:
         raise ValueError(f"cannot represent {', '.join(found)}; only byte-level BPE (GPT-2, Llama 3, Qwen) can be read")
-    pattern = PATTERNS["gpt2"] if len(steps) == 1 else split["pattern"].get("Regex") or regex.escape(split["pattern"]["String"])
+    pattern = PATTERNS["gpt2"] if len(steps) == 1 else split["pattern"]["Regex"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
     beside = file.parent / "tokenizer_config.json"
     config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    eos, pad = (t.get("content") if isinstance(t, dict) else t for t in (config.get("eos_token"), config.get("pad_token")))
+    eos, pad = (config.get(key) for key in ("eos_token", "pad_token"))
+    eos, pad = (token.get("content") if isinstance(token, dict) else token for token in (eos, pad))
     return arrange(vocab, merges, [token["content"] for token in added], pattern, eos=eos, pad=pad,
                    ignore_merges=bool(model.get("ignore_merges")), nfc=bool(normalizer))
 
@@ -621,8 +626,9 @@ class Config:
 
 def report(tokenizer, text):
     """Print what each vocabulary size makes of a text. A smaller vocabulary is a prefix of the larger one's merges."""
-    words = text.split()
-    size = len(text.encode("utf-8"))
+    words, size = text.split(), len(text.encode("utf-8"))
+    if not words:
+        raise SystemExit("--report: the last tenth of every file is too short to measure anything; give larger files")
     print("On held-out text. A whole word is one token, with the blank before it.")
     print("vocab_size  bytes/token  tokens/word  whole words")
     sizes = [2 ** k for k in range(9, 18) if 2 ** k < tokenizer.vocab_size]
@@ -635,11 +641,13 @@ def report(tokenizer, text):
 
 
 def main(cfg):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")          # a terminal without Unicode must not stop the work
     files = []
     for path in map(Path, cfg.paths):
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
-        files += [path] if path.is_file() else inside
-        if not path.exists() or (path.is_dir() and not inside):
+        inside = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
+        files += inside
+        if not inside:
             raise SystemExit(f"{path}: no such file, or an empty folder. Give text files: python bpe.py FILE...")
     if not files:
         raise SystemExit("what to learn from? python bpe.py FILE... --vocab_size=4096")
@@ -661,7 +669,8 @@ def main(cfg):
                     held_out.append(chunk.decode("utf-8"))
 
     def show(number, left, right, count):
-        print(f"merge {number:5d}: {left.decode('utf-8', 'replace')!r} + {right.decode('utf-8', 'replace')!r}, {count:,} times")
+        left, right = left.decode("utf-8", "replace"), right.decode("utf-8", "replace")
+        print(f"merge {number:5d}: {left!r} + {right!r}, {count:,} times")
 
     start = time.perf_counter()
     try:

@@ -23,7 +23,7 @@ clean:                           ## remove runs and the environment; datasets st
 # torch first and alone: pip then finds it satisfied and fetches nothing larger
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12'"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q $$(grep '^torch==' requirements.txt)
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@

@@ -7,7 +7,7 @@ With the default switches this is a true Qwen3ForCausalLM: RMSNorm before each s
 queries and keys, grouped key/value heads, SwiGLU, no biases. `load_model` and `save_model` read and write the Hugging
 Face folder itself, parameter by parameter, so a checkpoint of ours opens in transformers, vLLM or llama.cpp as it is.
 
-Run     python model.py out/shakespeare              # parameters, FLOPs and memory of a saved model
+Read    GPT.forward first, then Attention, then the rest; train.py makes one, sample.py uses it
 Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
         S slots of a KV cache
@@ -17,7 +17,6 @@ Papers  Attention (arXiv:1706.03762), RoPE (2104.09864), RMSNorm (1910.07467), S
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +103,11 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config, device=None):
-    """cos and sin of position * frequency, each (block_size, D) in fp32.
+    """cos and signed sin of position * frequency, each (block_size, D) in fp32.
 
     Channel i turns with channel i + D/2 by the angle position * theta^(-2i/D) (Hugging Face's half-split layout), so
-    the table repeats itself once along D. arXiv:2104.09864, section 3.2.2.
+    cos repeats itself along D, and sin comes as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is
+    then x * cos + (b, a) * sin. arXiv:2104.09864, section 3.2.2.
     """
     frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, device=device).float(), frequency)   # (T, D/2)

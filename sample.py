@@ -96,13 +96,12 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=0.0, 
     left = [max_new_tokens] * len(prompts)
     alive = list(range(len(prompts)))                              # rows of the cache -> rows of the caller
     size = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
+    begin = [0] * len(prompts)                                     # first token of each row that is still in its context
 
     def read(rows):
         """Fill a fresh cache with the newest tokens of these rows; returns it and the logits after each."""
         cache = KVCache(model, len(rows), size)
-        tails = [texts[row] if len(texts[row]) <= size - 1 else texts[row][-(size // 2):] for row in rows]
-        if max(map(len, tails)) == 0 or size == 1:
-            tails = [texts[row][-1:] for row in rows]
+        tails = [texts[row][begin[row]:] for row in rows]
         counts = [len(tail) for tail in tails]
         ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
         for i, tail in enumerate(tails):
@@ -131,7 +130,10 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=0.0, 
                 ids, alive = ids[keep], [alive[i] for i in keep]
             if max(cache.lengths) < cache.size:
                 logits = model(ids[:, None].to(device), cache=cache, last=True)
-            else:
+            else:                                                  # only a full row forgets: its own length decides
+                for row, length in zip(alive, cache.lengths):
+                    if length == cache.size:
+                        begin[row] = len(texts[row]) - max(1, cache.size // 2)
                 cache, logits = read(alive)
     finally:
         model.train(was_training)
@@ -174,12 +176,17 @@ def main(cfg):
         raise SystemExit(f"--model={cfg.model}: {error}") from None
     if cfg.chat:
         settings = Path(cfg.model) / "generation_config.json"
-        ends = json.loads(settings.read_text(encoding="utf-8"))["eos_token_id"] if settings.is_file() else None
+        ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None
         if tokenizer.im_end_id is None or tokenizer.im_end_id not in (ends if isinstance(ends, list) else [ends]):
             raise SystemExit(f"--chat: {cfg.model} continues text, it was never taught to answer. Leave --chat out: "
                              f"python sample.py --model={cfg.model} --prompt='...'")
+        raise SystemExit("--chat: talking is not built yet; a chat model's text can be continued without it: "
+                         f"python sample.py --model={cfg.model} --prompt='...'")
     try:
-        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]       # after the end of a document a new one begins
+        ids = tokenizer.encode(prompt)
+        if not ids and tokenizer.eos_id is None:
+            raise ValueError("--prompt is empty, and this tokenizer has no end-of-text token to begin from. Give a prompt")
+        ids = ids or [tokenizer.eos_id]                            # after the end of a document a new one begins
         check(model, [ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
     except ValueError as error:
         raise SystemExit(str(error)) from None

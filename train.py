@@ -114,7 +114,7 @@ def parse(Config, presets):
 # The machine
 
 def setup(cfg):
-    """Process group (under torchrun), device, matmul dtype, threads, seed. Returns (device, dtype, rank, world)."""
+    """Process group (under torchrun), device, matmul dtype. Returns (device, dtype, rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     try:
@@ -122,15 +122,17 @@ def setup(cfg):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     kind = device.type
-    if kind == "cuda" and world > 1:
-        device = torch.device("cuda", local)
+    if kind == "cuda":
+        device = torch.device("cuda", local if world > 1 else device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(f"--device={cfg.device}: process {rank} wants {device}, there are "
+                             f"{torch.cuda.device_count()} GPUs. Lower --nproc_per_node")
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", **({"device_id": device} if kind == "cuda" else {}))
     if kind == "cpu":
         torch.set_flush_denormal(True)
-    torch.manual_seed(cfg.seed)
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise SystemExit(f"--dtype={cfg.dtype}: choose auto, float32 or bfloat16")
     if cfg.dtype != "auto":
@@ -144,7 +146,7 @@ def setup(cfg):
 
 
 def matmul_speed(device, dtype, size=None):
-    """Measured FLOP/s of a square matmul: what this very machine can do. The best of five, about 10 ms on a CPU.
+    """Measured FLOP/s of a square matmul: what this very machine can do. The best of six, about 10 ms on a CPU.
 
     A name test would be wrong here: of two processors that both advertise bf16 instructions one multiplies 3 times
     faster in bf16 than in fp32, the other 2 times slower (measured).
@@ -214,7 +216,13 @@ def open_dataset(cfg):
         raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there. Make it first: "
                          f"python prepare.py {cfg.dataset}")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.load(folder)
+    if "tokenizer_hash" not in meta:
+        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
+                         "text: python prepare.py PATH...")
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ValueError as error:
+        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise SystemExit(f"--dataset={cfg.dataset}: tokenizer.json is not the one its shards were made with. "
                          f"Prepare it again: python prepare.py {cfg.dataset}")
@@ -333,7 +341,7 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_state(out, model, optimizers, step, best):
+def save_state(out, model, optimizers, step, best, seconds):
     """Everything the run is made of, in a folder that gets its name only when it is complete. The two newest are kept."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
@@ -345,9 +353,8 @@ def save_state(out, model, optimizers, step, best):
     temporary = folder / "unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # safetensors refuses shared memory: a tied head is the embedding, and is left out
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / "state.safetensors")
-    write_json(temporary / "state.json", {"step": step, "best": best,
+    write_json(temporary / "state.json", {"step": step, "seconds": seconds, "best": best if math.isfinite(best) else None,
                                           "sha256": file_hash(temporary / "state.safetensors")})
     final = folder / f"step-{step:07d}"
     shutil.rmtree(final, ignore_errors=True)
@@ -357,7 +364,8 @@ def save_state(out, model, optimizers, step, best):
 
 
 def load_state(out, model, optimizers):
-    """The newest undamaged checkpoint, put into model and optimizers. Returns (step, best validation loss)."""
+    """The newest undamaged checkpoint, put into model and optimizers. Returns (step, best validation loss,
+    seconds of training so far)."""
     for folder in sorted((out / "state").glob("step-*"), reverse=True):
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -367,11 +375,13 @@ def load_state(out, model, optimizers):
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             print(f"{folder} is damaged ({error}); trying the one before it")
             continue
+        ours = {f"model.{name}": p.shape for name, p in model.named_parameters()}
+        theirs = {name: t.shape for name, t in tensors.items() if name.startswith("model.")}
+        if ours != theirs:
+            raise SystemExit(f"--resume: {folder} holds a model of another shape. "
+                             "Leave out the flags that change the model, or choose another --out")
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != p.shape:
-                    raise SystemExit(f"--resume: {folder} holds a model of another shape ({name}). "
-                                     "Leave out the flags that change the model, or choose another --out")
                 p.copy_(tensors[f"model.{name}"])
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -379,28 +389,33 @@ def load_state(out, model, optimizers):
                     prefix = f"optimizer.{name}."
                     found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
                     if found and any(p is q for q in group["params"]):
-                        # AdamW keeps its step counts beside the weights, so that a fused step needs no copy
-                        optimizer.state[p] = {key: t.to(p.device) for key, t in found.items()}
+                        # a copy: load_file maps the file, which is removed later on
+                        optimizer.state[p] = {key: t.to(p.device, copy=True) for key, t in found.items()}
         torch.set_rng_state(tensors["rng"])
-        return state["step"], state["best"]
+        return state["step"], state["best"] if state["best"] is not None else math.inf, state["seconds"]
     raise SystemExit(f"--resume: no usable checkpoint in {out / 'state'}. Start anew: python train.py --out={out}")
 
 
-def write_manifest(out, cfg, tokenizer, folder):
-    """What made this run: settings, data, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() \
-        if shutil.which("git") else ""
+def data_hashes(folder):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}
+
+
+def write_manifest(out, cfg, dtype, tokenizer, folder):
+    """What made this run: settings, data, versions, commit. dtype is written as resolved: a resumed run must not
+    measure anew and decide otherwise."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)\
+        .stdout.strip() if shutil.which("git") else ""
     write_json(out / "manifest.json", {
-        "config": asdict(cfg) | {"resume": False}, "tokenizer_hash": tokenizer.hash,
-        "data": {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()},
+        "config": asdict(cfg) | {"resume": False, "dtype": str(dtype).removeprefix("torch.")},
+        "tokenizer_hash": tokenizer.hash, "data": data_hashes(folder),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "processor": platform.processor() or platform.machine(), "commit": commit})
 
 
 def keep_earlier_run(out):
     """A new run never overwrites an old one: out/name becomes out/name.1, or the first free number."""
-    if (out / "manifest.json").is_file():
+    if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
         number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
         os.replace(out, f"{out}.{number}")
         print(f"the earlier run in {out} is kept as {out}.{number}")
@@ -436,9 +451,16 @@ def plot_losses(out):
 
 def check(cfg, folder, world):
     """Settings that cannot work are refused before anything expensive starts. Returns the two splits."""
-    for name in ("batch_size", "max_steps", "log_every"):
+    for name in ("batch_size", "max_steps", "log_every", "block_size", "sample_tokens"):
         if getattr(cfg, name) < 1:
             raise SystemExit(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    for name in ("micro_batch", "muon_lr", "momentum", "learning_rate", "weight_decay", "warmup_steps", "grad_clip",
+                 "eval_every", "sample_every", "save_every", "n_kv_head"):
+        if not getattr(cfg, name) >= 0:
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: must not be negative; 0 is off")
+    if not (cfg.momentum < 1 and cfg.rope_theta > 0):
+        raise SystemExit(f"--momentum={cfg.momentum} --rope_theta={cfg.rope_theta}: momentum must be below 1, "
+                         "rope_theta above 0")
     if not 0 <= cfg.cooldown <= 1:
         raise SystemExit(f"--cooldown={cfg.cooldown}: a share of the run, between 0 and 1")
     share = cfg.batch_size // world
@@ -450,20 +472,25 @@ def check(cfg, folder, world):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
         if tokens.windows < 1 if split == "train" else len(tokens) < 2:
             raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
-                             f"tokens. Use a smaller --block_size, or prepare more text: python prepare.py PATH...")
+                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
+                             "python prepare.py PATH...")
         splits.append(tokens)
     return splits
 
 
 def main(cfg):
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
     out = Path(cfg.out or f"out/{folder.name}")
     device, dtype, rank, world = setup(cfg)
     train_tokens, val_tokens = check(cfg, folder, world)
+    if cfg.resume:
+        before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        if (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
+            raise SystemExit(f"--resume: {folder} is not the dataset this run began with. Prepare that one again, or "
+                             f"start anew: python train.py --dataset={cfg.dataset}")
     try:
         if rank == 0:
-            if not cfg.resume:
-                keep_earlier_run(out)
             out.mkdir(parents=True, exist_ok=True)
             (out / "writable.tmp").touch()
             (out / "writable.tmp").unlink()
@@ -471,6 +498,7 @@ def main(cfg):
         raise SystemExit(f"--out={out}: cannot write there ({error.strerror}). Choose another folder with --out=") \
             from None
 
+    torch.manual_seed(cfg.seed)                                    # after the measurements, which draw numbers too
     # the model: raw is the bare module, model what the training forward goes through
     try:
         config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=cfg.block_size, n_layer=cfg.n_layer,
@@ -485,7 +513,10 @@ def main(cfg):
     for block in raw.layers:                                       # in bf16 a CPU's fused attention trains slowly
         block.self_attn.fused = not (device.type == "cpu" and dtype == torch.bfloat16)
     optimizers = make_optimizers(raw, cfg, dtype)
-    start_step, best = load_state(out, raw, optimizers) if cfg.resume else (0, math.inf)
+    if not cfg.resume and rank == 0:
+        keep_earlier_run(out)
+        out.mkdir(parents=True, exist_ok=True)
+    start_step, best, seconds = load_state(out, raw, optimizers) if cfg.resume else (0, math.inf, 0.0)
     model = raw
     if cfg.compile:
         model = torch.compile(model)
@@ -509,9 +540,10 @@ def main(cfg):
             for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
                 if line.endswith("}") and json.loads(line)["step"] <= start_step:
                     log_rows.append(line + "\n")
-        (out / "log.jsonl").write_text("".join(log_rows), encoding="utf-8", newline="\n")
+        (out / "log.jsonl.tmp").write_text("".join(log_rows), encoding="utf-8", newline="\n")
+        os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
         log = open(out / "log.jsonl", "a", encoding="utf-8", newline="\n")
-        write_manifest(out, cfg, tokenizer, folder)
+        write_manifest(out, cfg, dtype, tokenizer, folder)
         if cfg.wandb:
             import wandb
             wandb.init(project="nanopath", name=out.name, config=asdict(cfg))
@@ -526,14 +558,14 @@ def main(cfg):
 
     def ask_to_stop(number, frame):
         nonlocal asked
-        if asked:                                                  # a second Ctrl-C means it
+        if asked and number == signal.SIGINT:                      # a second Ctrl-C means it
             raise KeyboardInterrupt
         asked = True
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
 
     # the loop
-    step, seconds, shown, losses = start_step, 0.0, (start_step, 0.0), []
+    step, losses, shown = start_step, [], None                     # shown: (step, seconds) at the last line
     while step < cfg.max_steps and not stop:
         start = time.perf_counter()
         for optimizer in optimizers:
@@ -548,7 +580,10 @@ def main(cfg):
             loss = model(x[first:first + micro].to(device), y[first:first + micro].to(device))
             (loss * micro / share).backward()                      # the mean over the whole batch
             loss_sum += loss.detach() * micro / share
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
+        norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf))
+        if not math.isfinite(norm):                                # before it reaches the weights; the same on all ranks
+            raise SystemExit(f"the gradient became {norm} at step {step}. Lower --muon_lr and --learning_rate. Checkpoints "
+                             f"in {out / 'state'} are from before it: python train.py --resume --out={out}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -557,17 +592,16 @@ def main(cfg):
             shared = torch.stack([loss_sum / world, torch.tensor(float(asked), device=device)])
             dist.all_reduce(shared)
             loss_sum, stop = shared[0], bool(shared[1] > 0)
-        loss, norm = float(loss_sum), float(norm)
-        if not math.isfinite(loss):
-            raise SystemExit(f"the loss became {loss} at step {step}. Lower --muon_lr and --learning_rate; "
-                             f"the last good checkpoint is in {out}/state: python train.py --resume --out={out}")
+        loss = float(loss_sum)
         step += 1
         seconds += time.perf_counter() - start
         losses.append(loss)
+        shown = shown or (step, seconds)                           # the first step, with its compilation, is left out
 
         row = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": lr_at(step - 1, cfg), "seconds": seconds}
         if rank == 0 and (step % cfg.log_every == 0 or step == cfg.max_steps):
-            speed = (step - shown[0]) * tokens_per_step / max(seconds - shown[1], 1e-9)
+            speed = (step - shown[0]) * tokens_per_step / max(seconds - shown[1], 1e-9) if step > shown[0] else \
+                tokens_per_step / (seconds - shown[1] + 1e-9)
             shown = (step, seconds)
             left = (cfg.max_steps - step) * tokens_per_step / speed
             row |= {"tokens_per_second": speed, "mfu": speed * flops / peak}
@@ -590,12 +624,12 @@ def main(cfg):
                     save_model(out, raw, tokenizer)
                 plot_losses(out)
             best = min(best, val_loss)
+        if done or stop or (cfg.save_every and step % cfg.save_every == 0):
+            if rank == 0:
+                save_state(out, raw, optimizers, step, best, seconds)
         if rank == 0 and cfg.sample_every and (done or step % cfg.sample_every == 0):
             ids = sample.generate(raw, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed)[0]
             print("  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | "), flush=True)
-        if done or stop or (cfg.save_every and step % cfg.save_every == 0):
-            if rank == 0:
-                save_state(out, raw, optimizers, step, best)
 
     # the end
     if rank == 0:
@@ -606,7 +640,7 @@ def main(cfg):
             print(f"stopped at step {step}; everything is saved. Go on: python train.py --resume --out={out}")
         else:
             print(f"{seconds:.0f} s of training; best validation loss {best:.4f}. Loss curve: {out / 'loss.png'}")
-            print(f"Next: python sample.py --model={out} --prompt='ROMEO:'")
+            print(f"Next: python sample.py --model={out}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

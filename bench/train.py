@@ -34,7 +34,7 @@ WINDOW = 64
 NANOGPT = ("--device=cpu --compile=False --eval_iters=1 --eval_interval={steps} --log_interval=100 --block_size=64 "
            "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters=2000 --dropout=0.0")
 SCORE_NANOGPT = """
-import sys, torch, pickle
+import sys, torch
 from model import GPT, GPTConfig
 state = torch.load(sys.argv[1] + "/ckpt.pt", weights_only=True)
 model = GPT(GPTConfig(**state["model_args"]))

@@ -16,13 +16,17 @@ else
 fi
 
 say "2. Train a GPT on it"
-steps=${STEPS:-1000}
-if ! grep -qs "\"max_steps\": $steps," "out/$name/manifest.json"; then
-    python train.py --dataset="$name" --max_steps="$steps"
-elif [ -d "out/$name/state/step-$(printf %07d "$steps")" ]; then
-    echo "out/$name is trained already; to train again: python train.py --dataset=$name"
+steps=${STEPS:-1000} run="out/$name"
+same() {    # does the run in $run have these settings and this text?
+    grep -qs "\"max_steps\": $steps," "$run/manifest.json" &&
+        grep -qs "$(grep -o '"tokenizer_hash": "[0-9a-f]*"' "data/$name/meta.json")" "$run/manifest.json"
+}
+if same && [ -d "$run/state/step-$(printf %07d "$steps")" ]; then
+    echo "$run is trained already; to train again: python train.py --dataset=$name"
+elif same && compgen -G "$run/state/step-*" > /dev/null; then
+    python train.py --out="$run" --resume            # it was interrupted: go on where it stopped
 else
-    python train.py --out="out/$name" --resume      # an earlier run was interrupted: go on where it stopped
+    python train.py --dataset="$name" --max_steps="$steps"
 fi
 
 say "3. Let it write"

@@ -54,7 +54,10 @@ def test_it_writes_beyond_the_context_and_stops_at_the_end_token():
     model = make(block_size=16)
     long = sample.generate(model, [[1, 2, 3], [4] * 16], 50, temperature=0, stop_ids=())
     assert [len(row) for row in long] == [50, 50]
-    assert long[0] == sample.generate(model, [[1, 2, 3]], 50, temperature=0, stop_ids=())[0]
+    for row, prompt in enumerate(([1, 2, 3], [4] * 16)):            # each forgets when it is full, not its neighbour
+        assert long[row] == sample.generate(model, [prompt], 50, temperature=0, stop_ids=())[0]
+    with torch.no_grad():                                          # a prompt that just fits is read to its first token
+        assert long[1][0] == model(torch.tensor([[4] * 16])).argmax(-1)[0, -1].item()
     stop = long[0][5]
     cut = sample.generate(model, [[1, 2, 3]], 50, temperature=0, stop_ids={stop})[0]
     assert cut == long[0][:long[0].index(stop)]

@@ -188,7 +188,8 @@ def test_schedule():
     (["--batch_size=0"], "--batch_size=0"), (["--batch_size=6", "--micro_batch=4"], "--batch_size=6"),
     (["--block_size=100000"], "--block_size=100000"), (["--n_kv_head=3"], "n_kv_head=3"), (["--bogus=1"], "--bogus"),
     (["--device=tpu"], "--device=tpu"), (["--dtype=int3"], "--dtype=int3"), (["--out=/dev/null/x"], "--out=/dev/null/x"),
-    (["--cooldown=2"], "--cooldown=2"), (["--resume", "--out=nowhere"], "--resume")])
+    (["--cooldown=2"], "--cooldown=2"), (["--block_size=0"], "--block_size=0"), (["--micro_batch=-1"], "--micro_batch=-1"),
+    (["--sample_tokens=0"], "--sample_tokens=0"), (["--muon_lr=-1"], "--muon_lr=-1"), (["--resume", "--out=nowhere"], "--resume")])
 def test_bad_input_is_one_clear_line(tiny, tmp_path, flags, message):
     done = run(ROOT / "train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, *flags, check=False)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
@@ -211,3 +212,31 @@ def test_a_second_run_keeps_the_first(tiny, tmp_path):
     for _ in range(2):
         text = start(tiny, tmp_path / "run", "--max_steps=2").stdout
     assert "is kept as" in text and load_model(tmp_path / "run.1", device="cpu") and load_model(tmp_path / "run", device="cpu")
+
+
+def test_resume_refuses_another_model_or_other_data(tiny, reference, tmp_path):
+    import shutil
+    out, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(reference, out)
+    for flags in (["--n_layer=1"], ["--n_layer=3"], ["--tie_embeddings"]):
+        done = run(ROOT / "train.py", f"--out={out}", "--resume", "--max_steps=40", *flags, check=False)
+        assert done.returncode != 0 and "another shape" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "other.txt").write_text("Other words. " * 500, encoding="utf-8")
+    run(ROOT / "prepare.py", tmp_path / "other.txt", f"--out={data}", cwd=tmp_path)
+    done = run(ROOT / "train.py", f"--out={out}", "--resume", f"--dataset={data}", check=False)
+    assert done.returncode != 0 and "not the dataset this run began with" in done.stderr
+    assert losses(out) == losses(reference)
+
+
+def test_a_refused_flag_does_not_move_the_earlier_run(tiny, reference, tmp_path):
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    done = start(tiny, out, "--n_kv_head=3", check=False)
+    assert done.returncode != 0 and (out / "model.safetensors").is_file() and not (tmp_path / "run.1").exists()
+
+
+def test_an_infinite_gradient_stops_before_it_reaches_the_weights(tiny, tmp_path):
+    out = tmp_path / "run"
+    done = start(tiny, out, "--max_steps=60", "--learning_rate=1e30", "--save_every=1", check=False)
+    assert done.returncode != 0 and "the gradient became" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,243 @@
+"""
+How fast is bpe.py? Training against Hugging Face tokenizers, rustbpe and minbpe, encoding against tiktoken and HF.
+
+Corpora: 1 MB is TinyShakespeare. 30 MB (and 100 MB) is Python source: the standard library and the installed packages
+of this interpreter, each file once, in a fixed random order; so the bytes differ from machine to machine, but all
+tools get the same. Everyone learns the same number of merges with the GPT-4 split, on one thread.
+Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are those of counting and
+merging; we stream the file within them, the others get it as texts that are already in memory (pieces of 64 KiB cut where
+no word is cut). MB is the peak memory of the process, for the others with the corpus. "same" compares the merges with
+ours. minbpe would take hours: it learns --minbpe_merges, and its time is extrapolated (early merges are its slowest, so
+this is an upper bound).
+Encoding: one process, vocabulary 32,768 learnt on the 30 MB, documents of about 4 KB that training did not see, ids
+compared, medians of --rounds.
+
+Run     python bench/tokenizer.py --shakespeare=tinyshakespeare.txt --minbpe=PATH_TO_A_MINBPE_CHECKOUT
+        pip install tokenizers rustbpe                           # what is missing is left out
+Writes  nothing but its table; append it to bench/results.md with date and machine
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import bpe  # noqa: E402
+import tyro  # noqa: E402
+
+
+@dataclass
+class Config:
+    shakespeare: str = "data/downloads/tinyshakespeare.txt"  # the 1 MB corpus
+    code: tuple[str, ...] = ()      # folders to take source code from; none: this Python's library and packages
+    minbpe: str = ""                # path of a minbpe checkout; empty: leave it out
+    minbpe_merges: int = 8          # how many merges minbpe learns before its time is extrapolated
+    large: bool = False             # train on 100 MB too
+    rounds: int = 3                 # runs of everything; the median counts
+
+
+# ---- what the processes do
+
+def texts_of(path):
+    return [chunk.decode("utf-8") for chunk in bpe.read_chunks(path, bpe.safe_cuts(bpe.PATTERNS["gpt4"]), 1 << 16)]
+
+
+def train_ours(path, merges):
+    start = time.perf_counter()
+    words = bpe.count_words([path], bpe.PATTERNS["gpt4"])
+    found = list(islice(bpe.learn_merges(words), merges))
+    return time.perf_counter() - start, [bpe.spell(a) + " " + bpe.spell(b) for a, b, _ in found]
+
+
+def train_hf(path, merges):
+    import tokenizers
+    texts, pre = texts_of(path), tokenizers.pre_tokenizers
+    start = time.perf_counter()
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(bpe.PATTERNS["gpt4"]), "isolated"),
+                                      pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=256 + merges, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    seconds = time.perf_counter() - start
+    return seconds, [" ".join(pair) for pair in json.loads(tok.to_str())["model"]["merges"]]
+
+
+def train_rustbpe(path, merges):
+    import rustbpe
+    texts, tok = texts_of(path), rustbpe.Tokenizer()
+    start = time.perf_counter()
+    tok.train_from_iterator(iter(texts), 256 + merges, pattern=bpe.PATTERNS["gpt4"])
+    return time.perf_counter() - start, None                       # its ties go by byte value: other merges, as good
+
+
+def train_minbpe(path, merges):
+    from minbpe import RegexTokenizer
+    text = path.read_text(encoding="utf-8")
+    start = time.perf_counter()
+    RegexTokenizer().train(text, 256 + merges)
+    return time.perf_counter() - start, None
+
+
+TRAIN = {"nanopath": train_ours, "rustbpe": train_rustbpe, "tokenizers": train_hf, "minbpe": train_minbpe}
+
+
+def child(tool, path, merges):
+    """One training run; prints seconds, peak MB, number of merges, their hash."""
+    seconds, found = TRAIN[tool](Path(path), int(merges))
+    try:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
+    except ImportError:                                            # Windows
+        peak = 0
+    digest = hashlib.sha256("\n".join(found).encode("utf-8")).hexdigest() if found else ""
+    print(json.dumps([seconds, peak, len(found or []), digest]))
+
+
+# ---- what is measured
+
+def code_texts(folders):
+    """Python files, each content once, in an order that is random but always the same."""
+    names = sorted(path for folder in folders for path in Path(folder).rglob("*.py") if path.is_file())
+    random.Random(0).shuffle(names)
+    seen = set()
+    for path in names:
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).digest()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if digest not in seen:
+            seen.add(digest)
+            yield text
+
+
+def write_corpora(texts, folder, sizes):
+    """Files of these sizes (MB), each a beginning of the next; and, as text, 5 MB of what follows."""
+    paths, done, parts = {}, 0, []
+    for size in sizes:
+        for text in texts:
+            parts.append(text)
+            done += len(text.encode("utf-8"))
+            if done >= size * 1e6:
+                break
+        if done < size * 0.95e6:
+            print(f"only {done / 1e6:.0f} MB of source code found for the {size} MB corpus; give more folders: --code")
+        paths[size] = folder / f"{size}.txt"
+        paths[size].write_text("".join(parts), encoding="utf-8", newline="\n")
+    unseen = []
+    for text in texts:
+        unseen.append(text)
+        if sum(map(len, unseen)) > 5e6:
+            break
+    return paths, "".join(unseen)
+
+
+def bench_training(name, path, vocab_size, tools, cfg):
+    merges = vocab_size - 256 - len(bpe.SPECIALS)
+    results = {tool: [] for tool in tools}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "PYTHONPATH": cfg.minbpe}
+    for _ in range(cfg.rounds):
+        for tool in tools:                                         # in turn, so that a busy minute hits all
+            count = cfg.minbpe_merges if tool == "minbpe" else merges
+            done = subprocess.run([sys.executable, __file__, "--child", tool, path, str(count)], env=environment,
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{tool} failed:\n{done.stderr[-3000:]}")
+            results[tool].append(json.loads(done.stdout.splitlines()[-1]))
+    ours = statistics.median(run[0] for run in results["nanopath"])
+    for tool, runs in results.items():
+        seconds, peak = (statistics.median(run[k] for run in runs) for k in (0, 1))
+        spread = f"{min(run[0] for run in runs):.2f} to {max(run[0] for run in runs):.2f}"
+        same = "" if not runs[0][3] else "yes" if runs[0][3] == results["nanopath"][0][3] else "NO"
+        if tool == "minbpe":
+            seconds *= results["nanopath"][0][2] / cfg.minbpe_merges
+            spread = f"extrapolated from {cfg.minbpe_merges} merges"
+        print(f"| {name}, {vocab_size:,} | {tool} | {seconds:,.2f} ({spread}) | {seconds / ours:,.2f} | {peak:,.0f} "
+              f"| {same} |", flush=True)
+
+
+def bench_encoding(name, text, tok, rounds):
+    documents = [chunk.decode("utf-8") for chunk in bpe.read_chunks(text, bpe.safe_cuts(tok.pattern), 4096)]
+    megabytes = len(text.encode("utf-8")) / 1e6
+    fast = tok.fast
+
+    def cold():
+        tok.cache.clear()
+        return [tok.encode_readable(document) for document in documents]
+    ways = {"nanopath encode_readable": cold,
+            "nanopath encode": lambda: [tok.encode(document) for document in documents],
+            "tiktoken encode_ordinary": lambda: [fast.encode_ordinary(document) for document in documents]}
+    if importlib.util.find_spec("tokenizers"):
+        import tokenizers
+        with tempfile.TemporaryDirectory() as folder:
+            tok.save(folder)
+            theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        theirs.encode_special_tokens = True                        # "<|pad|>" in a text is text, as with the others
+        ways["tokenizers encode_batch_fast"] = lambda: theirs.encode_batch_fast(documents)
+    tok.joins                                                      # built once, not part of the timing
+    want, seconds = ways["nanopath encode_readable"](), {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, encode in ways.items():
+            start = time.perf_counter()
+            found = encode()
+            seconds[way].append(time.perf_counter() - start)
+            assert [ids if isinstance(ids, list) else ids.ids for ids in found] == want, f"{way}: other ids"
+    for way, runs in seconds.items():
+        print(f"| {name} | {way} | {megabytes / statistics.median(runs):.2f} "
+              f"({megabytes / max(runs):.2f} to {megabytes / min(runs):.2f}) |", flush=True)
+
+
+def main(cfg):
+    shakespeare = Path(cfg.shakespeare)
+    if not shakespeare.is_file():
+        raise SystemExit(f"--shakespeare={cfg.shakespeare}: no such file; python prepare.py shakespeare downloads it")
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    tools = [tool for tool in ("rustbpe", "tokenizers") if importlib.util.find_spec(tool)]
+    for tool in {"rustbpe", "tokenizers"} - set(tools):
+        print(f"{tool} is left out: pip install {tool}")
+    if cfg.minbpe and not Path(cfg.minbpe, "minbpe").is_dir():
+        raise SystemExit(f"--minbpe={cfg.minbpe}: no minbpe checkout there (github.com/karpathy/minbpe)")
+    if not cfg.minbpe:
+        print("minbpe is left out: give --minbpe=PATH of a checkout")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    versions = ", ".join(f"{tool} {version(tool)}" for tool in ("numpy", "regex", "tiktoken", *tools))
+    print(f"{date.today()}, {models[0] if models else platform.processor()}, one thread, "
+          f"Python {platform.python_version()}, {versions}\n")
+    folders = cfg.code or {sysconfig.get_paths()[key] for key in ("stdlib", "purelib")}
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [30, 100] if cfg.large else [30]
+        corpora, unseen = write_corpora(code_texts(folders), Path(folder), sizes)
+        print("| training | tool | seconds (range) | of ours | peak MB | same merges |\n|---|---|---|---|---|---|")
+        for name, path in {"1 MB": shakespeare, **{f"{size} MB": path for size, path in corpora.items()}}.items():
+            for vocab_size in (4096, 32768):
+                slow = ["minbpe"] if cfg.minbpe and name == "1 MB" else []
+                bench_training(name, path, vocab_size, ["nanopath", *tools, *slow], cfg)
+        print("\n| encoding | way | MB/s (range) |\n|---|---|---|")
+        tok = bpe.Tokenizer.train(corpora[30], 32768)
+        bench_encoding("prose, 1 MB", shakespeare.read_text(encoding="utf-8"), tok, cfg.rounds)
+        bench_encoding("code, 5 MB", unseen, tok, cfg.rounds)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        main(tyro.cli(Config, use_underscores=True, description=__doc__))

@@ -110,9 +110,13 @@ def safe_cuts(pattern):
 
 
 def cuts_in(data, safe):
-    """Positions where `data` may be cut."""
+    """Positions where `data` may be cut: by the table, and before the last of several spaces (the indent of code)."""
     codes = np.frombuffer(data, dtype=np.uint8)
-    return np.flatnonzero(safe[codes[:-1].astype(np.uint16) << 8 | codes[1:]]) + 1
+    cut = safe[codes[:-1].astype(np.uint16) << 8 | codes[1:]]
+    if safe.any():
+        space = codes == ord(" ")
+        cut[:-1] |= space[:-2] & space[1:-1] & (codes[2:] > 32) & (codes[2:] < 127)
+    return np.flatnonzero(cut) + 1
 
 
 def read_chunks(source, safe, size=CHUNK):
@@ -212,14 +216,14 @@ def learn_merges(words, min_count=1):
     if not words:
         return
     # All words in one row: tok holds a token where it starts, -1 where a word ends, -2 inside a token. A byte's number
-    # here is its place in BYTE_ORDER, so that comparing numbers breaks ties. int32 halves the memory.
+    # here is its place in BYTE_ORDER, so that comparing numbers breaks ties.
     order = np.argsort(np.array(BYTE_ORDER)).astype(np.int32)
     lengths = np.array([len(word) + 1 for word in words])
     row = np.frombuffer(b"\xff".join(words) + b"\xff", dtype=np.uint8)      # 255 is in no UTF-8 text
     tok = np.where(row == 255, -1, order[row]).astype(np.int32)
     weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
-    nxt = np.arange(1, len(tok) + 1, dtype=np.int32)               # where the next token starts, and the one before;
-    prv = np.arange(-1, len(tok) - 1, dtype=np.int32)              # prv[0] = -1 is the last place, which holds a -1
+    nxt = np.arange(1, len(tok) + 1)                               # where the next token starts, and the one before;
+    prv = np.arange(-1, len(tok) - 1)                              # prv[0] = -1 is the last place, which holds a -1
     tokens = [bytes([b]) for b in BYTE_ORDER]
     where, heap = {}, []                                           # pair -> its places; (-count, pair)
 
@@ -228,15 +232,17 @@ def learn_merges(words, min_count=1):
         keys = tok[places].astype(np.int64) << 32 | tok[nxt[places]]        # one number for both tokens
         by_key = np.argsort(keys, kind="stable")                   # stable: the places of a pair stay in order
         keys, places = keys[by_key], places[by_key]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts = np.add.reduceat(weight[places], starts)
-        ends = np.append(starts[1:], len(keys))
-        often = counts >= min_count
-        for key, start, end, count in zip(*(x[often].tolist() for x in (keys[starts], starts, ends, counts))):
-            where[key] = places[start:end]
-            heapq.heappush(heap, (-count, key))
+        first = np.ones(len(keys), dtype=bool)
+        first[1:] = keys[1:] != keys[:-1]
+        starts = first.nonzero()[0]
+        counts = np.add.reduceat(weight[places], starts).tolist()
+        pairs, starts = keys[starts].tolist(), starts.tolist()
+        for key, count, start, end in zip(pairs, counts, starts, [*starts[1:], len(keys)]):
+            if count >= min_count:
+                where[key] = places[start:end]
+                heapq.heappush(heap, (-count, key))
 
-    starts = np.flatnonzero(tok >= 0).astype(np.int32)
+    starts = np.flatnonzero(tok >= 0)
     starts = starts[tok[nxt[starts]] >= 0]
     if len(starts):
         born(starts)
@@ -266,7 +272,8 @@ def learn_merges(words, min_count=1):
         nxt[live] = after
         prv[after] = live
         before = prv[live]
-        before = before[(tok[before] >= 0) & (tok[before] != new)]
+        neighbour = tok[before]
+        before = before[(neighbour >= 0) & (neighbour != new)]
         places = np.concatenate([before, live[tok[after] >= 0]])   # each new pair once, (new, new) included
         if len(places):
             born(places)

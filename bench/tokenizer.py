@@ -98,11 +98,9 @@ TRAIN = {"nanopath": train_ours, "rustbpe": train_rustbpe, "tokenizers": train_h
 def child(tool, path, merges):
     """One training run; prints seconds, peak MB, number of merges, their hash."""
     seconds, found = TRAIN[tool](Path(path), int(merges))
-    try:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
-    except ImportError:                                            # Windows
-        peak = 0
+    status = Path("/proc/self/status")                             # elsewhere no peak is shown
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    peak = next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")), 0)
     digest = hashlib.sha256("\n".join(found).encode("utf-8")).hexdigest() if found else ""
     print(json.dumps([seconds, peak, len(found or []), digest]))
 

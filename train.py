@@ -1,7 +1,7 @@
 """
 Pretrain a GPT on the token shards that prepare.py wrote. One loop, from a laptop core to several GPUs.
 
-Run     python train.py                                          # laptop, TinyShakespeare
+Run     python train.py                                          # laptop, TinyShakespeare: 93 s -> 2.117 bits per byte
         python train.py --dataset=stdlib --max_steps=300         # any prepared dataset; every field of Config is a flag
         python train.py --resume                                 # go on exactly where the run in --out stopped
         torchrun --nproc_per_node=8 train.py --preset=shakespeare_gpu
@@ -82,10 +82,12 @@ class Config:
 
 QUIET = dict(eval_every=0, sample_every=0, save_every=0)
 PRESETS = {
+    # with `prepare.py shakespeare --vocab_size=512`: 93 s on two laptop-class cores -> 2.117 bits per byte
     "shakespeare": {},
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it
     "sprint": dict(n_layer=2, block_size=32, batch_size=24, max_steps=100, muon_lr=0.05, momentum=0.85, **QUIET),
     "sprint_char": dict(block_size=64, max_steps=150, muon_lr=0.05, momentum=0.85, **QUIET),
+    # a larger model for a GPU; not measured yet
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
                             weight_decay=0.1, grad_clip=1.0, sample_every=500, compile=True),
 }

@@ -1,0 +1,43 @@
+"""Every command of the README runs, in its order, in a copy of the project, as a new user would type it."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import DATA, ROOT
+
+HEAVY = ("bench/",)      # measurements that take minutes and another project's checkout
+
+
+def commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    return [line.split("    #")[0].strip() for line in lines
+            if line.startswith(("python ", "torchrun ")) and not any(word in line for word in HEAVY)]
+
+
+def test_readme_commands_run_as_written(tmp_path):
+    if not (DATA / "tinyshakespeare.txt").is_file():
+        pytest.skip("the README trains on Shakespeare; there is no copy in NANOPATH_DATA")
+    pytest.importorskip("transformers")
+    project = tmp_path / "nanopath"
+    shutil.copytree(ROOT, project, ignore=lambda folder, names: [name for name in names if name in (".git", ".venv", "out")
+                    or folder == str(ROOT / "data") and not name.endswith((".py", ".md"))])
+    environment = {**os.environ, "NANOPATH_DATA": str(DATA), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    listed = commands()
+    assert len(listed) >= 8
+    for command in listed:
+        done = subprocess.run(command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (project / "out/shakespeare/loss.png").is_file()
+    assert not list(project.rglob("*.tmp"))
+
+
+def test_every_file_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)?\w+\.(?:py|sh|md|txt))`", text))
+    assert named and [name for name in named if not (ROOT / name).is_file()] == []

@@ -649,4 +649,9 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS))
+    cfg = parse(Config, PRESETS)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:                    # a full disk, most likely
+        raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
+                         "room, then python train.py --resume with the same --out") from None

@@ -14,7 +14,8 @@ HEAVY = ("bench/",)      # measurements that take minutes and another project's 
 
 def commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
     return [line.split("    #")[0].strip() for line in lines
             if line.startswith(("python ", "torchrun ")) and not any(word in line for word in HEAVY)]
 

@@ -240,3 +240,20 @@ def test_an_infinite_gradient_stops_before_it_reaches_the_weights(tiny, tmp_path
     out = tmp_path / "run"
     done = start(tiny, out, "--max_steps=60", "--learning_rate=1e30", "--save_every=1", check=False)
     assert done.returncode != 0 and "the gradient became" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_full_disk_leaves_nothing_half_written(tiny, tmp_path):
+    import resource
+    out = tmp_path / "run"
+    start(tiny, out, "--max_steps=4", "--eval_every=2", "--save_every=2")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"}
+    limit = (out / "model.safetensors").stat().st_size // 2
+    done = run(ROOT / "train.py", f"--out={out}", "--resume", "--max_steps=8", check=False,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode != 0 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    for path in before:
+        if path.suffix == ".safetensors":
+            assert path.read_bytes() == before[path]
+    run(ROOT / "train.py", f"--out={out}", "--resume", "--max_steps=8")
+    assert max(losses(out)) == 8 and load_model(out, device="cpu")

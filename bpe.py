@@ -110,12 +110,11 @@ def safe_cuts(pattern):
 
 
 def cuts_in(data, safe):
-    """Positions where `data` may be cut: by the table, and before the last of several spaces (the indent of code)."""
+    """Positions where `data` may be cut: by the table, and before a space that a visible character follows."""
     codes = np.frombuffer(data, dtype=np.uint8)
     cut = safe[codes[:-1].astype(np.uint16) << 8 | codes[1:]]
     if safe.any():
-        space = codes == ord(" ")
-        cut[:-1] |= space[:-2] & space[1:-1] & (codes[2:] > 32) & (codes[2:] < 127)
+        cut[:-1] |= (codes[1:-1] == ord(" ")) & (codes[2:] > 32) & (codes[2:] < 127)
     return np.flatnonzero(cut) + 1
 
 
@@ -309,8 +308,10 @@ class Tokenizer:
             raise ValueError("two tokens have the same id")
         self.vocab_size = max(self.bytes_of) + 1
         self.rank = {token: rank for rank, token in enumerate(self.tokens)}
-        ranked = 256 + len({a + b for a, b in self.merges})
         self.ids = list(self.tokens.values())                      # rank -> id
+        # tiktoken has no ids but ranks: ids can stand for them if they rise with the rank, else ids are looked up
+        # afterwards. And it knows no word that is a token without a merge.
+        ranked = 256 + len({a + b for a, b in self.merges})
         self.ordered = self.ids[256:ranked] == sorted(self.ids[256:ranked])
         self.extras = len(self.tokens) > ranked and ignore_merges
         self.compiled_ranks = {t: i if self.ordered else self.rank[t] for t, i in islice(self.tokens.items(), ranked)}

@@ -159,7 +159,7 @@ def count_task(data, pattern):
     """Counter of the words of one task."""
     safe, pieces, at = safe_cuts(pattern), Counter(), 0
     while at < len(data):
-        end = data.find(b"\xff", at + CHUNK) % (len(data) + 1)     # not found, -1: the end
+        end = data.find(b"\xff", at + CHUNK) % (len(data) + 1)     # -1, not found, is the end
         chunk = data[at:end]
         pieces.update(np.insert(np.frombuffer(chunk, np.uint8), cuts_in(chunk, safe), 255).tobytes().split(b"\xff"))
         at = end + 1
@@ -171,8 +171,8 @@ def count_task(data, pattern):
 
 
 def count_words(sources, pattern, workers=1, progress=False):
-    """{word as bytes: how often} of an iterable of Paths and strings. Memory: the distinct words and a
-    few TASKs. Each string and each file is a text of its own; the result is the same for any number of workers."""
+    """{word as bytes: how often} of an iterable of Paths and strings, each a text of its own. Memory: the distinct
+    words and a few TASKs. The result is the same for any number of workers."""
     stream = tasks(sources, safe_cuts(pattern))
 
     def results():
@@ -309,12 +309,9 @@ class Tokenizer:
         self.vocab_size = max(self.bytes_of) + 1
         self.rank = {token: rank for rank, token in enumerate(self.tokens)}
         self.ids = list(self.tokens.values())                      # rank -> id
-        # tiktoken has no ids but ranks: ids can stand for them if they rise with the rank, else ids are looked up
-        # afterwards. And it knows no word that is a token without a merge.
-        ranked = 256 + len({a + b for a, b in self.merges})
-        self.ordered = self.ids[256:ranked] == sorted(self.ids[256:ranked])
-        self.extras = len(self.tokens) > ranked and ignore_merges
-        self.compiled_ranks = {t: i if self.ordered else self.rank[t] for t, i in islice(self.tokens.items(), ranked)}
+        self.ranked = 256 + len({a + b for a, b in self.merges})   # bytes and merges; later tokens are whole words only
+        merged = self.ids[256:self.ranked]
+        self.ordered = merged == sorted(merged)                    # ids rise with the rank
         self.eos_id = self.specials.get("<|endoftext|>", self.specials.get(eos))
         self.pad_id = self.specials.get("<|pad|>", self.specials.get(pad))
         self.pad_id = None if self.pad_id == self.eos_id else self.pad_id      # else no end would ever be learnt
@@ -376,7 +373,7 @@ class Tokenizer:
         to_bytes(text)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         blocks = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)   # twice as many blanks in a row fill one of these
-        if self.extras or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
+        if self._compiled is None or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
             return self.encode_readable(text)
         ids = self._compiled.encode_ordinary(text)
         return ids if self.ordered else [self.ids[rank] for rank in ids]
@@ -389,7 +386,9 @@ class Tokenizer:
         for word in self.split.findall(text):
             found = self.cache.get(word)
             if found is None:
-                found = self.merge_word(word.encode("utf-8"))
+                token = word.encode("utf-8")
+                whole = self.ignore_merges and token in self.tokens
+                found = [self.tokens[token]] if whole else self.merge_word(token)
                 if len(self.cache) < 1 << 18 and len(word) < 100:
                     self.cache[word] = found
             ids += found
@@ -403,8 +402,6 @@ class Tokenizer:
     def merge_word(self, word):
         """BPE of one word. The plain way, to look for the lowest pair again after every merge, takes n^2 steps; a heap
         of the pairs that can be joined, over a linked list of the parts, takes n log n."""
-        if self.ignore_merges and word in self.tokens:
-            return [self.tokens[word]]
         joins, parts = self.joins, [self.rank[word[i:i + 1]] for i in range(len(word))]
         nxt, prv = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
         heap = [(joins[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in joins]
@@ -427,16 +424,25 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self):
+        """A tiktoken.Encoding, or None. tiktoken knows no merges, it joins any neighbours whose join is a token; that
+        is the same if the bytes of each token are merged into that token, as they are in what a trainer learnt."""
         import tiktoken                                            # here, so that a reader of ids does not need it
-        return tiktoken.Encoding("nanopath", pat_str=self.pattern, mergeable_ranks=self.compiled_ranks,
-                                 special_tokens=self.specials)
+        tokens, rank, joins = dict(islice(self.tokens.items(), self.ranked)), self.rank, self.joins
+        if self.ignore_merges and len(self.tokens) > self.ranked:  # nor does it know a word without merges
+            return None
+        for token, i in islice(tokens.items(), 256, None):
+            pairs = [(rank[token[:k]], rank.get(token[k:])) for k in range(1, len(token)) if token[:k] in rank]
+            if any(b is not None and (a, b) not in joins for a, b in pairs) and self.merge_word(token) != [i]:
+                return None
+        ranks = tokens if self.ordered else dict(zip(tokens, range(self.ranked)))
+        return tiktoken.Encoding("nanopath", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @property
     def fast(self):
         """The same tokenizer as a tiktoken.Encoding, bare: a lone surrogate becomes U+FFFD, 10^6 blanks crash it."""
-        if self.nfc or self.extras or not self.ordered:
+        if self.nfc or not self.ordered or self._compiled is None:
             raise ValueError("tiktoken cannot represent this tokenizer by itself (NFC normalization, ids out of merge "
-                             "order, or words without merges); use encode(), which is as fast")
+                             "order, or tokens that no merge makes); use encode()")
         return self._compiled
 
     # ids -> text
@@ -493,7 +499,7 @@ class Tokenizer:
     @cached_property
     def hash(self):
         content = [self.pattern, [[spell(t), i] for t, i in self.tokens.items()], sorted(self.specials.items())]
-        content += [["NFC"]] * self.nfc + [["ignore_merges"]] * self.extras
+        content += [["NFC"]] * self.nfc + [["ignore_merges"]] * (self.ignore_merges and len(self.tokens) > self.ranked)
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
 
     def save(self, folder):

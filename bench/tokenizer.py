@@ -4,11 +4,11 @@ How fast is bpe.py? Training against Hugging Face tokenizers, rustbpe and minbpe
 Corpora: 1 MB is TinyShakespeare. 30 MB (and 100 MB) is Python source: the standard library and the installed packages
 of this interpreter, each file once, in a fixed random order; so the bytes differ from machine to machine, but all
 tools get the same. Everyone learns the same number of merges with the GPT-4 split, on one thread.
-Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are those of counting and
-merging; we stream the file within them, the others get it as texts that are already in memory (pieces of 64 KiB cut where
-no word is cut). MB is the peak memory of the process, for the others with the corpus. "same" compares the merges with
-ours. minbpe would take hours: it learns --minbpe_merges, and its time is extrapolated (early merges are its slowest, so
-this is an upper bound).
+Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are processor seconds (so
+that a busy machine matters less) of counting and merging; we read the file within them, the others get it as texts that
+are already in memory (pieces of 64 KiB, cut where no word is cut). MB is the peak memory of the process, for the others
+with the corpus. "same" compares the merges with ours. minbpe would take hours: it learns --minbpe_merges, and its time
+is extrapolated (early merges are its slowest, so this is an upper bound).
 Encoding: one process, vocabulary 32,768 learnt on the 30 MB, documents of about 4 KB that training did not see, ids
 compared, medians of --rounds.
 
@@ -57,39 +57,39 @@ def texts_of(path):
 
 
 def train_ours(path, merges):
-    start = time.perf_counter()
+    start = time.process_time()
     words = bpe.count_words([path], bpe.PATTERNS["gpt4"])
     found = list(islice(bpe.learn_merges(words), merges))
-    return time.perf_counter() - start, [bpe.spell(a) + " " + bpe.spell(b) for a, b, _ in found]
+    return time.process_time() - start, [bpe.spell(a) + " " + bpe.spell(b) for a, b, _ in found]
 
 
 def train_hf(path, merges):
     import tokenizers
     texts, pre = texts_of(path), tokenizers.pre_tokenizers
-    start = time.perf_counter()
+    start = time.process_time()
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(bpe.PATTERNS["gpt4"]), "isolated"),
                                       pre.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=256 + merges, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return seconds, [" ".join(pair) for pair in json.loads(tok.to_str())["model"]["merges"]]
 
 
 def train_rustbpe(path, merges):
     import rustbpe
     texts, tok = texts_of(path), rustbpe.Tokenizer()
-    start = time.perf_counter()
+    start = time.process_time()
     tok.train_from_iterator(iter(texts), 256 + merges, pattern=bpe.PATTERNS["gpt4"])
-    return time.perf_counter() - start, None                       # its ties go by byte value: other merges, as good
+    return time.process_time() - start, None                       # its ties go by byte value: other merges, as good
 
 
 def train_minbpe(path, merges):
     from minbpe import RegexTokenizer
     text = path.read_text(encoding="utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     RegexTokenizer().train(text, 256 + merges)
-    return time.perf_counter() - start, None
+    return time.process_time() - start, None
 
 
 TRAIN = {"nanopath": train_ours, "rustbpe": train_rustbpe, "tokenizers": train_hf, "minbpe": train_minbpe}
@@ -192,9 +192,9 @@ def bench_encoding(name, text, tok, rounds):
     want, seconds = ways["nanopath encode_readable"](), {way: [] for way in ways}
     for _ in range(rounds):
         for way, encode in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             found = encode()
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(time.process_time() - start)
             assert [ids if isinstance(ids, list) else ids.ids for ids in found] == want, f"{way}: other ids"
     for way, runs in seconds.items():
         print(f"| {name} | {way} | {megabytes / statistics.median(runs):.2f} "

@@ -389,6 +389,20 @@ def test_llama3_style_file(tmp_path):
     assert tok.encode("<think>", "all") == theirs.encode("<think>").ids and tok.encode("<think>") != tok.encode("<think>", "all")
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_a_merge_that_never_happens_is_not_applied(tmp_path, ignore_merges):
+    """tiktoken alone would join "ab" and "c", though only "a" and "bc" are listed as "abc"."""
+    tokens = {**{bytes([b]): b for b in range(256)}, b"ab": 256, b"bc": 257, b"abc": 258}
+    made = Tokenizer(tokens, {}, PATTERNS["gpt4"], [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")], ignore_merges)
+    made.save(tmp_path)
+    ours, theirs = Tokenizer.load(tmp_path), hf_tokenizer(tmp_path)
+    for text in ("abc", "xabc", "abcabc", "bcabc"):
+        assert ours.encode(text) == ours.encode_readable(text) == theirs.encode(text).ids
+    assert ours.encode("xabc") == [ord("x"), 256, ord("c")] and ours.encode("abc") == ([258] if ignore_merges else [256, 99])
+    with pytest.raises(ValueError, match="use encode"):
+        ours.fast
+
+
 def test_gpt2_style_file_without_a_split(tmp_path):
     plain = Tokenizer.train([TEXT], 500, "gpt2")
     rewrite(plain, tmp_path, lambda data: data.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}))

@@ -604,6 +604,8 @@ def plan_split(sources, cfg):
             raise SystemExit(f"{sources[0].path}: one document of {length} characters is too short to split; give "
                              f"more text, or --val_fraction=0 for no validation split")
         return {"below": 0, "cut": cut, "near": 0 if cfg.sources[0] == "shakespeare" else (length - cut) // 2}
+    if count == 0:
+        raise SystemExit(f"{' '.join(cfg.sources)}: no text in it (empty, or all of it skipped); try python prepare.py stdlib")
     if len(hashes) < 2:
         raise SystemExit(f"{cfg.sources[0]}: {count} different documents; at least 2 are needed to keep one for "
                          f"validation. Give more text, or --val_fraction=0")
@@ -941,7 +943,7 @@ def build(cfg, out, partial, recipe):
                 save_json(progress, {"recipe": recipe, "source": found, "state": state})
                 noted = time.monotonic()
     if not state["train"]["documents"]:
-        raise SystemExit(f"{' '.join(cfg.sources)}: no text in it (empty?); try python prepare.py stdlib")
+        raise SystemExit(f"{' '.join(cfg.sources)}: no text in it (empty, or all of it skipped); try python prepare.py stdlib")
 
     splits = {}
     for split in ("train", "val"):
@@ -978,6 +980,8 @@ def main(cfg):
     if fixed and (meta := ready(out, recipe)):   # no need to find the source again
         print(f"ready   {out} (made before with the same arguments)")
         return report(out, meta, cfg)
+    before = load_json(out / "meta.json").get("recipe", {}) if (out / "meta.json").is_file() else {}
+    changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
     try:
         partial.mkdir(parents=True, exist_ok=True)
         meta = build(cfg, out, partial, recipe)
@@ -1000,6 +1004,8 @@ def main(cfg):
         meta = load_json(out / "meta.json")
         print(f"ready   {out} (made before from the same text with the same arguments)")
         return report(out, meta, cfg)
+    if changed:
+        print(f"instead of the dataset that was there, made with {changed}")
     seconds = time.perf_counter() - begun
     size = sum(split["bytes"] for split in meta["splits"].values())
     print(f"wrote   {out} in {seconds:.1f} s ({size / seconds / 1e6:.1f} MB/s)")

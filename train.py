@@ -109,7 +109,8 @@ def parse(Config, presets):
         if not (out / "manifest.json").is_file():
             raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: python train.py --out={out}")
         defaults = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"] | {"out": str(out)}
-    return tyro.cli(Config, default=Config(**defaults), use_underscores=True, description=__doc__)
+    return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
+                    description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,8 +216,9 @@ def open_dataset(cfg):
     """The dataset's folder and its tokenizer; a clear word where something does not fit."""
     folder = Path(cfg.dataset) if (Path(cfg.dataset) / "meta.json").is_file() else Path("data") / cfg.dataset
     if not (folder / "meta.json").is_file():
-        raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there. Make it first: "
-                         f"python prepare.py {cfg.dataset}")
+        there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
+        raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there (under data/: {there}). Make one first: "
+                         "python prepare.py shakespeare, or python prepare.py PATH...")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if "tokenizer_hash" not in meta:
         raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
@@ -410,7 +412,7 @@ def write_manifest(out, cfg, dtype, tokenizer, folder):
         .stdout.strip() if shutil.which("git") else ""
     write_json(out / "manifest.json", {
         "config": asdict(cfg) | {"resume": False, "dtype": str(dtype).removeprefix("torch.")},
-        "tokenizer_hash": tokenizer.hash, "data": data_hashes(folder),
+        "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "data": data_hashes(folder),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "processor": platform.processor() or platform.machine(), "commit": commit})
 
@@ -489,8 +491,8 @@ def main(cfg):
     if cfg.resume:
         before = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         if (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
-            raise SystemExit(f"--resume: {folder} is not the dataset this run began with. Prepare that one again, or "
-                             f"start anew: python train.py --dataset={cfg.dataset}")
+            raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
+                             f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py --dataset={cfg.dataset}")
     try:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -641,7 +643,7 @@ def main(cfg):
         if step < cfg.max_steps:
             print(f"stopped at step {step}; everything is saved. Go on: python train.py --resume --out={out}")
         else:
-            print(f"{seconds:.0f} s of training; best validation loss {best:.4f}. Loss curve: {out / 'loss.png'}")
+            print(f"{seconds:.0f} s of training in all; best validation loss {best:.4f}. Loss curve: {out / 'loss.png'}")
             print(f"Next: python sample.py --model={out}")
     if world > 1:
         dist.barrier()

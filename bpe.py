@@ -7,7 +7,7 @@ vocabulary, and with no merges at all the tokenizer is simply the character mode
 
 Run     python bpe.py data/downloads/tinyshakespeare.txt --vocab_size=2048 --out=out/tokenizer --verbose
         python bpe.py FOLDER FILE... --vocab_size=32768 --report     # how good is which size, on held-out text
-You see each merge as it is learnt ('t' + 'h' first, whole names at the end), then one sentence cut into its tokens
+You see each merge as it is learnt (' ' + 't' first, whole words later), then one sentence cut into its tokens
 Writes  OUT/tokenizer.json and tokenizer_config.json, which transformers, vLLM and every other tool can open
 Next    python prepare.py FILE... --tokenizer=out/tokenizer
 Papers  BPE for words (arXiv:1508.07909), byte-level BPE (GPT-2, Radford 2019), fill in the middle (arXiv:2207.14255)
@@ -614,10 +614,10 @@ def read_tokenizer_json(file):
 
 class Stream:
     def __init__(self, tokenizer):
-        self.bytes_of, self.decoder = tokenizer.decode_bytes, codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i):
-        return self.decoder.decode(self.bytes_of([i]))
+        return self.decoder.decode(self.tokenizer.decode_bytes([i]))
 
     def flush(self):
         return self.decoder.decode(b"", final=True)
@@ -667,6 +667,9 @@ def main(cfg):
         raise SystemExit("what to learn from? python bpe.py FILE... --vocab_size=4096")
     if cfg.pattern not in PATTERNS:
         raise SystemExit(f"--pattern={cfg.pattern}: choose one of {', '.join(PATTERNS)}")
+    if cfg.report and cfg.vocab_size <= 256 + len(SPECIALS):
+        raise SystemExit(f"--vocab_size={cfg.vocab_size}: --report compares sizes, give it more than "
+                         f"{256 + len(SPECIALS)}, such as 4096")
     if cfg.min_count < 1 or cfg.workers < 0:
         raise SystemExit(f"--min_count={cfg.min_count} --workers={cfg.workers}: at least 1, at least 0")
     held_out = []

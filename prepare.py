@@ -48,6 +48,7 @@ import tyro
 from tqdm import tqdm
 
 from bpe import PATTERNS, SPECIALS, Tokenizer
+from data.hub import DOWNLOADS, download, file_hash, hub_file, need_space
 
 
 @dataclass
@@ -101,7 +102,6 @@ KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjs
          ".parquet": "parquet"}
 PROSE = {".txt", ".text", ".md", ".rst"}  # what a folder is searched for, besides KINDS; a glob can name anything
 PIECE = 1 << 20                           # characters handled at a time: a long document travels in such pieces
-DOWNLOADS = Path("data") / "downloads"
 
 
 class Source(NamedTuple):
@@ -188,86 +188,28 @@ def stdlib_sources():
 
 
 def locate(url, preset, cfg):
-    """A local copy of the file: from NANOPATH_DATA, Hugging Face's cache, the download cache, or else the network."""
-    sha256 = PRESETS[preset].get("sha256") if preset else None
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    """A local copy of the file: from NANOPATH_DATA, the download cache, Hugging Face's cache, or else the network."""
     flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
+    sha256 = PRESETS[preset].get("sha256") if preset else None
     folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent / "shared" / "data")
-    places = [Path(folder) / flat, DOWNLOADS / flat]
-    if url.startswith(HUB):
-        owner, name, file = url.removeprefix(HUB).split("/", 2)
-        name, _, revision = name.partition("@")
-        revision = revision or "main"
-        url = f"{endpoint}/datasets/{owner}/{name}/resolve/{revision}/{file}"
-        home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
-        cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / f"datasets--{owner}--{name}"
-        ref = cache / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        places.insert(1, cache / "snapshots" / commit / file)
-    for place in places:
+    path = DOWNLOADS / flat
+    for place in (Path(folder) / flat, path):
         if place.is_file() and (sha256 is None or file_hash(place) == sha256):
             print(f"found   {place}")
             return place
-    token = os.environ.get("HF_TOKEN") if url.startswith(endpoint + "/") else None   # never to another host
-    download(url, DOWNLOADS / flat, sha256, cfg, token)
-    return DOWNLOADS / flat
-
-
-def download(url, target, sha256, cfg, token=None):
-    """Fetch `url` into `target`: goes on with a part that an earlier try left, checks length and hash, then renames."""
-    import requests  # not at the top: most runs need no network, and it costs 0.1 s
-    part = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"getting {url}")
-    for attempt in range(cfg.tries):
-        time.sleep(attempt)
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}   # a range of a compressed stream would be of no use
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(5, 60)) as reply:
-                if reply.status_code in (401, 403, 404):
-                    raise SystemExit(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, "
-                                     f"or set HF_TOKEN if it needs an account")
-                if reply.status_code == 416:        # the part is as long as the file, or longer: start again
-                    part.unlink()
-                reply.raise_for_status()
-                have = have if reply.status_code == 206 else 0
-                length = have + int(reply.headers.get("Content-Length", 0))
-                need_space(target.parent, length - have, "download")
-                with open(part, "ab" if have else "wb") as file:
-                    for block in reply.iter_content(1 << 16):   # a block that breaks off is lost
-                        file.write(block)
-                for answer in [*reply.history, reply]:   # the Hub tells the hash of its large files on the way
-                    linked = answer.headers.get("X-Linked-ETag", "").strip('"')
-                    sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
-            if length and part.stat().st_size < length:
-                problem = f"the connection broke after {part.stat().st_size:,} of {length:,} bytes"
-            elif sha256 and file_hash(part) != sha256:
-                problem = "what came has another sha256 than expected"
-                part.unlink()
-            else:
-                os.replace(part, target)
-                return
-        except requests.RequestException as error:
-            problem = type(error).__name__
-    raise SystemExit(f"cannot get {url} ({problem}, {cfg.tries} tries). Put the file at {target}, or go without "
-                     f"network: python prepare.py stdlib")
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def need_space(folder, size, what):
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise SystemExit(f"--out: the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB; "
-                         f"choose another disk with --out=FOLDER")
+    try:
+        if url.startswith(HUB):
+            owner, name, file = url.removeprefix(HUB).split("/", 2)
+            name, _, revision = name.partition("@")
+            path = hub_file(f"{owner}/{name}", file, "datasets", revision or "main", cfg.tries)
+            print(f"found   {path}")
+        else:
+            download(url, path, sha256, tries=cfg.tries)
+    except ConnectionError as error:
+        raise SystemExit(f"{error}, or go without network: python prepare.py stdlib") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise SystemExit(str(error)) from None
+    return path
 
 
 # ---- 2. read documents ---------------------------------------------------------------------------------
@@ -922,7 +864,10 @@ def build(cfg, out, partial, recipe):
     packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
     size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
     simple = cfg.vocab_size == 0 and not cfg.tokenizer
-    need_space(partial, size * width if simple else size * width // 4, "dataset")
+    try:
+        need_space(partial, size * width if simple else size * width // 4, "dataset")
+    except OSError as error:
+        raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes: encoded sooner than sent elsewhere
 
@@ -995,8 +940,9 @@ def main(cfg):
                          f"goes on from {partial}") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise SystemExit(f"--out={out}: no space left on this disk; free some, and the same command goes on from "
-                             f"{partial}; or choose another --out") from None
+            problem = error.strerror[0].lower() + error.strerror[1:]
+            raise SystemExit(f"--out={out}: {problem}; free some, and the same command goes on from {partial}; or "
+                             f"choose another --out") from None
         raise SystemExit(f"--out={out} or its source: {error.strerror or error}: {error.filename or ''}; choose "
                          f"another folder with --out=FOLDER") from None
     if meta is None:

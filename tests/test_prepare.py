@@ -37,7 +37,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANOPATH_DATA", str(tmp_path / "nothing"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 

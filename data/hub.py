@@ -8,6 +8,7 @@ HF_HUB_OFFLINE          1: never ask the network
 """
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -109,3 +110,36 @@ def need_space(folder, size, what):
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(errno.ENOSPC, f"the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB")
+
+
+def hub_folder(repo):
+    """The folder of a model "OWNER/NAME" with everything that is needed to run it, downloaded where it is not here yet.
+
+    FileNotFoundError or ConnectionError say what is missing, and why."""
+    found = [hub_file(repo, "config.json")]
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.bpe",
+                 "encoder.json"):
+        try:
+            found.append(hub_file(repo, file))
+        except FileNotFoundError:
+            pass                                           # not every model has all of these
+    try:
+        found.append(hub_file(repo, "model.safetensors"))
+    except FileNotFoundError:
+        try:
+            found.append(index := hub_file(repo, "model.safetensors.index.json"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{repo} has no safetensors weights that can be had; older models offer pickles only, "
+                                    "which are never opened here") from None
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found += [hub_file(repo, shard) for shard in sorted(set(shards))]
+    folder = found[-1].parent
+    for path in found:                                     # some from Hugging Face's cache, some of our own: put together
+        if path.parent != folder:
+            folder = DOWNLOADS / f"models--{repo.replace('/', '--')}" / "main"
+            folder.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        if path.parent != folder and not (folder / path.name).is_file():
+            shutil.copyfile(path, folder / f"{path.name}.part")
+            os.replace(folder / f"{path.name}.part", folder / path.name)
+    return folder

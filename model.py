@@ -343,14 +343,15 @@ class MoE(nn.Module):
         self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), torch.ones_like(weight).float().flatten())
         self.liked = probs.sum(dim=0)
         y = torch.zeros_like(flat)
-        if self.training and self.experts[0].gate_proj is not None and self.experts[0].up_proj.bias is None:
+        expert = self.experts[0]
+        if self.training and x.dtype == torch.bfloat16 and expert.gate_proj is not None and expert.up_proj.bias is None:
             # sorted by expert, one grouped matmul per matrix: no shape depends on the data, so it compiles whole
             order = chosen.flatten().argsort(stable=True)                       # (N k), the pairs of expert 0 first
             token, ends = order // self.k, self.load.cumsum(0).to(torch.int32)
             stack = [torch.stack([getattr(e, name).weight for e in self.experts]).to(x.dtype).mT      # (E, in, out)
                      for name in ("gate_proj", "up_proj", "down_proj")]
             rows = flat[token]
-            hidden = self.experts[0].act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
+            hidden = expert.act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
             out = F.grouped_mm(hidden, stack[2], offs=ends) * weight.flatten()[order, None].to(x.dtype)
             return y.index_add(0, token, out).view_as(x)
         for number in chosen.unique().tolist():                                 # only experts that somebody chose
@@ -762,7 +763,8 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     expected, tensors = dict(model.named_parameters()), {}
     for file in files:
         with open(file, "rb") as start:
-            if start.read(4).startswith((b"PK\x03\x04", b"\x80")):
+            head = start.read(9)                                   # length of the header, then the header: {
+            if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
                 raise ValueError(f"{file} is a pickle, whatever it is called, and never opened here: it may run any code")
         try:
             with safe_open(file, "pt", device=str(device)) as opened:
@@ -856,8 +858,8 @@ def main(cfg):
     T = cfg.block_size or min(config.block_size, 4096)
     if cfg.batch_size < 1 or not 1 <= T <= config.block_size:
         raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and at most the model's {config.block_size}")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16")
+    if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
+        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts are reckoned in bfloat16 only)")
     s, B, dtype = summarize(config, cfg.batch_size, T, getattr(torch, cfg.dtype)), cfg.batch_size, cfg.dtype
 
     def size(n):

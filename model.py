@@ -384,7 +384,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, targets, rows, softcap):
         w = weight.to(h.dtype)
         total = torch.zeros((), dtype=upcast(h).dtype, device=h.device)
-        dh, dw = torch.empty_like(h), 0
+        dh, dw = torch.empty_like(h), None
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
             logits = upcast(chunk @ w.T)
             if softcap:
@@ -397,14 +397,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad * (1 - (logits / softcap).square())
             grad = grad.to(h.dtype)
             dchunk.copy_((grad @ w) * counted)                     # rows that do not count: masked here, where they are short
-            dw = (grad.T @ (chunk * counted)).to(weight.dtype).add_(dw)
+            part = grad.T @ (chunk * counted)
+            dw = part.to(weight.dtype) if dw is None else dw.add_(part)
         ctx.save_for_backward(dh, dw)
         return total
 
     @staticmethod
     def backward(ctx, dtotal):
         dh, dw = ctx.saved_tensors
-        return dh * dtotal.to(dh.dtype), dw * dtotal, None, None, None
+        return dh.mul_(dtotal.to(dh.dtype)), dw.mul_(dtotal), None, None, None  # in place: dw may be the largest tensor of all
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ def child(tool, folder, dtype, mode, B, T, steps, threads):
                 loss = loss[1] if tool == "nanogpt" else loss
         loss.backward()
         return loss.item()
+    with torch.no_grad():
+        sum(p.sum() for p in model.parameters())                   # weights that are only mapped so far become memory
     before, seconds = status("VmRSS"), []
     for _ in range(2 + steps):
         model.zero_grad()

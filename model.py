@@ -29,7 +29,6 @@ Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), R
 import json
 import math
 import os
-import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -30,7 +30,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -74,14 +74,21 @@ class GPTConfig:
     balance_loss: float = 0.001  # weight of the load-balance loss, added to the training loss
     logit_softcap: float = 0.0   # logits = cap * tanh(logits / cap); 0: off
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
+    bos_token_id: int | None = None  # id that begins one, for the tools that want it
     eos_token_id: int | None = None  # id that ends a document
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = {"window": 0, "n_expert": 0}.get(field.name, 1)
+            if field.type is int and (type(value) is not int or value < least):
+                raise ValueError(f"{field.name}={value!r}: must be a whole number, at least {least}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name}={value!r}: must be true or false")
+            if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
+                raise ValueError(f"{field.name}={value!r}: must be a number, not negative")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
         if self.head_dim % 2 and self.position == "rope":
@@ -91,12 +98,14 @@ class GPTConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.rope_scaling is not None:
+            scaling = dict(self.rope_scaling)
+            self.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
+        if self.position == "rope":
             rope_frequencies(self)                                 # raises where a key is missing or unknown
         if self.n_expert and not 1 <= self.n_expert_used <= self.n_expert:
             raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
-        if self.window < 0 or self.n_expert < 0 or self.logit_softcap < 0:
-            raise ValueError(f"window={self.window}, n_expert={self.n_expert}, logit_softcap={self.logit_softcap}: "
-                             "none of them can be negative; 0 is off")
+        if not set(self.window_layers or ()) <= set(range(self.n_layer)):
+            raise ValueError(f"window_layers={self.window_layers}: numbers from 0 to n_layer - 1 = {self.n_layer - 1}")
 
     @property
     def windows(self):
@@ -138,7 +147,7 @@ class Linear(nn.Linear):
     def pack(self, dtype):
         """Lay the weight out as the CPU's matmul wants it, once and not on every call. The plain one is dropped."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype).contiguous(), 16)
-        self.weight = None
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)      # its shape
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -192,10 +201,10 @@ def rope_frequencies(config, length=0, device=None):
     yarn      the same idea with a ramp over pairs, and cos and sin scaled to keep the softmax sharp (2309.00071)
     """
     D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
-    kind, factor = scaling.get("rope_type", scaling.get("type", "default")), scaling.get("factor", 1.0)
+    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
     needed = {"default": [], "linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"],
               "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    optional = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+    optional = {"rope_type", "rope_theta", "original_max_position_embeddings"}
     if kind == "yarn":
         optional |= {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
     problems = [f"rope_type={kind!r}; choose {', '.join(needed)}"] if kind not in needed else \
@@ -204,6 +213,8 @@ def rope_frequencies(config, length=0, device=None):
          if scaling[key] is not None and (key, scaling[key]) != ("partial_rotary_factor", 1.0)]
     if problems:
         raise ValueError(f"rope_scaling: {problems[0]} is not supported")
+    if not (theta > 0 and factor > 0):
+        raise ValueError(f"rope_theta={theta}, rope_scaling factor={factor}: both must be positive")
     old = scaling.get("original_max_position_embeddings") or config.block_size
     if kind == "dynamic":
         theta = theta * (factor * max(length, old) / old - (factor - 1)) ** (D / (D - 2))
@@ -334,6 +345,7 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k, self.norm = config.n_expert_used, config.expert_norm
+        self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0   # the kernel's rule
         self.gate = Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
 
@@ -349,7 +361,7 @@ class MoE(nn.Module):
         self.liked = probs.sum(dim=0)
         y = torch.zeros_like(flat)
         expert = self.experts[0]
-        if self.training and x.dtype == torch.bfloat16 and expert.gate_proj is not None and expert.up_proj.bias is None:
+        if self.training and self.grouped and x.dtype == torch.bfloat16:
             # sorted by expert, one grouped matmul per matrix: no shape depends on the data, so it compiles whole
             order = chosen.flatten().argsort(stable=True)                       # (N k), the pairs of expert 0 first
             token, ends = order // self.k, self.load.cumsum(0).to(torch.int32)
@@ -359,7 +371,8 @@ class MoE(nn.Module):
             hidden = expert.act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
             out = F.grouped_mm(hidden, stack[2], offs=ends) * weight.flatten()[order, None].to(x.dtype)
             return y.index_add(0, token, out).view_as(x)
-        for number in chosen.unique().tolist():                                 # only experts that somebody chose
+        # for inference only the experts that somebody chose; in training all, so that each has a gradient, if only zero
+        for number in range(E) if self.training else chosen.unique().tolist():
             token, rank = (chosen == number).nonzero(as_tuple=True)
             y.index_add_(0, token, self.experts[number](flat[token]) * weight[token, rank, None].to(x.dtype))
         return y.view_as(x)
@@ -394,7 +407,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = upcast(chunk @ w.T)
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
-            counted, gold = (y >= 0)[:, None], y.clamp(min=0)[:, None]
+            counted = (y != -100)[:, None]
+            gold = torch.where(counted, y[:, None], 0)
             logprobs = logits.log_softmax(dim=-1)
             total -= (logprobs.gather(1, gold) * counted).sum()
             grad = logprobs.exp_().scatter_add_(1, gold, -torch.ones_like(gold, dtype=logprobs.dtype))
@@ -402,15 +416,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad * (1 - (logits / softcap).square())
             grad = grad.to(h.dtype)
             dchunk.copy_((grad @ w) * counted)                     # rows that do not count: masked here, where they are short
-            part = grad.T @ (chunk * counted)
-            dw = part.to(weight.dtype) if dw is None else dw.add_(part)
+            if ctx.needs_input_grad[1]:                            # not where the head is frozen
+                part = grad.T @ (chunk * counted)
+                dw = upcast(part) if dw is None else dw.add_(part)
         ctx.save_for_backward(dh, dw)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, dtotal):
         dh, dw = ctx.saved_tensors
-        return dh.mul_(dtotal.to(dh.dtype)), dw.mul_(dtotal), None, None, None         # in place, for dw is large
+        dw = None if dw is None else dw.mul_(dtotal).to(ctx.dtype)                     # in place, for it is large
+        return dh.mul_(dtotal), dw, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,6 +459,12 @@ class GPT(nn.Module):
         if self.config.position == "sinusoidal":
             table = sinusoids(self.config.block_size, self.config.n_embd).to(device)
             self.register_buffer("sinusoids", table, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Behind .to(), .half() and the like: angles are computed anew where the weights are now, never rounded to bf16."""
+        super()._apply(fn, recurse)
+        self.make_buffers(self.embed_tokens.weight.device)
+        return self
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -483,6 +506,8 @@ class GPT(nn.Module):
         """
         B, T = ids.shape
         config = self.config
+        assert cache is None or segments is None, "segments are for texts that are read whole, without a cache"
+        assert counts is None or min(counts) > 0, f"every row needs a token, counts is {counts}"
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
         else:
@@ -504,8 +529,8 @@ class GPT(nn.Module):
         if config.position == "rope":
             frequency = self.frequency
             if (config.rope_scaling or {}).get("rope_type") == "dynamic":                # depends on the length so far;
-                length = T if cache is None else cache.end_slot                          # what is cached keeps its angles,
-                frequency, _ = rope_frequencies(config, length, ids.device)              # as in transformers
+                ends = [T] if cache is None else cache.ends()                            # what is cached keeps its angles,
+                frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
             rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -537,7 +562,7 @@ class GPT(nn.Module):
             else:
                 loss = sum(F.cross_entropy(self.logits(part), gold, reduction="sum", ignore_index=-100)
                            for part, gold in zip(flat.split(rows), y.split(rows)))
-            loss = loss / (y >= 0).sum() if reduction == "mean" else loss
+            loss = loss / (y != -100).sum() if reduction == "mean" else loss
         else:
             loss = F.cross_entropy(self.logits(flat), y, reduction=reduction, ignore_index=-100)
             loss = loss.view(targets.shape) if reduction == "none" else loss
@@ -554,14 +579,18 @@ class GPT(nn.Module):
         return self.config.n_expert * (load * liked).sum()
 
     def pack(self):
-        """Lay out all weights for inference on a CPU, where that is faster; and the numbers of a row no longer depend on
-        its neighbours. The model can then be neither trained nor saved. On other devices nothing happens."""
+        """Lay out all weights for inference on a CPU, where that is faster, and where the numbers of a row of a product
+        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its dtype.
+        On other devices nothing happens."""
         device = self.embed_tokens.weight.device
-        able = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if able and self.dtype in (torch.float32, torch.bfloat16):
+        able = device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if able:
             for module in self.modules():
                 if isinstance(module, Linear) and module.packed is None:
                     module.pack(self.dtype)
+            if self.config.tie_embeddings:                         # the embedding still needs the plain one
+                self.lm_head.weight = self.embed_tokens.weight
         return self
 
     def num_params(self):
@@ -595,7 +624,8 @@ class KVCache:
         c, device = model.config, model.embed_tokens.weight.device
         if size > c.block_size:
             raise ValueError(f"a cache of {size} tokens exceeds the model's block_size of {c.block_size}")
-        self.k = torch.zeros(c.n_layer, batch_size, c.n_kv_head, size, c.head_dim, device=device, dtype=model.dtype)
+        shape = (c.n_layer, batch_size, c.n_kv_head, size + 1, c.head_dim)               # the last slot is for padding
+        self.k = torch.zeros(shape, device=device, dtype=model.dtype)
         self.v = torch.zeros_like(self.k)
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
@@ -605,14 +635,16 @@ class KVCache:
         window that a layer may have the mask (B or 1, 1, T, S) over the slots that `update` will return."""
         device, start = self.k.device, self.lengths[:B]
         self.counts = [T] * B if counts is None else list(counts)
-        self.end_slot = max(start) + T
-        if self.end_slot > self.size:
-            raise ValueError(f"{self.end_slot} tokens do not fit in a cache of {self.size}")
-        self.even = min(start) == max(start)                       # all rows side by side: slices, and often no mask
-        if self.even:
-            self.positions = torch.arange(start[0], start[0] + T, device=device)         # (T)
+        if max(self.ends()) > self.size:
+            raise ValueError(f"{max(self.ends())} tokens do not fit in a cache of {self.size}")
+        self.even = min(start) == max(start) and start[0] + T <= self.size
+        if self.even:                                              # all rows side by side: slices, and often no mask
+            self.end_slot = start[0] + T
+            self.positions = torch.arange(start[0], self.end_slot, device=device)        # (T)
         else:
+            self.end_slot = max(self.ends())
             self.positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)    # (B, T)
+            self.positions = self.positions.clamp(max=self.size)                         # padding beyond the end
         self.first_slot, masks = {}, {}
         for window in set(self.windows):
             first = self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
@@ -621,7 +653,7 @@ class KVCache:
             else:
                 mask = visible(self.positions, torch.arange(first, self.end_slot, device=device), window)
                 masks[window] = mask[None, None] if self.even else mask[:, None]
-        return self.positions, masks
+        return self.positions.clamp(max=self.size - 1), masks
 
     def update(self, layer, k, v):
         """Store k, v (B, K, T, D) of these tokens; return all that any of them may see, (B, K, S, D)."""
@@ -636,6 +668,10 @@ class KVCache:
             self.v[layer][rows, :, self.positions] = v.transpose(1, 2)
         first = self.first_slot[self.windows[layer]]
         return self.k[layer, :B, :, first:self.end_slot], self.v[layer, :B, :, first:self.end_slot]
+
+    def ends(self):
+        """How long each row will be after this pass."""
+        return [length + count for length, count in zip(self.lengths, self.counts)]
 
     def end(self):
         """After the last layer. Padding is not counted: the next tokens overwrite it."""
@@ -664,7 +700,10 @@ def pick_device(name="auto"):
     if not available.get(str(name).split(":")[0], False):
         raise ValueError(f"--device={name}: not available here. Use auto, or one of: "
                          + ", ".join(kind for kind, there in available.items() if there))
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device={name}: no such device. Use auto, cpu, cuda, cuda:0, mps") from None
 
 
 def write_json(path, value):
@@ -732,6 +771,8 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     except ValueError:
         if need_tokenizer:
             raise
+    if config.eos_token_id is None and config.stop_token_ids:
+        config = replace(config, eos_token_id=config.stop_token_ids[0], stop_token_ids=config.stop_token_ids[1:])
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
     expected, tensors = dict(model.named_parameters()), {}
@@ -827,6 +868,9 @@ def main(cfg):
                          f"context of {config.block_size}")
     if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
         raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts are reckoned in bfloat16 only)")
+    if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
+        raise SystemExit(f"--summary={cfg.summary}: experts are reckoned only where they are gated, have no biases, and "
+                         "widths that are multiples of 8")
     s, B, dtype = summarize(config, cfg.batch_size, T, getattr(torch, cfg.dtype)), cfg.batch_size, cfg.dtype
 
     def size(n):

@@ -14,7 +14,7 @@ import torch
 HF_NAMES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
                 n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
                 head_dim="head_dim", n_hidden="intermediate_size", norm_eps="rms_norm_eps",
-                tie_embeddings="tie_word_embeddings", pad_token_id="pad_token_id")
+                tie_embeddings="tie_word_embeddings", bos_token_id="bos_token_id", pad_token_id="pad_token_id")
 GPT2_NAMES = HF_NAMES | dict(block_size="n_positions", n_layer="n_layer", n_embd="n_embd", n_head="n_head",
                              n_hidden="n_inner", norm_eps="layer_norm_epsilon")
 ARCHITECTURES = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", mistral="MistralForCausalLM",
@@ -28,7 +28,7 @@ READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", 
         "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
         "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
 # ... that cannot change a logit ...
-HARMLESS = re.compile(r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|n_ctx|output_.*|"
+HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|n_ctx|output_.*|"
                       r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|unsloth.*|"
                       r"router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|is_llama_config|"
                       r"_?attn_implementation.*")
@@ -67,9 +67,9 @@ def config_to_hf(config, dtype="float32"):
     if family == "nanopath":
         return hf | asdict(c)
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
-    eos = [c.eos_token_id, *c.stop_token_ids] if c.stop_token_ids else c.eos_token_id
+    eos = [i for i in (c.eos_token_id, *c.stop_token_ids) if i is not None] if c.stop_token_ids else c.eos_token_id
     hf |= {theirs: getattr(c, ours) for ours, theirs in names.items()}
-    hf |= {"bos_token_id": None, "eos_token_id": eos, "use_cache": True}
+    hf |= {"eos_token_id": eos, "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
     if family == "gpt2":
         hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp asks for it
@@ -117,6 +117,11 @@ def config_from_hf(hf, where="config.json"):
             raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
+    v |= {"block_size": hf["max_sequence_length"]} if "max_sequence_length" in hf and "block_size" not in v else {}
+    for ours, value in v.items():                                  # before anything is reckoned with it
+        if ours in ("block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
+                type(value) is not int or value < 1):
+            raise ValueError(f"{where}: {names[ours]}={value!r} must be a whole number, at least 1")
     if family == "gpt2":
         v.setdefault("n_hidden", 4 * v.get("n_embd", 0))
     if family == "qwen3_moe" and "moe_intermediate_size" in hf:
@@ -142,25 +147,32 @@ def config_from_hf(hf, where="config.json"):
     if family == "gpt2":
         v |= dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
     else:
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                   # in their order
+        if not isinstance(rope, dict):
+            raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
+        rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
         v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        old = "original_max_position_embeddings"
-        old = rope.get(old) or hf.get(old) or v["block_size"]
+        old, kind = "original_max_position_embeddings", rope.pop("type", None)
+        rope["rope_type"] = rope.get("rope_type") or kind or "default"
+        old = v["block_size"] if rope["rope_type"] == "dynamic" else hf.get(old) or rope.get(old) or v["block_size"]
         if rope["rope_type"] in ("dynamic", "yarn"):               # files differ in whether they give the longer context
-            v["block_size"] = max(v["block_size"], int(old * (rope.get("factor") or 1)))
+            factor = rope.get("factor")
+            v["block_size"] = max(v["block_size"], int(old * factor) if isinstance(factor, (int, float)) else 0)
         if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
             rope["original_max_position_embeddings"] = old
         if rope["rope_type"] != "default":
             v["rope_scaling"] = rope
         bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
         v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
-        window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+        window = hf.get("sliding_window", None if family == "mixtral" else 4096)
         if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
             window = None
-        v["window"] = window or 0
+        v["window"], kinds, first = window or 0, hf.get("layer_types"), hf.get("max_window_layers", 28)
+        usual = ["sliding_attention" if window else "full_attention"] * v["n_layer"]
+        if kinds and (len(kinds) != v["n_layer"] or not set(kinds) <= {"sliding_attention", "full_attention"} or
+                      kinds != usual and not (window and family in ("qwen2", "qwen3"))):
+            raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
         if window and family in ("qwen2", "qwen3"):
-            kinds, first = hf.get("layer_types"), hf.get("max_window_layers", 28)
             chosen = tuple(i for i in range(v["n_layer"]) if (kinds[i] == "sliding_attention" if kinds else i >= first))
             v["window_layers"] = chosen if len(chosen) < v["n_layer"] else None
     if family in ("mixtral", "qwen3_moe"):
@@ -169,7 +181,7 @@ def config_from_hf(hf, where="config.json"):
         n_expert = hf.get("num_local_experts") or hf.get("num_experts")
         if not n_expert:
             raise ValueError(f"{where}: num_local_experts missing")
-        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 2),
+        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
                   balance_loss=hf.get("router_aux_loss_coef", 0.001),
                   expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
     return v

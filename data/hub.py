@@ -26,7 +26,11 @@ def hub_file(repo, file, kind="models", revision="main", tries=3):
     """Path of one file of a repository "OWNER/NAME" on the Hub; kind is models or datasets.
 
     FileNotFoundError: the repository has no such file (so that a caller can ask for an optional one), or
-    HF_HUB_OFFLINE is set and it is not on this machine. ConnectionError: the network failed."""
+    HF_HUB_OFFLINE is set and it is not on this machine. ConnectionError: the network failed. ValueError: not a plain
+    name (it may come from an index that somebody else wrote, and must not leave the folder)."""
+    for name in (*repo.split("/"), *file.split("/"), *revision.split("/")):
+        if not re.fullmatch(r"[\w.@=+-]+", name) or name in (".", ".."):
+            raise ValueError(f"{repo}: {file!r} ({revision}) is not the name of a file on the Hub")
     folder = f"{kind}--{repo.replace('/', '--')}"
     home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / folder
@@ -36,19 +40,13 @@ def hub_file(repo, file, kind="models", revision="main", tries=3):
     for place in (cache / "snapshots" / commit / file, target):
         if place.is_file():
             return place
-    missing = target.with_name(target.name + ".404")   # asked for before: without a network the answer stays known
-    known = missing.is_file() or (cache / ".no_exist" / commit / file).is_file()
+    known = (cache / ".no_exist" / commit / file).is_file()        # Hugging Face's note that it has asked before
     if known or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         why = "it has no such file" if known else "not on this machine, and HF_HUB_OFFLINE is set"
         raise FileNotFoundError(f"{file} of {repo} ({revision}): {why}. Its place would be {target}")
     prefix = "" if kind == "models" else f"{kind}/"
     url = f"{endpoint()}/{prefix}{repo}/resolve/{revision}/{file}"
-    try:
-        download(url, target, token=os.environ.get("HF_TOKEN"), tries=tries)
-    except FileNotFoundError:
-        if target.parent.is_dir():                     # other files of it came, so it is not the name that is wrong
-            missing.touch()
-        raise
+    download(url, target, token=os.environ.get("HF_TOKEN"), tries=tries)
     return target
 
 
@@ -117,6 +115,12 @@ def hub_folder(repo):
 
     FileNotFoundError or ConnectionError say what is missing, and why."""
     found = [hub_file(repo, "config.json")]
+    folder = found[0].parent
+    try:
+        if (folder / "tokenizer.json").is_file() and weight_files(folder):
+            return folder                                  # all of it is here: the network is not even asked
+    except ValueError:
+        pass                                               # weights are missing: fetched below
     for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.bpe",
                  "encoder.json"):
         try:
@@ -131,8 +135,7 @@ def hub_folder(repo):
         except FileNotFoundError:
             raise FileNotFoundError(f"{repo} has no safetensors weights that can be had; older models offer pickles only, "
                                     "which are never opened here") from None
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        found += [hub_file(repo, shard) for shard in sorted(set(shards))]
+        found += [hub_file(repo, shard) for shard in shards_of(index)]
     folder = found[-1].parent
     for path in found:                                     # some from Hugging Face's cache, some of our own: put together
         if path.parent != folder:
@@ -146,10 +149,23 @@ def hub_folder(repo):
 
 
 def read_json(path):
+    """The JSON object of a file as a dictionary; ValueError names the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def shards_of(index):
+    """File names in a model.safetensors.index.json."""
+    names = read_json(index).get("weight_map")
+    names = set(names.values()) if isinstance(names, dict) else None
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise ValueError(f"{index} names no shards, or not as plain NAME.safetensors")
+    return sorted(names)
 
 
 def find_folder(path, only=None):
@@ -173,11 +189,10 @@ def weight_files(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        files = [folder / name for name in shards_of(index)]
         for file in files:
-            if file.parent != folder or not file.is_file():
-                raise ValueError(f"{file} is missing; {index.name} names {len(names)} shards. Copy it into the folder")
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; {index.name} names {len(files)} shards. Copy it into the folder")
     elif not single.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(f"{folder} has no model.safetensors" + (

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
+from data.hub import hub_file
 
 TOKENIZER = Tokenizer.train([], 264)
 SMALL = dict(vocab_size=264, block_size=64, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, n_hidden=48)
@@ -166,6 +168,78 @@ def test_a_qwen2_folder_with_another_pattern_warns(tmp_path):
         m.save_model(tmp_path, model, Tokenizer.train([], 264, pattern="qwen2"))
 
 
+SPELLINGS = {   # keys of config.json that somebody may write by hand, or an older version did
+    "yarn beside rope_parameters": ("llama", dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16))),
+    "type and rope_type": ("llama", dict(rope_parameters=None, rope_theta=1e4, rope_scaling=dict(type="linear", rope_type="dynamic", factor=2.0))),
+    "only type": ("llama", dict(rope_parameters=None, rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0))),
+    "dynamic with an original length": ("NTK", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4,
+                                                                         original_max_position_embeddings=8))),
+    "original length outside": ("llama 3.1", dict(original_max_position_embeddings=16)),
+    "qwen without a window's size": ("qwen2 with windows", dict(sliding_window=None)),
+    "experts by default": ("qwen3_moe", dict(num_experts_per_tok=None, num_local_experts=12, num_experts=12))}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_hand_written_configs_mean_what_they_mean_in_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family, changes = SPELLINGS[name]
+    if name == "experts by default":
+        FAMILIES["twelve"] = ("Qwen3MoeConfig", FAMILIES["qwen3_moe"][1] | dict(num_experts=12), "qwen3_moe")
+        family = "twelve"
+    theirs_of(family, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours, _ = m.load_model(tmp_path, device="cpu")
+    ids = torch.randint(264, (2, 60))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_an_end_that_only_generation_config_knows_survives_saving(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    m.save_model(tmp_path, make(bos_token_id=3), TOKENIZER)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}', encoding="utf-8")
+    model, _ = m.load_model(tmp_path, device="cpu")
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.stop_token_ids) == (3, 5, (6,))
+    m.save_model(tmp_path / "again", model, TOKENIZER)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "again").eos_token_id == [5, 6]
+
+
+def test_angles_are_not_rounded_with_the_weights():
+    model = make(block_size=4096).to(torch.bfloat16)
+    assert torch.equal(model.frequency, make(block_size=4096).frequency) and model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("changes", [dict(n_hidden=44), dict(mlp_bias=True), dict(gated=False)])
+def test_every_expert_has_a_gradient(changes):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, ids = make(n_expert=8, n_expert_used=1, **changes).train(), torch.randint(264, (1, 2))
+        model.dtype = dtype
+        model(ids, ids).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_frozen_head_costs_nothing_and_bad_targets_are_refused():
+    model, ids = make(vocab_size=2000), torch.randint(2000, (4, 64))
+    model.max_logits = 2000 * 10
+    whole = model(ids, ids)
+    whole.backward()
+    want = model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = model(ids, ids)
+    loss.backward()
+    assert (2000, 32) not in kept and torch.allclose(model.embed_tokens.weight.grad, want) and model.lm_head.weight.grad is None
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids, torch.full_like(ids, -1))
+    with pytest.raises(AssertionError, match="segments"):
+        model(ids, cache=m.KVCache(model, 4, 64), segments=ids)
+
+
 def test_balance_loss_equals_transformers(tmp_path):
     for family in ("mixtral", "qwen3_moe"):
         theirs = theirs_of(family, tmp_path / family)
@@ -279,20 +353,20 @@ def test_cached_equals_uncached(settings):
             assert (chunks([0, *sorted(rng.sample(range(1, T), 5)), T]) - whole).abs().max() < 5e-5
         # ragged: every row has its own length, then chunks of its own size, padded on the right
         cache, at = m.KVCache(model, 3, T), [0, 0, 0]
-        while min(at) < 40:
-            counts = [rng.randint(1, 8) for _ in at]
+        while min(at) < T:                                         # up to the very end, with padding beyond it
+            counts = [min(rng.randint(1, 8), T - a) or 1 for a in at]
+            at = [min(a, T - 1) for a in at]                       # a full row says its last token again
+            for row, a in enumerate(at):
+                cache.truncate(row, min(a, cache.lengths[row]))
             block = torch.zeros(3, max(counts), dtype=torch.long)
             for row, (a, n) in enumerate(zip(at, counts)):
                 block[row, :n] = ids[row, a:a + n]
-            if max(at) + max(counts) > T:
-                break
             got = model(block, cache=cache, counts=counts)
             last = whole[range(3), [a + n - 1 for a, n in zip(at, counts)]]
             for row, (a, n) in enumerate(zip(at, counts)):
                 assert (got[row, :n] - whole[row, a:a + n]).abs().max() < 5e-5
             at = [a + n for a, n in zip(at, counts)]
             assert cache.lengths == at
-        assert max(at) > 16                                        # beyond the window
         # fork row 2 twice and row 0 once, forget a part of each, say it again
         cache.keep([2, 2, 0])
         for row, (old, length) in enumerate(((2, at[2] - 3), (2, at[2] - 1), (0, at[0] - 2))):
@@ -304,13 +378,17 @@ def test_cached_equals_uncached(settings):
     assert last.shape == (3, 264)
 
 
-def test_ntk_prompt_equals_one_shot():
+def test_ntk_prompt_equals_one_shot_alone_and_beside_others():
     """Dynamic scaling depends on the length so far, so only the first piece can equal one shot; as in transformers."""
     model = make(rope_scaling=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32))
     ids = torch.randint(264, (1, 50))
     with torch.no_grad():
         assert (model(ids, cache=m.KVCache(model, 1, 64)) - model(ids)).abs().max() < 1e-5
         assert not torch.allclose(model(ids)[:, :32], model(ids[:, :32]))
+        padded = torch.cat([ids, F.pad(ids[:, :40], (0, 10))])
+        both = model(padded, cache=m.KVCache(model, 2, 64), counts=[50, 40])
+        assert (both[0] - model(ids)[0]).abs().max() < 1e-5
+        assert (both[1, :40] - model(ids[:, :40])[0]).abs().max() < 1e-5
 
 
 def test_last_and_hidden_give_what_they_say():
@@ -472,16 +550,22 @@ def test_every_parameter_is_initialised_and_the_first_loss_is_about_ln_v(setting
         assert abs(model(ids, ids.roll(1, 1)).item() - math.log(264)) < (2 if model.config.tie_embeddings else 0.1)
 
 
-def test_packed_weights_give_the_same_and_rows_do_not_depend_on_neighbours():
+def test_packed_weights_give_the_same_and_their_rows_do_not_depend_on_neighbours():
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
         model, ids = make(n_embd=64, n_hidden=128), torch.randint(264, (8, 20))
         model.to(dtype).dtype = dtype
         with torch.no_grad():
             plain = model(ids)
+            size, flops = model.num_params(), model.flops_per_token(20)
             packed = model.pack()(ids)
             assert packed.shape == plain.shape and (packed - plain).abs().max() < tolerance
-            assert model.lm_head.weight is None or not torch.backends.mkldnn.is_available()
-            assert torch.isfinite(model(ids[:1, :1])).all()
+            assert (model.num_params(), model.flops_per_token(20)) == (size, flops)
+            if model.lm_head.packed is None:
+                pytest.skip(f"this processor has no packed products in {dtype}")
+            for linear, width in ((model.layers[0].mlp.down_proj, 128), (model.layers[0].self_attn.q_proj, 64)):
+                x = torch.randn(9, width, dtype=dtype)
+                for rows in (1, 2, 3, 8, 9):
+                    assert torch.equal(linear(x[:rows]), linear(x)[:rows]), rows
         with pytest.raises(AssertionError, match="packed"):
             m.save_model("unused", model, None)
 
@@ -503,7 +587,9 @@ def test_bad_folders_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=message):
             m.load_model(tmp_path, device="cpu")
     weights.write_bytes(good)
-    for change, message in (({"num_hidden_layers": 4}, "missing"), ({"num_hidden_layers": 1}, "unexpected tensor"),
+    for change, message in (({"num_hidden_layers": 4, "layer_types": None}, "missing"),
+                            ({"num_hidden_layers": 1, "layer_types": None}, "unexpected tensor"),
+                            ({"num_hidden_layers": 4}, "layer_types"), ({"layer_types": ["linear_attention"] * 3}, "layer_types"),
                             ({"intermediate_size": 50}, "asks for"), ({"model_type": "bert"}, "model_type"),
                             ({"rope_parameters": {"rope_type": "yarn"}}, "factor"), ({"head_dim": 15}, "head_dim"),
                             ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
@@ -512,14 +598,21 @@ def test_bad_folders_are_refused_by_name(tmp_path):
                             ({"num_attention_heads": 8, "head_dim": 8}, "asks for"), ({"hidden_size": None}, "hidden_size missing"),
                             ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"), ({"quantization_config": {"bits": 4}},
                             "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-                            ({"attention_bias": True}, "missing"), ({"tie_word_embeddings": "yes please", "vocab_size": 9}, "asks for"),
-                            ({"num_attention_heads": "four"}, "config.json"), ({"vocab_size": -1}, "vocab_size")):
+                            ({"attention_bias": True}, "missing"), ({"vocab_size": 9}, "asks for"),
+                            ({"tie_word_embeddings": "false"}, "tie_embeddings"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
+                            ({"num_attention_heads": "four"}, "num_attention_heads"), ({"vocab_size": -1}, "vocab_size"),
+                            ({"num_attention_heads": 0}, "num_attention_heads"), ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta"),
+                            ({"rope_theta": -5, "rope_parameters": None}, "rope_theta"), ({"rope_scaling": "yarn"}, "rope_scaling"),
+                            ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor")):
         (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             m.load_model(tmp_path, device="cpu")
-    (tmp_path / "config.json").write_text("{ not json", encoding="utf-8")
-    with pytest.raises(ValueError, match="config.json"):
-        m.load_model(tmp_path, device="cpu")
+    for text in ("{ not json", "[]"):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="config.json"):
+            m.load_model(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="cpu:abc"):
+        m.load_model(tmp_path, device="cpu:abc")
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin, a pickle, which is never opened"):
@@ -553,9 +646,10 @@ def test_sharded_folders_and_the_spellings_of_transformers_4(tmp_path):
     (tmp_path / "gone").rename(shards[-1])
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"]["lm_head.weight"] = "../../elsewhere.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match="is missing"):
-        m.load_model(tmp_path, device="cpu")
+    for broken in (index, {}, {"weight_map": {}}, {"weight_map": {"lm_head.weight": 3}}, []):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(broken), encoding="utf-8")
+        with pytest.raises(ValueError, match="index.json"):
+            m.load_model(tmp_path, device="cpu")
     m.save_model(tmp_path, ours, TOKENIZER)                        # writes one file; the shards would contradict it
     assert not list(tmp_path.glob("model-*")) and not (tmp_path / "model.safetensors.index.json").exists()
 
@@ -621,6 +715,16 @@ def test_a_hub_name_is_downloaded_once_and_found_afterwards(tmp_path, monkeypatc
         with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
             m.load_model("Org/Other", device="cpu")
         assert len(asked) == first + 1                             # the absent one; the rest came from the disk
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        evil = tmp_path / "Evil" / "Model"
+        shutil.copytree(tmp_path / "Org" / "Tiny", evil)
+        for name in ("../../../../torch.py", str(tmp_path / "absolute.safetensors"), "..\\up.safetensors"):
+            (evil / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
+            with pytest.raises(ValueError, match="index.json"):
+                m.load_model("Evil/Model", device="cpu")
+            shutil.rmtree("data/downloads/models--Evil--Model")
+        with pytest.raises(ValueError, match="not the name of a file"):
+            hub_file("Org/Tiny", "../../x")
     finally:
         server.shutdown()
 

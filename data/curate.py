@@ -33,7 +33,7 @@ import tyro
 from data.dedup import NearDuplicates, Overlap
 from data.hub import DOWNLOADS
 from data.presets import locate
-from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text, optional,
+from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text,
                           pieces, plain_errors, refuse, rows, text_columns)
 from data.rules import (LANGUAGES, RUDE, c4, drop_controls, gopher, hide_personal, language, repetition, strip_accents,
                         word_list)
@@ -76,10 +76,14 @@ class Report:
         self.read = self.kept = self.characters_read = self.characters_kept = 0
         self.dropped, self.changed, self.samples = Counter(), Counter(), {}
 
-    def note(self, counter, rule, place, text):
+    def note(self, counter, rule, place, text, before=None):
+        """Count one document; the first of them stay as samples, of a change the place where it begins."""
         counter[rule] += 1
         samples = self.samples.setdefault(rule, [])
         if len(samples) < SAMPLES:
+            if before is not None:
+                start = max(0, len(os.path.commonprefix([before, text])) - 20)
+                text = f"{before[start:start + 60]!r} -> {text[start:start + 60]!r}"
             samples.append({"where": place, "text": text[:300]})
 
     def print(self, seconds):
@@ -183,7 +187,7 @@ READ = {"text": read_text, "csv": read_rows, "json": read_rows, "parquet": read_
 # ---- 2. judge
 
 def keep(rule):
-    """A step from a function that names the rule a text breaks: the text stays as it is, or goes."""
+    """A step from a function that names the rule a text breaks, or (rule, sample): the text stays as it is, or goes."""
     def step(text):
         broken = rule(text)
         return (None, broken) if broken else (text, None)
@@ -252,7 +256,7 @@ def evaluation_overlap(cfg):
 
     def rule(text):
         shared = overlap.first(text)
-        return "overlap with evaluation" if shared else None
+        return ("in an evaluation text", shared) if shared else None
     return rule
 
 
@@ -266,19 +270,13 @@ def clean(sources, cfg, report):
             before = text
             text, why = step(text)
             if text is None:
-                report.note(report.dropped, f"{name}: {why}", place, before)
+                why, sample = why if isinstance(why, tuple) else (why, before)
+                report.note(report.dropped, f"{name}: {why}", place, sample)
                 break
             if text != before:
-                report.note(report.changed, name, place, difference(before, text))
+                report.note(report.changed, name, place, text, before)
         else:
             yield place, text, fields
-
-
-def difference(before, after):
-    """Where two texts part, for the report."""
-    at = len(os.path.commonprefix([before, after]))
-    start = max(0, at - 20)
-    return f"{before[start:at + 40]!r} -> {after[start:at + 40]!r}"
 
 
 # ---- 3. write
@@ -296,7 +294,7 @@ def write(sources, cfg, report, file):
 
 def write_without_near(sources, cfg, report, file):
     """The same, but all documents are put aside first: which are duplicates is known only when all have been seen."""
-    near, batch, offsets, places = NearDuplicates(cfg.near), [], array("q"), []
+    near, batch, offsets = NearDuplicates(cfg.near), [], array("q")
     with tempfile.TemporaryFile() as spool:
         def read(i):
             spool.seek(offsets[i])
@@ -372,8 +370,10 @@ def main(cfg):
                 out.flush()
         except FileNotFoundError as error:
             raise SystemExit(f"{error.args[0]}: no such file or folder, and no file fits it as a glob") from None
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped" + (f"; {cfg.out} is as it was" if cfg.out else "")) from None
         except BrokenPipeError:                    # as in ... | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
             raise SystemExit(1) from None
     report.print(time.perf_counter() - begun)
     if cfg.report:

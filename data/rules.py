@@ -207,6 +207,8 @@ def is_iban(found):
 
 
 def is_ip(found):
+    if ":" not in found and max(map(len, found.split("."))) == 1:
+        return False                                                        # 1.2.3.4 is a version or a section
     try:
         return ipaddress.ip_address(found).is_global                        # 127.0.0.1 and 192.168.* are nobody's
     except ValueError:

@@ -214,6 +214,7 @@ def steps(cfg):
         (cfg.lowercase, "lowercase", change(str.lower)),
         (cfg.exact, "exact", keep(seen_before())),
         (cfg.decontaminate, "decontaminate", keep(evaluation_overlap(cfg)) if cfg.decontaminate else None),
+        (True, "empty", keep(lambda text: None if text.strip() else "no text")),
     ]
     return [(name, step) for on, name, step in chosen if on]
 
@@ -260,13 +261,12 @@ def evaluation_overlap(cfg):
     return rule
 
 
-def clean(sources, cfg, report):
+def clean(sources, todo, cfg, report):
     """Yield (place, text, fields) of what every step lets through."""
-    todo = steps(cfg)
     for place, text, fields in documents(sources, cfg, report):
         report.read += 1
         report.characters_read += len(text)
-        for name, step in [*todo, ("empty", keep(lambda text: None if text.strip() else "no text"))]:
+        for name, step in todo:
             before = text
             text, why = step(text)
             if text is None:
@@ -285,28 +285,29 @@ def encode(text, fields):
     return json.dumps({"text": text, **fields}, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 
-def write(sources, cfg, report, file):
-    for place, text, fields in clean(sources, cfg, report):
+def write(sources, todo, cfg, report, file):
+    for place, text, fields in clean(sources, todo, cfg, report):
         report.kept += 1
         report.characters_kept += len(text)
         file.write(encode(text, fields))
 
 
-def write_without_near(sources, cfg, report, file):
+def write_without_near(sources, todo, cfg, report, file):
     """The same, but all documents are put aside first: which are duplicates is known only when all have been seen."""
-    near, batch, offsets = NearDuplicates(cfg.near), [], array("q")
+    near, batch, size, offsets = NearDuplicates(cfg.near), [], 0, array("q")
     with tempfile.TemporaryFile() as spool:
         def read(i):
             spool.seek(offsets[i])
             return json.loads(spool.readline())
 
-        for place, text, fields in clean(sources, cfg, report):
+        for place, text, fields in clean(sources, todo, cfg, report):
             offsets.append(spool.tell())
             spool.write(encode(text, {"where": place, "fields": fields}))
             batch.append(text)
-            if len(batch) == 256:
+            size += len(text)
+            if size > 1 << 20:
                 near.add(batch)
-                batch = []
+                batch, size = [], 0
         near.add(batch)
         first = near.find(lambda i: read(i)["text"])
         for i in range(len(offsets)):
@@ -329,7 +330,8 @@ def write_whole(path, write):
             write(file)
         os.replace(new, path)
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; choose another with --out=FILE, --report=FILE") from None
+        raise SystemExit(f"{error.filename or path}: {error.strerror or error}; nothing was written. Another place for "
+                         f"what is written: --out=FILE, --report=FILE") from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -362,11 +364,11 @@ def main(cfg):
             inside = [source.path for source in sources if cfg.out and source.path.resolve() == Path(cfg.out).resolve()]
             if inside:
                 raise SystemExit(f"--out={cfg.out} is to be read too; choose another")
-            action = write_without_near if cfg.near else write
+            action, todo = write_without_near if cfg.near else write, steps(cfg)
             if cfg.out:
-                write_whole(cfg.out, lambda file: action(sources, cfg, report, file))
+                write_whole(cfg.out, lambda file: action(sources, todo, cfg, report, file))
             else:
-                action(sources, cfg, report, out)
+                action(sources, todo, cfg, report, out)
                 out.flush()
         except FileNotFoundError as error:
             raise SystemExit(f"{error.args[0]}: no such file or folder, and no file fits it as a glob") from None

@@ -209,6 +209,8 @@ def is_iban(found):
 def is_ip(found):
     if ":" not in found and max(map(len, found.split("."))) == 1:
         return False                                                        # 1.2.3.4 is a version or a section
+    if ":" in found and not re.match("[23][0-9A-Fa-f]{3}:", found):
+        return False                                                        # a::b; what is in use is in 2000::/3
     try:
         return ipaddress.ip_address(found).is_global                        # 127.0.0.1 and 192.168.* are nobody's
     except ValueError:

@@ -67,6 +67,9 @@ class TextOfPage(HTMLParser):
         elif tag not in ("html", "body", "main", "article") and not DROPPED_NAMES.isdisjoint(names):
             self.dropping = True
 
+    def parse_marked_section(self, i, report=1):
+        return self.parse_bogus_comment(i)     # <![if IE]> ends at the next >, as in browsers; the library would refuse
+
     def handle_endtag(self, tag):
         if tag in PARAGRAPH or tag in LINE:
             self.new_line(tag in PARAGRAPH)

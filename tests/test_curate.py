@@ -326,16 +326,14 @@ def test_crawls_written_by_warcio():
 
 def test_normalization_equals_huggingfaces_bert_normalizer():
     normalizers = pytest.importorskip("tokenizers").normalizers
-    texts = real_texts()[::5] + ["Élan ÅNGSTRÖM naïve Straße İstanbul ŒUVRE Việt ﬁ ² ΑΣ", "".join(map(chr, range(0x20, 0x2000)))]
+    texts = real_texts()[::5] + ["Élan ÅNGSTRÖM naïve Straße İstanbul ŒUVRE Việt ﬁ ²"]
+    texts += [c for c in map(chr, range(0x20, 0x20000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs", "Co")]
     for lower, accents in ((True, False), (False, True), (True, True)):
         theirs = normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=False, strip_accents=accents, lowercase=lower)
-        for text in texts:
-            ours = rules.strip_accents(text) if accents else text
-            ours = ours.lower() if lower else ours
-            want = theirs.normalize_str(text)
-            different = [(a, b) for a, b in zip(ours, want) if a != b]
-            # a final sigma is one letter in Python and another there; new marks depend on the version of Unicode
-            assert len(different) + abs(len(ours) - len(want)) <= 3, (lower, accents, different[:5])
+        ours = [rules.strip_accents(text) if accents else text for text in texts]
+        ours = [text.lower() if lower else text for text in ours]
+        different = [(a, b) for a, b in zip(ours, map(theirs.normalize_str, texts)) if a != b]
+        assert len(different) <= 30, different[:40]     # letters whose case or marks came with a later Unicode
     text = "e\u0301 ﬁ ²\r\n\x07a\u200bb\ufeffc\u200dd\te"
     assert run(jsonl("in.jsonl", [text]), normalize="NFC")[0][0]["text"] == unicodedata.normalize("NFC", text)
     rows, report = run("in.jsonl", normalize="NFKC", controls=True, lowercase=True, strip_accents=True)
@@ -376,7 +374,8 @@ def test_languages_of_a_real_translation():
         path = Path(f"/usr/share/vim/vim90/lang/{code}/LC_MESSAGES/vim.mo")
         if path.is_file():
             with contextlib.suppress(UnicodeError), open(path, "rb") as file:
-                texts = [text for text in gettext.GNUTranslations(file)._catalog.values() if isinstance(text, str) and text.count(" ") > 3]
+                texts = [re.sub(r"%\w|\S*[\"'<>:=]\S*", " ", text) for text in gettext.GNUTranslations(file)._catalog.values()
+                         if isinstance(text, str) and text.count(" ") > 3]
                 groups = [" ".join(texts[at:at + 30]) for at in range(0, len(texts), 30)]
                 share[code] = sum(rules.language(group) == code for group in groups) / len(groups)
     if not share:
@@ -426,7 +425,8 @@ def test_repetition_rules():
     assert len(" ".join(spread)) == 699 and rules.repetition(" ".join(spread)) is None             # 10 times: 18.6 %
     five = distinct(5, 900)
     assert rules.repetition(" ".join(five + distinct(90) + five)) is None                          # 30 of 699: 4.3 %
-    many = sum((five + distinct(6, 50 * i) for i in range(6)), [])                                 # 5 * 30 of 461: 32 %
+    three = [distinct(5, 900 + 5 * k) for k in range(3)]
+    many = sum((three[i % 3] + distinct(6, 50 * i) for i in range(9)), [])                         # 6 * 30 of 692: 26 %
     assert "repeated runs of 5" in rules.repetition(" ".join(many))
 
 
@@ -471,9 +471,9 @@ def test_c4_by_hand():
     good = "This is one sentence. Here is the second one! And is this the third?\nThe fourth stands on a line of its own.\n" \
            "\"A quoted fifth,\" she said.\n"
     page = "Menu | Home\nBuy now\n" + good + "Please enable Javascript to see this page.\nRead our privacy policy for all that.\n" \
-           "It goes on and on...\nA fact.[1][citation needed]\nNo full stop here\n" + "x" * 1001 + " two three.\n"
+           "It goes on and on...\nIt is a fact.[1][citation needed]\nNo full stop here\n" + "x" * 1001 + " two three.\n"
     kept, why = rules.c4(page)
-    assert why is None and kept == good.strip()
+    assert why is None and kept == good + "It is a fact."
     assert rules.c4("One two three. Four five six.\n")[1] == "fewer than 5 sentences"
     assert rules.c4(good + "And Lorem ipsum dolor sit amet.")[1] == "lorem ipsum"
     assert rules.c4(good + "int main() { return 0; } is code.")[1] == "a curly bracket"
@@ -525,8 +525,8 @@ def test_word_lists():
 
 def test_exact_duplicates_and_empty_documents():
     rows, report = run(jsonl("in.jsonl", ["a b", " a\n b ", "A b", "", " \n", "a b"]), exact=True)
-    assert [row["text"] for row in rows] == ["a b", "A b", ""[1:]][:2]
-    assert report["dropped"] == {"exact: duplicate": 3, "empty: no text": 1} or sum(report["dropped"].values()) == 4
+    assert [row["text"] for row in rows] == ["a b", "A b"]
+    assert report["dropped"] == {"exact: duplicate": 3, "empty: no text": 1}     # the second empty one is a duplicate
 
 
 # ---- near-duplicates
@@ -613,7 +613,7 @@ def test_candidates_and_recall_against_datasketch():
     by_mine, by_theirs = (datasketch.MinHashLSH(num_perm=128, params=(near.bands, near.rows)) for _ in range(2))
     same, theirs = set(), set()
     for i, text in enumerate(texts):
-        a = datasketch.MinHash(num_perm=128, hashvalues=mine[i].astype(np.uint64))
+        a = datasketch.MinHash(num_perm=128, hashvalues=mine[i].astype(np.uint64), scheme="legacy")
         b = datasketch.MinHash(num_perm=128)
         b.update_batch(list(slow_shingles(text, 5)))
         same |= {(k, i) for k in by_mine.query(a)}

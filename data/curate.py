@@ -67,6 +67,7 @@ class Config:
 
 WEB = {".html": "html", ".htm": "html", ".xhtml": "html", ".warc": "warc", ".wet": "warc"}
 SAMPLES = 3           # per rule, in the report
+SHOWN = 12            # most frequent rules, on the screen
 
 
 class Report:
@@ -89,10 +90,13 @@ class Report:
     def print(self, seconds):
         print(f"read    {self.read:,} documents, {self.characters_read:,} characters, {seconds:.1f} s", file=sys.stderr)
         for name, counter in (("changed", self.changed), ("dropped", self.dropped)):
-            for rule, count in counter.most_common():
+            for rule, count in counter.most_common(SHOWN):
                 sample = self.samples[rule][0]
                 text = " ".join(sample["text"].split())[:70]
                 print(f"{name} {count:,} {rule}, such as {sample['where']}: {text}", file=sys.stderr)
+            if rest := counter.most_common()[SHOWN:]:
+                print(f"{name} {sum(count for _, count in rest):,} for {len(rest)} other reasons: --report=FILE tells them",
+                      file=sys.stderr)
         print(f"kept    {self.kept:,} documents, {self.characters_kept:,} characters", file=sys.stderr)
 
     def save(self, path, cfg):

@@ -28,6 +28,7 @@ import shutil
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +40,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bpe import PATTERNS, SPECIALS, Tokenizer
+from bpe import PATTERNS, SPECIALS, Tokenizer, cuts_in, safe_cuts
 from data.chats import to_chat, to_preference
 from data.hub import file_hash, need_space
 from data.presets import PRESETS, locate, stdlib_sources
@@ -221,7 +222,7 @@ def batches(stream):
 # ---- 4. encode -----------------------------------------------------------------------------------------
 
 TOKENIZER = None     # one per process; None when chat or preference data is written
-ENCODE = None        # its fastest function from text to ids
+ENCODE = None        # its fastest function from texts to ids
 
 
 def start_worker(folder):
@@ -234,19 +235,58 @@ def start_worker(folder):
 
 
 def choose_encoder(tokenizer):
-    """Text -> array of ids: the bytes themselves without merges, else tiktoken, else bpe.py's own readable encoder."""
+    """[(text, does its document end here?), ...] -> array of ids: the bytes themselves if there are no merges."""
     every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that can occur below U+0800
-    if tokenizer.vocab_size == 256 + len(SPECIALS) and tokenizer.encode(every) == list(every.encode("utf-8")):
-        return lambda text: np.frombuffer(text.encode("utf-8"), np.uint8)
-    try:
-        fast = tokenizer.fast.encode_ordinary
-    except ValueError:   # GPT-2's ids, for one, are not in the order that tiktoken wants
-        fast = tokenizer.encode
+    if tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
+        return Pieces(tokenizer).encode
+    end = np.array([tokenizer.eos_id], np.uint16)
 
-    def encode(text):
-        blank = re.search(r"(?<!\s)\s{100000}", text)   # tiktoken's regex engine panics on such a run of blanks
-        return np.array((tokenizer.encode if blank else fast)(text), np.uint32)
+    def encode(texts):
+        arrays = ([np.frombuffer(text.encode("utf-8"), np.uint8), end[:last]] for text, last in texts)
+        return np.concatenate(list(itertools.chain.from_iterable(arrays)))
     return encode
+
+
+class Pieces(dict):
+    """
+    Encodes by looking up. Text repeats itself: it is cut wherever that cannot change its tokens (see bpe.safe_cuts), and
+    each distinct piece, a word or a few, is encoded once. bytes of the piece -> its number; ids and where each ends.
+    """
+    LIMIT = 1 << 19   # pieces; then it starts afresh: about 100 MB
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.safe = tokenizer, safe_cuts(tokenizer.pattern)
+        self.type = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+        try:
+            self.fast = tokenizer.fast.encode_ordinary
+        except ValueError:   # GPT-2's ids, for one, are not in the order that tiktoken wants
+            self.fast = tokenizer.encode
+        self.start()
+
+    def start(self):
+        self.clear()
+        self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1])
+        self[b"\xfe"] = 0     # the end of a document; like 255, the end of a piece, no byte of UTF-8
+
+    def __missing__(self, piece):
+        text = piece.decode("utf-8")   # tiktoken's regex engine panics on very long runs of blanks, encode does not
+        self.ids.extend(self.fast(text) if len(text) < 100_000 else self.tokenizer.encode(text))
+        self.ends.append(len(self.ids))
+        self[piece] = len(self.ends) - 2
+        return len(self.ends) - 2
+
+    def encode(self, texts):
+        if len(self) > self.LIMIT or len(self.ids) > 8 * self.LIMIT:
+            self.start()
+        data = b"\xff".join(text.encode("utf-8") + b"\xff\xfe" * last for text, last in texts)
+        cut = np.insert(np.frombuffer(data, np.uint8), cuts_in(data, self.safe), 255).tobytes()
+        pieces = [piece for piece in cut.split(b"\xff") if piece]
+        number = np.fromiter(map(self.__getitem__, pieces), np.int64, len(pieces))
+        ends = np.array(self.ends)
+        begin, end = ends[number], ends[number + 1]
+        written = np.cumsum(end - begin)     # how much stands before the next piece
+        place = np.arange(written[-1] if len(written) else 0) + np.repeat(end - written, end - begin)
+        return np.array(self.ids)[place]
 
 
 def encode_batch(batch):
@@ -259,12 +299,7 @@ def encode_batch(batch):
         if TOKENIZER is None:
             result[split] = documents, size, 0, "".join(text + "\n" for text, _ in mine).encode("utf-8")
             continue
-        arrays = []
-        for text, last in mine:
-            arrays.append(ENCODE(text))
-            if last:
-                arrays.append(np.array([TOKENIZER.eos_id], np.uint32))
-        ids = np.concatenate(arrays)
+        ids = ENCODE(mine)
         assert ids.max(initial=0) < TOKENIZER.vocab_size, f"id {ids.max()} in a vocabulary of {TOKENIZER.vocab_size}"
         result[split] = documents, size, len(ids), ids.astype(id_type(TOKENIZER)).tobytes()
     return result

@@ -225,10 +225,10 @@ TOKENIZER = None     # one per process; None when chat or preference data is wri
 ENCODE = None        # its fastest function from texts to ids
 
 
-def start_worker(folder):
+def start_worker(folder, tokenizer=None):
     """Load the tokenizer and choose its encoder; leave when the parent is killed (the pipe alone would not tell)."""
     global TOKENIZER, ENCODE
-    TOKENIZER = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    TOKENIZER = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
     ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -309,10 +309,10 @@ def id_type(tokenizer):
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
-def encoded(work, folder, workers):
+def encoded(work, folder, tokenizer, workers):
     """Encode batches, here or in `workers` processes; results come in order, whatever the number of workers."""
     if workers <= 1:
-        start_worker(folder)
+        start_worker(folder, tokenizer)
         for position, batch, dropped in work:
             yield position, encode_batch(batch), dropped
         return
@@ -328,17 +328,17 @@ def encoded(work, folder, workers):
             yield position, future.result(), dropped
 
 
-def load_tokenizer(cfg):
+def load_tokenizer(folder):
     try:
-        return Tokenizer.load(cfg.tokenizer)
+        return Tokenizer.load(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"--tokenizer={cfg.tokenizer} cannot be used: {error}") from None
+        raise SystemExit(f"--tokenizer={folder} cannot be used: {error}") from None
 
 
-def make_tokenizer(cfg, stream):
+def make_tokenizer(cfg, given, stream):
     """The tokenizer of --tokenizer, or a new one: bytes only, or a BPE learnt from the train split."""
     if cfg.tokenizer:
-        tokenizer = load_tokenizer(cfg)
+        tokenizer = given
     elif cfg.vocab_size == 0:
         return Tokenizer.train([], 256 + len(SPECIALS), pattern=cfg.pattern)
     else:
@@ -487,7 +487,7 @@ def report(out, meta, cfg):
     print(f"next    python {script} --dataset={name}")
 
 
-def build(cfg, out, partial, recipe):
+def build(cfg, out, partial, recipe, given):
     """From the sources to the final rename. Returns what meta.json holds, or None if all was there already."""
     progress = partial / "progress.json"
     sources = find_sources(cfg)
@@ -497,10 +497,11 @@ def build(cfg, out, partial, recipe):
     if ready(out, recipe, found):
         return None
 
-    saved = load_json(progress)
+    saved, tokenizer = load_json(progress), None
     if saved.get("recipe") == recipe and saved.get("source") == found:
         state = saved["state"]
         print(f"resume  {partial}: {state['train']['documents'] + state['val']['documents']:,} documents are there")
+        tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
     else:
         for path in partial.iterdir():
             path.unlink()
@@ -508,10 +509,10 @@ def build(cfg, out, partial, recipe):
         for split in ("train", "val"):
             state[split] = {"documents": 0, "bytes": 0, "tokens": 0, "sizes": []}
         if cfg.kind == "text":
-            make_tokenizer(cfg, parts(sources, cfg, state["plan"])).save(partial)
+            tokenizer = make_tokenizer(cfg, given, parts(sources, cfg, state["plan"]))
+            tokenizer.save(partial)
         save_json(progress, {"recipe": recipe, "source": found, "state": state})
 
-    tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
     width = np.dtype(id_type(tokenizer)).itemsize if tokenizer else 1
     limit = cfg.shard_tokens * width if tokenizer else sys.maxsize
     packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
@@ -527,7 +528,7 @@ def build(cfg, out, partial, recipe):
     noted = time.monotonic()
     stream = batches(parts(sources, cfg, state["plan"], state["next"]))
     with tqdm(total=None, unit="B", unit_scale=True, disable=None, desc="encode") as bar:
-        for position, result, dropped in encoded(stream, partial, workers):
+        for position, result, dropped in encoded(stream, partial, tokenizer, workers):
             for split, (documents, length, tokens, data) in result.items():
                 total = state[split]
                 append(partial, split, total["sizes"], data, limit, cfg)
@@ -572,7 +573,8 @@ def main(cfg):
     partial = out.with_name(out.name + ".partial")
     recipe = {key: value for key, value in asdict(cfg).items() if key not in ("out", "workers", "tries")}
     recipe["sources"] = list(cfg.sources)
-    recipe["tokenizer"] = load_tokenizer(cfg).hash if cfg.tokenizer else None
+    given = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    recipe["tokenizer"] = given.hash if given else None
     recipe["python"] = platform.python_version() if cfg.sources[0] == "stdlib" else None
     fixed = cfg.sources[0] in PRESETS and cfg.input is None
     if fixed and (meta := ready(out, recipe)):   # no need to find the source again
@@ -582,7 +584,7 @@ def main(cfg):
     changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        meta = build(cfg, out, partial, recipe)
+        meta = build(cfg, out, partial, recipe, given)
     except SystemExit:
         shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth going on with
         raise

@@ -265,8 +265,9 @@ class Pieces(dict):
 
     def start(self):
         self.clear()
-        self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1])
+        self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1, 1])
         self[b"\xfe"] = 0     # the end of a document; like 255, the end of a piece, no byte of UTF-8
+        self[b""] = 1          # of an empty document
 
     def __missing__(self, piece):
         text = piece.decode("utf-8")   # tiktoken's regex engine panics on very long runs of blanks, encode does not
@@ -280,13 +281,19 @@ class Pieces(dict):
             self.start()
         data = b"\xff".join(text.encode("utf-8") + b"\xff\xfe" * last for text, last in texts)
         cut = np.insert(np.frombuffer(data, np.uint8), cuts_in(data, self.safe), 255).tobytes()
-        pieces = [piece for piece in cut.split(b"\xff") if piece]
+        found, at = [], 0
+        while at <= len(cut):      # some at a time: they stay in the cache
+            until = cut.find(b"\xff", at + (1 << 17)) % (len(cut) + 1)     # -1, not found, is the end
+            found.append(self.look_up(cut[at:until].split(b"\xff")))
+            at = until + 1
+        return np.concatenate(found)
+
+    def look_up(self, pieces):
         number = np.fromiter(map(self.__getitem__, pieces), np.int64, len(pieces))
-        ends = np.array(self.ends)
+        ids, ends = np.frombuffer(self.ids, self.type), np.frombuffer(self.ends, np.int64)
         begin, end = ends[number], ends[number + 1]
         written = np.cumsum(end - begin)     # how much stands before the next piece
-        place = np.arange(written[-1] if len(written) else 0) + np.repeat(end - written, end - begin)
-        return np.array(self.ids)[place]
+        return ids[np.arange(written[-1]) + np.repeat(end - written, end - begin)]
 
 
 def encode_batch(batch):

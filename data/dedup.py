@@ -30,7 +30,9 @@ ASCII_WORD = bytes(ord(chr(b).lower()) if chr(b).isalnum() and b < 128 or b == o
 def words_of(text):
     """Lower-case words with one blank between, as bytes: what remains when case, layout and punctuation do not count."""
     if text.isascii():
-        words = b" ".join(text.encode("ascii").translate(ASCII_WORD).split())
+        words = text.encode("ascii").translate(ASCII_WORD).strip()
+        while b"  " in words:
+            words = words.replace(b"  ", b" ")
     else:
         words = " ".join(WORD.findall(text.lower())).encode("utf-8")
     return words or "".join(text.split()).encode("utf-8")           # nothing but punctuation

@@ -58,7 +58,7 @@ LONG_BLANK = 50_000                                                # tiktoken's 
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER = VISIBLE + [b for b in range(256) if b not in VISIBLE]  # by code point of that character
 BYTE_TO_CHAR = {b: chr(b) if b in VISIBLE else chr(256 + i - len(VISIBLE)) for i, b in enumerate(BYTE_ORDER)}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+CHAR_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in BYTE_TO_CHAR.items()}    # 0xFFFF: no byte
 
 # ChatML, and which part of it a chat model learns to write (between generation and endgeneration).
 CHAT_TEMPLATE = (
@@ -69,11 +69,11 @@ CHAT_TEMPLATE = (
 
 
 def spell(token):
-    return "".join(BYTE_TO_CHAR[b] for b in token)
+    return token.decode("latin-1").translate(BYTE_TO_CHAR)
 
 
 def unspell(text):
-    return bytes(CHAR_TO_BYTE[c] for c in text)
+    return text.translate(CHAR_TO_BYTE).encode("latin-1")           # UnicodeEncodeError: not such a spelling
 
 
 def to_bytes(text):

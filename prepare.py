@@ -9,7 +9,7 @@ Run     python prepare.py shakespeare               # 1 MB, one token per byte
         cat book.txt | python prepare.py - --out=data/book       # also URLs, and hf://datasets/OWNER/NAME/FILE
 You see documents, bytes, tokens and bytes per token of each split, MB/s, and the next command. One core (2026-11):
         shakespeare 0.1 s; stdlib --vocab_size=4096 3.5 s, 3.4 bytes per token; 1 GB of JSONL as bytes 18 s in 60 MB of
-        memory; 100 MB of JSONL with a BPE of 16,384 tokens 7.4 s (13 MB/s) in 81 MB.
+        memory; 105 MB of code as JSONL with a new BPE of 16,384 tokens 17 s in 341 MB.
 Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst, and the presets named below
 Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or uint32 ids, an end-of-text id
         after each document), tokenizer.json, tokenizer_config.json, meta.json. For chat: train.jsonl, val.jsonl.
@@ -28,6 +28,7 @@ import shutil
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +40,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bpe import PATTERNS, SPECIALS, Tokenizer
+from bpe import PATTERNS, SPECIALS, Tokenizer, cuts_in, safe_cuts
 from data.chats import to_chat, to_preference
 from data.hub import file_hash, need_space
 from data.presets import PRESETS, locate, stdlib_sources
@@ -221,32 +222,78 @@ def batches(stream):
 # ---- 4. encode -----------------------------------------------------------------------------------------
 
 TOKENIZER = None     # one per process; None when chat or preference data is written
-ENCODE = None        # its fastest function from text to ids
+ENCODE = None        # its fastest function from texts to ids
 
 
-def start_worker(folder):
+def start_worker(folder, tokenizer=None):
     """Load the tokenizer and choose its encoder; leave when the parent is killed (the pipe alone would not tell)."""
     global TOKENIZER, ENCODE
-    TOKENIZER = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    TOKENIZER = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
     ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def choose_encoder(tokenizer):
-    """Text -> array of ids: the bytes themselves without merges, else tiktoken, else bpe.py's own readable encoder."""
+    """[(text, does its document end here?), ...] -> array of ids: the bytes themselves if there are no merges."""
     every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that can occur below U+0800
-    if tokenizer.vocab_size == 256 + len(SPECIALS) and tokenizer.encode(every) == list(every.encode("utf-8")):
-        return lambda text: np.frombuffer(text.encode("utf-8"), np.uint8)
-    try:
-        fast = tokenizer.fast.encode_ordinary
-    except ValueError:   # GPT-2's ids, for one, are not in the order that tiktoken wants
-        fast = tokenizer.encode
+    if tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
+        return Pieces(tokenizer).encode
+    end = np.array([tokenizer.eos_id], np.uint16)
 
-    def encode(text):
-        blank = re.search(r"(?<!\s)\s{100000}", text)   # tiktoken's regex engine panics on such a run of blanks
-        return np.array((tokenizer.encode if blank else fast)(text), np.uint32)
+    def encode(texts):
+        arrays = ([np.frombuffer(text.encode("utf-8"), np.uint8), end[:last]] for text, last in texts)
+        return np.concatenate(list(itertools.chain.from_iterable(arrays)))
     return encode
+
+
+class Pieces(dict):
+    """
+    Encodes by looking up. Text repeats itself: it is cut wherever that cannot change its tokens (see bpe.safe_cuts), and
+    each distinct piece, a word or a few, is encoded once. bytes of the piece -> its number; ids and where each ends.
+    """
+    LIMIT = 1 << 19   # pieces; then it starts afresh: about 100 MB
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.safe = tokenizer, safe_cuts(tokenizer.pattern)
+        self.type = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+        try:
+            self.fast = tokenizer.fast.encode_ordinary
+        except ValueError:   # GPT-2's ids, for one, are not in the order that tiktoken wants
+            self.fast = tokenizer.encode
+        self.start()
+
+    def start(self):
+        self.clear()
+        self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1, 1])
+        self[b"\xfe"] = 0     # the end of a document; like 255, the end of a piece, no byte of UTF-8
+        self[b""] = 1          # of an empty document
+
+    def __missing__(self, piece):
+        text = piece.decode("utf-8")   # tiktoken's regex engine panics on very long runs of blanks, encode does not
+        self.ids.extend(self.fast(text) if len(text) < 100_000 else self.tokenizer.encode(text))
+        self.ends.append(len(self.ids))
+        self[piece] = len(self.ends) - 2
+        return len(self.ends) - 2
+
+    def encode(self, texts):
+        if len(self) > self.LIMIT or len(self.ids) > 8 * self.LIMIT:
+            self.start()
+        data = b"\xff".join(text.encode("utf-8") + b"\xff\xfe" * last for text, last in texts)
+        cut = np.insert(np.frombuffer(data, np.uint8), cuts_in(data, self.safe), 255).tobytes()
+        found, at = [], 0
+        while at <= len(cut):      # some at a time: they stay in the cache
+            until = cut.find(b"\xff", at + (1 << 17)) % (len(cut) + 1)     # -1, not found, is the end
+            found.append(self.look_up(cut[at:until].split(b"\xff")))
+            at = until + 1
+        return np.concatenate(found)
+
+    def look_up(self, pieces):
+        number = np.fromiter(map(self.__getitem__, pieces), np.int64, len(pieces))
+        ids, ends = np.frombuffer(self.ids, self.type), np.frombuffer(self.ends, np.int64)
+        begin, end = ends[number], ends[number + 1]
+        written = np.cumsum(end - begin)     # how much stands before the next piece
+        return ids[np.arange(written[-1]) + np.repeat(end - written, end - begin)]
 
 
 def encode_batch(batch):
@@ -259,12 +306,7 @@ def encode_batch(batch):
         if TOKENIZER is None:
             result[split] = documents, size, 0, "".join(text + "\n" for text, _ in mine).encode("utf-8")
             continue
-        arrays = []
-        for text, last in mine:
-            arrays.append(ENCODE(text))
-            if last:
-                arrays.append(np.array([TOKENIZER.eos_id], np.uint32))
-        ids = np.concatenate(arrays)
+        ids = ENCODE(mine)
         assert ids.max(initial=0) < TOKENIZER.vocab_size, f"id {ids.max()} in a vocabulary of {TOKENIZER.vocab_size}"
         result[split] = documents, size, len(ids), ids.astype(id_type(TOKENIZER)).tobytes()
     return result
@@ -274,10 +316,10 @@ def id_type(tokenizer):
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
-def encoded(work, folder, workers):
+def encoded(work, folder, tokenizer, workers):
     """Encode batches, here or in `workers` processes; results come in order, whatever the number of workers."""
     if workers <= 1:
-        start_worker(folder)
+        start_worker(folder, tokenizer)
         for position, batch, dropped in work:
             yield position, encode_batch(batch), dropped
         return
@@ -293,17 +335,17 @@ def encoded(work, folder, workers):
             yield position, future.result(), dropped
 
 
-def load_tokenizer(cfg):
+def load_tokenizer(folder):
     try:
-        return Tokenizer.load(cfg.tokenizer)
+        return Tokenizer.load(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"--tokenizer={cfg.tokenizer} cannot be used: {error}") from None
+        raise SystemExit(f"--tokenizer={folder} cannot be used: {error}") from None
 
 
-def make_tokenizer(cfg, stream):
+def make_tokenizer(cfg, given, stream):
     """The tokenizer of --tokenizer, or a new one: bytes only, or a BPE learnt from the train split."""
     if cfg.tokenizer:
-        tokenizer = load_tokenizer(cfg)
+        tokenizer = given
     elif cfg.vocab_size == 0:
         return Tokenizer.train([], 256 + len(SPECIALS), pattern=cfg.pattern)
     else:
@@ -452,7 +494,7 @@ def report(out, meta, cfg):
     print(f"next    python {script} --dataset={name}")
 
 
-def build(cfg, out, partial, recipe):
+def build(cfg, out, partial, recipe, given):
     """From the sources to the final rename. Returns what meta.json holds, or None if all was there already."""
     progress = partial / "progress.json"
     sources = find_sources(cfg)
@@ -462,10 +504,11 @@ def build(cfg, out, partial, recipe):
     if ready(out, recipe, found):
         return None
 
-    saved = load_json(progress)
+    saved, tokenizer = load_json(progress), None
     if saved.get("recipe") == recipe and saved.get("source") == found:
         state = saved["state"]
         print(f"resume  {partial}: {state['train']['documents'] + state['val']['documents']:,} documents are there")
+        tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
     else:
         for path in partial.iterdir():
             path.unlink()
@@ -473,10 +516,10 @@ def build(cfg, out, partial, recipe):
         for split in ("train", "val"):
             state[split] = {"documents": 0, "bytes": 0, "tokens": 0, "sizes": []}
         if cfg.kind == "text":
-            make_tokenizer(cfg, parts(sources, cfg, state["plan"])).save(partial)
+            tokenizer = make_tokenizer(cfg, given, parts(sources, cfg, state["plan"]))
+            tokenizer.save(partial)
         save_json(progress, {"recipe": recipe, "source": found, "state": state})
 
-    tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
     width = np.dtype(id_type(tokenizer)).itemsize if tokenizer else 1
     limit = cfg.shard_tokens * width if tokenizer else sys.maxsize
     packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
@@ -492,7 +535,7 @@ def build(cfg, out, partial, recipe):
     noted = time.monotonic()
     stream = batches(parts(sources, cfg, state["plan"], state["next"]))
     with tqdm(total=None, unit="B", unit_scale=True, disable=None, desc="encode") as bar:
-        for position, result, dropped in encoded(stream, partial, workers):
+        for position, result, dropped in encoded(stream, partial, tokenizer, workers):
             for split, (documents, length, tokens, data) in result.items():
                 total = state[split]
                 append(partial, split, total["sizes"], data, limit, cfg)
@@ -537,7 +580,8 @@ def main(cfg):
     partial = out.with_name(out.name + ".partial")
     recipe = {key: value for key, value in asdict(cfg).items() if key not in ("out", "workers", "tries")}
     recipe["sources"] = list(cfg.sources)
-    recipe["tokenizer"] = load_tokenizer(cfg).hash if cfg.tokenizer else None
+    given = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    recipe["tokenizer"] = given.hash if given else None
     recipe["python"] = platform.python_version() if cfg.sources[0] == "stdlib" else None
     fixed = cfg.sources[0] in PRESETS and cfg.input is None
     if fixed and (meta := ready(out, recipe)):   # no need to find the source again
@@ -547,7 +591,7 @@ def main(cfg):
     changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        meta = build(cfg, out, partial, recipe)
+        meta = build(cfg, out, partial, recipe, given)
     except SystemExit:
         shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth going on with
         raise

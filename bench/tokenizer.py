@@ -12,16 +12,22 @@ is extrapolated (early merges are its slowest, so this is an upper bound).
 Encoding: one process, vocabulary 32,768 learnt on the 30 MB, documents of about 4 KB that training did not see, ids
 compared, medians of --rounds.
 
+Text to shards: a whole run of prepare.py with one process against loops around tiktoken and HF, MB of text per processor second.
+Near-duplicates: from texts to what is dropped, against datasketch with the same bands.
+
 Run     python bench/tokenizer.py --shakespeare=tinyshakespeare.txt --minbpe=PATH_TO_A_MINBPE_CHECKOUT
-        pip install tokenizers rustbpe                           # what is missing is left out
+        pip install tokenizers rustbpe datasketch                        # what is missing is left out
 Writes  nothing but its table; append it to bench/results.md with date and machine
 """
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +54,7 @@ class Config:
     minbpe_merges: int = 8          # how many merges minbpe learns before its time is extrapolated
     large: bool = False             # train on 100 MB too
     rounds: int = 3                 # runs of everything; the median counts
+    parts: tuple[str, ...] = ("training", "encoding", "prepare", "duplicates")  # which tables
 
 
 # ---- what the processes do
@@ -201,6 +208,91 @@ def bench_encoding(name, text, tok, rounds):
               f"({megabytes / max(runs):.2f} to {megabytes / min(runs):.2f}) |", flush=True)
 
 
+def bench_prepare(name, path, tok, rounds):
+    """A whole run of prepare.py, one process, from the file to uint16 shards (it also hashes, checks and splits), against
+    the loops one would write by hand, which only encode and write."""
+    import numpy as np
+    import tokenizers
+    import prepare
+    megabytes = path.stat().st_size / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tok.save(folder / "tok")
+        theirs = tokenizers.Tokenizer.from_file(str(folder / "tok" / "tokenizer.json"))
+        theirs.encode_special_tokens = True
+
+        def ours():
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                prepare.main(prepare.Config((str(path),), out=str(folder / "out"), tokenizer=str(folder / "tok"), workers=1,
+                                            val_fraction=0))
+            return (folder / "out" / "train_00000.bin").read_bytes()[:-2]     # without the end of the document
+
+        def loop(encode, size):
+            with open(folder / "loop.bin", "wb") as file:
+                for chunk in bpe.read_chunks(path, bpe.safe_cuts(tok.pattern), size):
+                    np.array(encode(chunk.decode("utf-8")), dtype="<u2").tofile(file)
+            return (folder / "loop.bin").read_bytes()
+        ways = {"prepare.py": ours, "tiktoken loop": lambda: loop(tok.fast.encode_ordinary, 1 << 20),
+                "tokenizers loop": lambda: loop(lambda text: theirs.encode(text).ids, 1 << 14)}
+        want, seconds = None, {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, action in ways.items():
+                start = time.process_time()
+                found = action()
+                seconds[way].append(time.process_time() - start)
+                want = want or found
+                assert found == want, f"{way}: other ids"
+    for way, runs in seconds.items():
+        print(f"| {name} | {way} | {megabytes / statistics.median(runs):.2f} "
+              f"({megabytes / max(runs):.2f} to {megabytes / min(runs):.2f}) |", flush=True)
+
+
+def bench_duplicates(rounds):
+    """7,500 documents of about 626 words, a fifth of them copies with changed words: from text to what is dropped."""
+    from data import dedup
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(2, 9))) for _ in range(20_000)]
+    texts = [rng.choices(vocabulary, k=rng.randrange(500, 752)) for _ in range(6000)]
+    for words in texts[:1500]:
+        words, share = list(words), rng.uniform(0.4, 1)            # share: the Jaccard similarity of 5-word runs
+        for at in rng.sample(range(len(words)), int(len(words) * (1 - 2 * share / (1 + share)) / 5)):
+            words[at] = rng.choice(vocabulary) + "x"
+        texts.append(words)
+    texts = [" ".join(words) for words in texts]
+    runs_of = [{" ".join(words[i:i + 5]) for i in range(len(words) - 4)} for words in map(str.split, texts)]
+    true = {(i, 6000 + i) for i in range(1500)
+            if len(runs_of[i] & runs_of[6000 + i]) >= 0.8 * len(runs_of[i] | runs_of[6000 + i])}
+
+    def ours():
+        near = dedup.NearDuplicates(0.8)
+        near.add(texts)
+        first = near.find(texts.__getitem__)
+        return {(int(first[i]), i) for i in range(len(texts)) if first[i] >= 0}
+
+    def theirs():
+        import datasketch
+        index, found = datasketch.MinHashLSH(num_perm=128, params=dedup.bands_for(0.8)), set()
+        for i, text in enumerate(texts):
+            words = text.split()
+            sketch = datasketch.MinHash(num_perm=128)
+            sketch.update_batch([" ".join(words[k:k + 5]).encode("utf-8") for k in range(len(words) - 4)])
+            found |= {(k, i) for k in index.query(sketch)}
+            index.insert(i, sketch)
+        return found
+    ways = {"data/dedup.py, candidates checked": ours} | ({"datasketch": theirs} if importlib.util.find_spec("datasketch") else {})
+    seconds, last = {way: [] for way in ways}, {}
+    for _ in range(rounds):
+        for way, action in ways.items():
+            start = time.process_time()
+            last[way] = action()
+            seconds[way].append(time.process_time() - start)
+    for way, runs in seconds.items():
+        hits, rates = len(last[way] & true), [len(texts) / run for run in runs]
+        print(f"| {way} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {hits / len(true):.3f} "
+              f"| {hits / len(last[way]):.3f} |", flush=True)
+
+
 def main(cfg):
     shakespeare = Path(cfg.shakespeare)
     if not shakespeare.is_file():
@@ -223,15 +315,26 @@ def main(cfg):
     with tempfile.TemporaryDirectory() as folder:
         sizes = [30, 100] if cfg.large else [30]
         corpora, unseen = write_corpora(code_texts(folders), Path(folder), sizes)
-        print("| training | tool | seconds (range) | of ours | peak MB | same merges |\n|---|---|---|---|---|---|")
-        for name, path in {"1 MB": shakespeare, **{f"{size} MB": path for size, path in corpora.items()}}.items():
-            for vocab_size in (4096, 32768):
-                slow = ["minbpe"] if cfg.minbpe and name == "1 MB" else []
-                bench_training(name, path, vocab_size, ["nanopath", *tools, *slow], cfg)
-        print("\n| encoding | way | MB/s (range) |\n|---|---|---|")
-        tok = bpe.Tokenizer.train(corpora[30], 32768)
-        bench_encoding("prose, 1 MB", shakespeare.read_text(encoding="utf-8"), tok, cfg.rounds)
-        bench_encoding("code, 5 MB", unseen, tok, cfg.rounds)
+        named = {"1 MB": shakespeare, **{f"{size} MB": path for size, path in corpora.items()}}
+        if "training" in cfg.parts:
+            print("| training | tool | seconds (range) | of ours | peak MB | same merges |\n|---|---|---|---|---|---|")
+            for name, path in named.items():
+                for vocab_size in (4096, 32768):
+                    slow = ["minbpe"] if cfg.minbpe and name == "1 MB" else []
+                    bench_training(name, path, vocab_size, ["nanopath", *tools, *slow], cfg)
+        if "encoding" in cfg.parts or "prepare" in cfg.parts:
+            tok = bpe.Tokenizer.train(corpora[30], 32768)
+        if "encoding" in cfg.parts:
+            print("\n| encoding | way | MB/s (range) |\n|---|---|---|")
+            bench_encoding("prose, 1 MB", shakespeare.read_text(encoding="utf-8"), tok, cfg.rounds)
+            bench_encoding("code, 5 MB", unseen, tok, cfg.rounds)
+        if "prepare" in cfg.parts:
+            print("\n| text to shards | way | MB/s (range) |\n|---|---|---|")
+            for name, path in named.items():
+                bench_prepare(name, path, tok, cfg.rounds)
+        if "duplicates" in cfg.parts:
+            print("\n| near-duplicates | documents per second (range) | recall at J >= 0.8 | precision |\n|---|---|---|---|")
+            bench_duplicates(cfg.rounds)
 
 
 if __name__ == "__main__":

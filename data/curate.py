@@ -1,0 +1,391 @@
+"""
+Raw to clean: read any text, pages and crawls included, and decide what is worth keeping. Nothing is judged unless asked.
+
+Run     python -m data.curate pages/ crawl.warc.gz > clean.jsonl            # only to text
+        python -m data.curate CC-MAIN.wet.gz --language=en --gopher --repetition --c4 --exact --near=0.8 --out=clean.jsonl
+        python -m data.curate notes/ --normalize=NFC --controls --pii > clean.jsonl
+        python -m data.curate train.jsonl --decontaminate gsm8k_test.jsonl HumanEval.jsonl.gz --report=report.json > clean.jsonl
+You see on the error output what each rule dropped or changed, how often, and a sample of it
+Reads   .html .warc .wet and all that prepare.py reads (.txt .md .csv .tsv .json .jsonl .parquet, .gz, .zst, folders,
+        'globs', URLs, - for stdin). A text longer than 2^20 characters becomes several documents.
+Writes  one line {"text": ...} per document, with the other columns of its row, or url, date, title, source; in the order
+        of the input, the same on every run. With --out all of it or nothing.
+Memory  that of the longest document (a megabyte; a row or a page can be longer). --exact keeps about 90 bytes per
+        document; --near about 50, and on disk the text and 8 bytes times 21 bands per document (21 at J = 0.8).
+Next    python prepare.py clean.jsonl
+"""
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import unicodedata
+from array import array
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from data.dedup import NearDuplicates, Overlap
+from data.hub import DOWNLOADS
+from data.presets import locate
+from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text,
+                          pieces, plain_errors, refuse, rows, text_columns)
+from data.rules import (LANGUAGES, RUDE, c4, drop_controls, gopher, hide_personal, language, repetition, strip_accents,
+                        word_list)
+from data.web import LARGEST, decode_page, page_text, warc_records, warc_text
+
+
+@dataclass
+class Config:
+    sources: tyro.conf.Positional[tuple[str, ...]] = ()   # files, folders, 'globs', URLs, -
+    out: str | None = None          # file to write; by default standard output
+    report: str | None = None       # JSON file to write the counts and samples to
+    columns: str | None = None      # csv, json, parquet: columns that are the text, joined by a newline, as in title,text
+    separator: str | None = None    # text files: what stands between documents; by default a file is one document
+    encoding: str = "utf-8"         # of text files without a byte order mark
+    skip_bad: bool = False          # leave out (and count) unreadable rows, pages and files instead of stopping
+    normalize: Literal["NFC", "NFKC"] | None = None       # one spelling per character; NFKC also makes ﬁ into fi, ² into 2
+    controls: bool = False          # drop control characters, zero-width blanks, U+FFFD; line ends as \n
+    strip_accents: bool = False     # é -> e
+    lowercase: bool = False         # A -> a
+    language: str | None = None     # keep documents in this language (or these: en,de), guessed from their short words
+    gopher: bool = False            # drop what breaks a quality rule of Gopher (made for English)
+    repetition: bool = False        # drop what repeats itself, by the rules of Gopher
+    c4: bool = False                # keep the lines that end like sentences, drop pages with too few: the rules of C4
+    toxic: str | None = None        # drop documents with a word of this list: a file, one word a line, or built-in
+    pii: bool = False               # e-mail, phone, card, account, IP and social security numbers -> <EMAIL>, <PHONE>, ...
+    exact: bool = False             # drop a document that came before, white space aside
+    near: float = 0                 # drop near-duplicates of an earlier one: Jaccard similarity of 5-word runs, try 0.8
+    decontaminate: tuple[str, ...] = ()   # evaluation files: drop what shares 13 words in a row with them
+    tries: int = 3                  # network attempts per file
+
+
+WEB = {".html": "html", ".htm": "html", ".xhtml": "html", ".warc": "warc", ".wet": "warc"}
+SAMPLES = 3           # per rule, in the report
+SHOWN = 12            # most frequent rules, on the screen
+
+
+class Report:
+    """What happened to how many documents, and what the first of them looked like."""
+
+    def __init__(self):
+        self.read = self.kept = self.characters_read = self.characters_kept = 0
+        self.dropped, self.changed, self.samples = Counter(), Counter(), {}
+
+    def note(self, counter, rule, place, text, before=None):
+        """Count one document; the first of them stay as samples, of a change the place where it begins."""
+        counter[rule] += 1
+        samples = self.samples.setdefault(rule, [])
+        if len(samples) < SAMPLES:
+            if before is not None:
+                start = max(0, len(os.path.commonprefix([before, text])) - 20)
+                text = f"{before[start:start + 60]!r} -> {text[start:start + 60]!r}"
+            samples.append({"where": place, "text": text[:300]})
+
+    def print(self, seconds):
+        print(f"read    {self.read:,} documents, {self.characters_read:,} characters, {seconds:.1f} s", file=sys.stderr)
+        for name, counter in (("changed", self.changed), ("dropped", self.dropped)):
+            for rule, count in counter.most_common(SHOWN):
+                sample = self.samples[rule][0]
+                text = " ".join(sample["text"].split())[:70]
+                print(f"{name} {count:,} {rule}, such as {sample['where']}: {text}", file=sys.stderr)
+            if rest := counter.most_common()[SHOWN:]:
+                print(f"{name} {sum(count for _, count in rest):,} for {len(rest)} other reasons: --report=FILE tells them",
+                      file=sys.stderr)
+        print(f"kept    {self.kept:,} documents, {self.characters_kept:,} characters", file=sys.stderr)
+
+    def save(self, path, cfg):
+        data = {"arguments": asdict(cfg), "read": self.read, "kept": self.kept, "characters_read": self.characters_read,
+                "characters_kept": self.characters_kept, "dropped": self.dropped, "changed": self.changed,
+                "samples": self.samples}
+        write_whole(path, lambda file: file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"))
+
+
+# ---- 1. read
+
+def documents(sources, cfg, report):
+    """Yield (place, text, fields) of everything readable; what is not stops the run, or is counted with --skip_bad."""
+    for source in sources:
+        try:
+            with plain_errors(source.path):
+                yield from READ[source.kind](source, cfg, report)
+        except SystemExit as error:       # a whole file, from where the damage begins
+            if not cfg.skip_bad:
+                raise
+            report.note(report.dropped, "bad file", str(source.path), str(error))
+
+
+def bad(source, problem, cfg, report):
+    refuse(source.path, problem, cfg.skip_bad)
+    report.note(report.dropped, "bad row or page", str(source.path), problem)
+
+
+def read_text(source, cfg, report):
+    if problem := check_text(source.path, cfg.encoding):
+        return bad(source, problem, cfg, report)
+    with open_text(source.path, cfg.encoding) as file:
+        for piece in pieces(iter(lambda: file.read(1 << 20), ""), cfg.separator):
+            yield str(source.path), piece.text, {"source": str(source.path)}
+
+
+def read_rows(source, cfg, report):
+    label = "row" if source.kind == "parquet" else "line"
+    columns = cfg.columns.split(",") if cfg.columns else None
+    for number, row in rows(source, cfg.encoding):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            names = text_columns(row, columns, source.path)
+            text = "\n".join(row[name] for name in names)
+            fields = {name: value for name, value in row.items() if name not in names and name != "text"}
+            if found := fault(text):
+                raise ValueError(found[0])
+        except ValueError as error:
+            bad(source, f"{label} {number}: {error}", cfg, report)
+            continue
+        for piece in pieces(blocks_of(text)):
+            yield f"{source.path} {label} {number}", piece.text, fields
+
+
+def read_page(source, cfg, report):
+    with open_bytes(source.path) as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        return bad(source, f"a page of more than {LARGEST >> 20} MB", cfg, report)
+    title, text = page_text(decode_page(data))
+    yield from page_pieces(str(source.path), title, text, {"source": str(source.path)})
+
+
+def read_warc(source, cfg, report):
+    with open_bytes(source.path) as file:
+        try:
+            for headers, payload in warc_records(file):
+                url = headers.get("warc-target-uri", "").strip("<>")
+                try:
+                    found = warc_text(headers, payload)
+                except ValueError as error:
+                    bad(source, f"{url}: {error}", cfg, report)
+                    continue
+                if found is None:
+                    report.note(report.dropped, "not text", url, headers.get("content-type", ""))
+                    continue
+                yield from page_pieces(url, *found, {"url": url, "date": headers.get("warc-date", "")})
+        except ValueError as error:
+            raise SystemExit(f"{source.path}: {error}") from None
+
+
+def page_pieces(place, title, text, fields):
+    fields |= {"title": title} if title else {}
+    for piece in pieces(blocks_of(text.replace("\0", ""))):
+        yield place, piece.text, fields
+
+
+READ = {"text": read_text, "csv": read_rows, "json": read_rows, "parquet": read_rows, "html": read_page, "warc": read_warc}
+
+
+# ---- 2. judge
+
+def keep(rule):
+    """A step from a function that names the rule a text breaks, or (rule, sample): the text stays as it is, or goes."""
+    def step(text):
+        broken = rule(text)
+        return (None, broken) if broken else (text, None)
+    return step
+
+
+def change(function):
+    return lambda text: (function(text), None)
+
+
+def steps(cfg):
+    """[(name, text -> (text, None) or (None, why it goes))]: what is switched on, in the order in which it is done."""
+    wanted = cfg.language.split(",") if cfg.language else []
+    chosen = [
+        (cfg.normalize, cfg.normalize, change(lambda text: unicodedata.normalize(cfg.normalize, text))),
+        (cfg.controls, "controls", change(drop_controls)),
+        (cfg.language, "language", keep(lambda text: None if (found := language(text)) in wanted else found)),
+        (cfg.c4, "c4", c4),
+        (cfg.gopher, "gopher", keep(gopher)),
+        (cfg.repetition, "repetition", keep(repetition)),
+        (cfg.toxic, "toxic", keep(word_list(toxic_words(cfg))) if cfg.toxic else None),
+        (cfg.pii, "pii", change(hide_personal)),
+        (cfg.strip_accents, "strip_accents", change(strip_accents)),
+        (cfg.lowercase, "lowercase", change(str.lower)),
+        (cfg.exact, "exact", keep(seen_before())),
+        (cfg.decontaminate, "decontaminate", keep(evaluation_overlap(cfg)) if cfg.decontaminate else None),
+        (True, "empty", keep(lambda text: None if text.strip() else "no text")),
+    ]
+    return [(name, step) for on, name, step in chosen if on]
+
+
+def seen_before():
+    seen = set()
+
+    def rule(text):
+        digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8"), digest_size=8).digest()
+        number = int.from_bytes(digest, "big")
+        if number in seen:
+            return "duplicate"
+        seen.add(number)
+    return rule
+
+
+def toxic_words(cfg):
+    if cfg.toxic == "built-in":
+        return RUDE
+    return Path(cfg.toxic).read_text(encoding="utf-8").splitlines()
+
+
+def evaluation_overlap(cfg):
+    """The rule against the texts of --decontaminate: every string of a row of JSON or a table, or a whole text file."""
+    texts = []
+    for source in find_files(cfg.decontaminate, lambda url: locate(url, tries=cfg.tries)):
+        with plain_errors(source.path):
+            if source.kind == "text":
+                with open_text(source.path, cfg.encoding) as file:
+                    texts.append(file.read())
+                continue
+            for number, row in rows(source, cfg.encoding):
+                if isinstance(row, str):
+                    raise SystemExit(f"--decontaminate: {source.path} {number}: {row}")
+                for value in row.values():
+                    texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    overlap = Overlap(text for text in texts if text.strip())
+    print(f"decontaminate: {overlap.texts:,} evaluation texts; {overlap.ignored:,} of fewer than {overlap.SHORTEST} words "
+          f"are too short to look for", file=sys.stderr)
+
+    def rule(text):
+        shared = overlap.first(text)
+        return ("in an evaluation text", shared) if shared else None
+    return rule
+
+
+def clean(sources, todo, cfg, report):
+    """Yield (place, text, fields) of what every step lets through."""
+    for place, text, fields in documents(sources, cfg, report):
+        report.read += 1
+        report.characters_read += len(text)
+        for name, step in todo:
+            before = text
+            text, why = step(text)
+            if text is None:
+                why, sample = why if isinstance(why, tuple) else (why, before)
+                report.note(report.dropped, f"{name}: {why}", place, sample)
+                break
+            if text != before:
+                report.note(report.changed, name, place, text, before)
+        else:
+            yield place, text, fields
+
+
+# ---- 3. write
+
+def encode(text, fields):
+    return json.dumps({"text": text, **fields}, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+
+
+def write(sources, todo, cfg, report, file):
+    for place, text, fields in clean(sources, todo, cfg, report):
+        report.kept += 1
+        report.characters_kept += len(text)
+        file.write(encode(text, fields))
+
+
+def write_without_near(sources, todo, cfg, report, file):
+    """The same, but all documents are put aside first: which are duplicates is known only when all have been seen."""
+    near, batch, size, offsets = NearDuplicates(cfg.near), [], 0, array("q")
+    with tempfile.TemporaryFile() as spool:
+        def read(i):
+            spool.seek(offsets[i])
+            return json.loads(spool.readline())
+
+        for place, text, fields in clean(sources, todo, cfg, report):
+            offsets.append(spool.tell())
+            spool.write(encode(text, {"where": place, "fields": fields}))
+            batch.append(text)
+            size += len(text)
+            if size > 1 << 20:
+                near.add(batch)
+                batch, size = [], 0
+        near.add(batch)
+        first = near.find(lambda i: read(i)["text"])
+        for i in range(len(offsets)):
+            row = read(i)
+            if first[i] >= 0:
+                report.note(report.dropped, "near-duplicate", f"{row['where']}, like {read(first[i])['where']}", row["text"])
+                continue
+            report.kept += 1
+            report.characters_kept += len(row["text"])
+            file.write(encode(row["text"], row["fields"]))
+
+
+def write_whole(path, write):
+    """Call write(file) on a temporary file, then put it in place: it is whole, or as it was before."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as file:
+            write(file)
+        os.replace(new, path)
+    except OSError as error:
+        raise SystemExit(f"{error.filename or path}: {error.strerror or error}; nothing was written. Another place for "
+                         f"what is written: --out=FILE, --report=FILE") from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def checked(cfg):
+    """Refuse what cannot work, before anything is read."""
+    unknown = set(cfg.language.split(",")) - set(LANGUAGES) if cfg.language else ()
+    for wrong, message in (
+        (not cfg.sources, "what to read? python -m data.curate FILE-OR-FOLDER... > clean.jsonl"),
+        (unknown, f"--language={cfg.language}: this knows {', '.join(LANGUAGES)}"),
+        (not 0 <= cfg.near <= 1, f"--near={cfg.near}: a Jaccard similarity, 0 (off) to 1, try 0.8"),
+        (0 < cfg.near < 0.3, f"--near={cfg.near}: so unlike documents are no duplicates, and would need very many bands; "
+                             f"at least 0.3, try 0.8"),
+        (cfg.tries < 1, f"--tries={cfg.tries}: at least 1"),
+        (cfg.toxic and cfg.toxic != "built-in" and not Path(cfg.toxic).is_file(),
+         f"--toxic={cfg.toxic}: no such file; one word a line, or --toxic=built-in"),
+    ):
+        if wrong:
+            raise SystemExit(message)
+    known_encoding(cfg.encoding)
+
+
+def main(cfg):
+    checked(cfg)
+    begun, report = time.perf_counter(), Report()
+    out = sys.stdout.buffer
+    with contextlib.redirect_stdout(sys.stderr):   # standard output carries the data alone
+        try:
+            sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB, DOWNLOADS / "stdin.raw")
+            inside = [source.path for source in sources if cfg.out and source.path.resolve() == Path(cfg.out).resolve()]
+            if inside:
+                raise SystemExit(f"--out={cfg.out} is to be read too; choose another")
+            action, todo = write_without_near if cfg.near else write, steps(cfg)
+            if cfg.out:
+                write_whole(cfg.out, lambda file: action(sources, todo, cfg, report, file))
+            else:
+                action(sources, todo, cfg, report, out)
+                out.flush()
+        except FileNotFoundError as error:
+            raise SystemExit(f"{error.args[0]}: no such file or folder, and no file fits it as a glob") from None
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped" + (f"; {cfg.out} is as it was" if cfg.out else "")) from None
+        except BrokenPipeError:                    # as in ... | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            raise SystemExit(1) from None
+    report.print(time.perf_counter() - begun)
+    if cfg.report:
+        report.save(cfg.report, cfg)
+    print(f"next    python prepare.py {cfg.out or 'clean.jsonl'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.split("\n\n")[0], use_underscores=True))

@@ -288,7 +288,7 @@ def check(model, prompts, max_new_tokens, o=None, fits=False, num_beams=1, lengt
     for name in ("frequency_penalty", "presence_penalty"):
         need(name, getattr(o, name), lambda x: True, "a number; 0 is off")
     need("num_beams", num_beams, lambda n: whole(n) and 1 <= n <= V // 2, f"between 1 and half the vocabulary, {V // 2}")
-    need("length_penalty", length_penalty, lambda x: True, "a number")
+    need("length_penalty", length_penalty, lambda x: abs(x) <= 10, "between -10 and 10")
     need("contrast", contrast, lambda x: 0 <= x <= 1, "between 0 and 1")
     if o.mirostat and (o.temperature == 0 or o.top_k or o.top_p or o.min_p or o.typical_p):
         raise ValueError(f"--mirostat={o.mirostat} chooses its own cut: leave out top_k, top_p, min_p, typical_p, and "
@@ -679,7 +679,7 @@ def contrastive_search(model, prompts, max_new_tokens, top_k=4, contrast=0.6, st
     rows, new = list(range(len(prompts))), [[] for _ in prompts]
 
     def read(last):
-        logits, hidden = read_hidden(context, last)
+        logits, hidden = context.read(last=last, hidden=True)
         return logits, F.normalize(hidden.float(), dim=-1)
 
     with evaluating(model):
@@ -708,15 +708,6 @@ def contrastive_search(model, prompts, max_new_tokens, top_k=4, contrast=0.6, st
             logits, rows = logits[order], [rows[i] for i in keep]
             past = [torch.cat([past[i], hidden[i * k + best[i], None]]) for i in keep]
     return new
-
-
-def read_hidden(context, last):
-    found = []
-    hook = context.model.norm.register_forward_hook(lambda module, inputs, output: found.append(output))
-    try:
-        return context.read(last=last), found[0]
-    finally:
-        hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -764,8 +755,7 @@ def open_model(flag, folder, cfg):
         model, tokenizer = load_model(folder, cfg.device, getattr(torch, cfg.dtype))
     except ValueError as error:
         raise SystemExit(f"--{flag}={folder}: {error}") from None
-    if hasattr(model, "pack"):
-        model = model.pack()                                       # weights as the processor multiplies them fastest
+    model = model.pack()                                           # weights as the processor multiplies them fastest
     settings = Path(folder) / "generation_config.json"
     ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None
     ends = ends if isinstance(ends, list) else [ends]

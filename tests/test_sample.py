@@ -168,7 +168,7 @@ def exact(model, prompt, o, n):
 @pytest.mark.parametrize("method", ["stream", "lookup", "draft"])
 def test_sampling_and_speculation_have_exactly_the_models_distribution(method, cuts):
     model, small, n = make(vocab_size=4), make(seed=1, vocab_size=4, n_layer=1), 4000
-    prompt = [3, 1, 2, 3, 1, 2, 3, 1]                              # repeats itself, so that look-ups find something
+    prompt = [0, 0, 1, 0, 2, 0, 3, 1, 1, 2, 1, 3, 2, 2, 3, 3, 0]   # every pair occurs: look-ups always find something
     how, stats = dict(stop_ids=(), seed=2, **cuts), {}
     tokens = sample.stream(model, [prompt] * n, 4, **how) if method == "stream" else \
         sample.speculative(model, [prompt] * n, 4, draft=small if method == "draft" else None, stats=stats, **how)
@@ -424,7 +424,7 @@ def test_any_arguments_work_or_are_refused_by_name():
             except ValueError as error:
                 assert len(str(error)) > 15 and "\n" not in str(error), error
                 refused += 1
-    assert worked > 50 and refused > 300
+    assert worked > 30 and refused > 300
 
 
 def test_limits_that_are_no_errors():
@@ -464,9 +464,9 @@ def test_command_line(folder, tmp_path, go):
 def test_colours_on_a_terminal_unless_it_says_no(go, monkeypatch):
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[31m" in go("--show_probs", "--temperature=2", "--max_new_tokens=20")
+    assert "\x1b[31m" in go("--prompt=ab", "--show_probs", "--temperature=2", "--max_new_tokens=20")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[" not in go("--show_probs", "--temperature=2", "--max_new_tokens=20")
+    assert "\x1b[" not in go("--prompt=ab", "--show_probs", "--temperature=2", "--max_new_tokens=20")
 
 
 @pytest.mark.parametrize("flags", [["--num_beams=3", "--num_samples=2"], ["--contrast=0.6"], ["--mirostat=3"], ["--min_p=0.1", "--stop", "e", "x"]])

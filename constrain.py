@@ -439,6 +439,8 @@ class Schema:
                 return n.alt(end, n.seq(item, n.repeat(n.seq(comma, item), max(0, low - 1), high and high - 1)))
             return n.alt(end, n.repeat(n.seq(comma, item), max(0, low - i), high and high - i))
 
+        if high is not None and high < low:
+            return n.alt()
         return n.seq(n.text("["), self.blank, following(0), self.blank, n.text("]"))
 
     def map_of(self, value):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import tyro
 
 from constrain import Constraint
-from model import KVCache, load_model
+from model import KVCache, find_folder, load_model
 
 
 @dataclass
@@ -755,8 +755,9 @@ def open_model(flag, folder, cfg):
         model, tokenizer = load_model(folder, cfg.device, getattr(torch, cfg.dtype))
     except ValueError as error:
         raise SystemExit(f"--{flag}={folder}: {error}") from None
-    model = model.pack()                                           # weights as the processor multiplies them fastest
-    settings = Path(folder) / "generation_config.json"
+    if model.num_params() > 20e6:                                  # smaller ones wait for Python, not for their weights
+        model.pack()
+    settings = find_folder(folder) / "generation_config.json"
     ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None
     ends = ends if isinstance(ends, list) else [ends]
     return model, tokenizer, {model.config.eos_token_id, *ends} - {None}

@@ -406,20 +406,21 @@ def stream(model, prompts, max_new_tokens, *args, **options):
 
 
 @torch.inference_mode()
-def write(model, rows, o):
+def write(model, rows, o, logprobs=True):
+    """The loop of stream. Without logprobs, which are then given as 0, a tiny model's step is a twentieth shorter."""
     longest = max(len(row.text) for row in rows)
     models = [model] if o.amateur is None else [model, o.amateur]
     contexts = [Context(each, [row.text for row in rows], longest + rows[0].left) for each in models]
     with evaluating(*models):
         while rows:
             logits, *amateur = (context.read(last=True).cpu() for context in contexts)
-            totals = logits.logsumexp(dim=-1)
+            totals = logits.logsumexp(dim=-1) if logprobs else logits.amax(dim=-1)
             sums = totals.tolist()
             if not all(map(math.isfinite, sums)):
                 raise ValueError("the model computes numbers that are not finite: its weights are damaged, or the dtype "
                                  "is too narrow; try --dtype=float32")
             ids = pick(logits, rows, o, *amateur)
-            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() if logprobs else sums
             if o.alternatives:
                 tops = (logits - totals[:, None]).topk(min(o.alternatives, logits.shape[-1]))
                 tops = [list(zip(*pair)) for pair in zip(tops.indices.tolist(), tops.values.tolist())]
@@ -438,9 +439,9 @@ def write(model, rows, o):
 
 def generate(model, prompts, max_new_tokens, *args, **options):
     """The new ids of each row, as lists. Arguments: those of `stream`."""
-    tokens = stream(model, prompts, max_new_tokens, *args, **options)
+    o, rows = start(model, prompts, max_new_tokens, args, options)
     new = [[] for _ in prompts]
-    for row, token, *_ in tokens:
+    for row, token, *_ in write(model, rows, o, logprobs=o.alternatives > 0):
         new[row].append(token)
     return new
 
@@ -755,7 +756,7 @@ def open_model(flag, folder, cfg):
         model, tokenizer = load_model(folder, cfg.device, getattr(torch, cfg.dtype))
     except ValueError as error:
         raise SystemExit(f"--{flag}={folder}: {error}") from None
-    if model.num_params() > 20e6:                                  # smaller ones wait for Python, not for their weights
+    if cfg.dtype == "bfloat16":                                    # in fp32 it only pays for 8 rows and more
         model.pack()
     settings = find_folder(folder) / "generation_config.json"
     ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None

@@ -78,7 +78,7 @@ def bench_shape(name, cfg, speed):
         for dtype in cfg.dtypes:
             kind = getattr(torch, dtype)
             ours = m.load_model(folder, "cpu", kind, need_tokenizer=False)[0]
-            if ours.num_params() > 20e6:                           # as sample.py does
+            if dtype == "bfloat16":                                # as sample.py does
                 ours.pack()
             tools = {"nanopath": lambda ids, count: sample.generate(ours, ids, count, temperature=0, stop_ids=())}
             if cfg.hf:
@@ -114,7 +114,7 @@ def bench_speculation(cfg):
     print("\n| | tok/s | against plain | readings of the weights | guesses right | same ids |\n|---|---|---|---|---|---|")
     for dtype in cfg.dtypes:
         model, tokenizer = m.load_model(cfg.speculation, "cpu", getattr(torch, dtype))
-        if model.num_params() > 20e6:
+        if dtype == "bfloat16":
             model.pack()
         text = Path(cfg.prompt_file).read_text(encoding="utf-8")
         room = model.config.block_size // 2

@@ -335,7 +335,7 @@ class Context:
         unread = [text[begin + length:] for text, begin, length in zip(self.texts, self.begin, lengths)]
         self.fed = list(map(len, unread))
         T = max(self.fed)
-        if self.cache and max(lengths) + T > self.size:            # only a full row forgets: its own length decides
+        if max(lengths) + T > self.size:                           # only a full row forgets: its own length decides
             for row, (text, length, new) in enumerate(zip(self.texts, lengths, unread)):
                 if length + len(new) > self.size:
                     self.begin[row] = len(text) - max(1, self.size // 2)
@@ -366,21 +366,23 @@ class Context:
 
     def forget(self, row, length):
         """Unread what lies behind the first `length` ids of a text."""
+        if self.begin[row] > length:                               # a short context, which had moved on
+            self.begin[row] = max(0, length - self.size // 2)
         if self.cache:
-            self.cache.truncate(row, min(self.cache.lengths[row], max(0, length - self.begin[row])))
+            self.cache.truncate(row, min(self.cache.lengths[row], length - self.begin[row]))
 
 
 @contextmanager
 def evaluating(*models):
     """Evaluation mode for a while."""
-    before = [(model, model.training) for model in models if model is not None]
-    for model, _ in before:
+    learning = [model for model in models if model is not None and model.training]
+    for model in learning:
         model.eval()
     try:
         yield
     finally:
-        for model, training in before:
-            model.train(training)
+        for model in learning:
+            model.train()
 
 
 def start(model, prompts, max_new_tokens, args, options):
@@ -775,9 +777,8 @@ class Screen:
         text = self.writer.push(token)
         self.text += text
         if self.probs:
-            spell = lambda i: json.dumps(self.tokenizer.decode([i]), ensure_ascii=False)
-            others = "  ".join(f"{spell(i)} {math.exp(p):.0%}" for i, p in others if i != token)
-            self.lines.append(f"{math.exp(logprob):7.1%}  {spell(token):16s}{others}")
+            others = "  ".join(f"{self.spell(i)} {math.exp(p):.0%}" for i, p in others if i != token)
+            self.lines.append(f"{math.exp(logprob):7.1%}  {self.spell(token):16s}{others}")
         if live and self.colour and text:                          # red, orange, yellow, green
             shade = 31 if logprob < math.log(0.01) else "38;5;208" if logprob < math.log(0.1) else \
                 33 if logprob < math.log(0.5) else 32
@@ -791,8 +792,14 @@ class Screen:
         if live:
             print(rest)
 
+    def spell(self, token):
+        """As in Python: half a character is "\\xe2", a new line "\\n"."""
+        text = self.tokenizer.bytes_of.get(token, b"").decode("utf-8", errors="backslashreplace")
+        return '"' + text.translate({i: repr(chr(i))[1:-1] for i in (*range(32), 127)}) + '"'
+
     def table(self):
-        print("\n" + "\n".join(["   prob  token           instead", *self.lines]) if self.lines else "", end="")
+        if self.lines:
+            print("\n" + "\n".join(["   prob  token           instead", *self.lines]))
 
 
 def show(tokens, screens, before=""):

@@ -372,6 +372,15 @@ class Context:
             self.cache.truncate(row, min(self.cache.lengths[row], length - self.begin[row]))
 
 
+def finite(totals):
+    """The list of a tensor of sums or maxima over logits, which shows whether all of these are numbers."""
+    totals = totals.tolist()
+    if not all(map(math.isfinite, totals)):
+        raise ValueError("the model computes numbers that are not finite: its weights are damaged, or the dtype is too "
+                         "narrow; try --dtype=float32")
+    return totals
+
+
 @contextmanager
 def evaluating(*models):
     """Evaluation mode for a while."""
@@ -417,10 +426,7 @@ def write(model, rows, o, logprobs=True):
         while rows:
             logits, *amateur = (context.read(last=True).cpu() for context in contexts)
             totals = logits.logsumexp(dim=-1) if logprobs else logits.amax(dim=-1)
-            sums = totals.tolist()
-            if not all(map(math.isfinite, sums)):
-                raise ValueError("the model computes numbers that are not finite: its weights are damaged, or the dtype "
-                                 "is too narrow; try --dtype=float32")
+            sums = finite(totals)
             ids = pick(logits, rows, o, *amateur)
             chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() if logprobs else sums
             if o.alternatives:
@@ -453,7 +459,7 @@ class Writer:
     def __init__(self, tokenizer, stop=()):
         self.decoder, self.stop, self.held, self.stopped = tokenizer.stream(), stop, "", False
 
-    def push(self, token, last=False):
+    def push(self, token):
         """The text that is certain by now. token None: the end of the text."""
         if self.stopped:
             return ""
@@ -530,7 +536,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
     size = max(map(len, texts)) + rows[0].left
     context, helper = Context(model, texts, size), draft and Context(draft, texts, size)
     lookups = [Lookup(text, ngram) for text in texts]
-    counts = [4] * len(rows)                                       # how many guesses a row deserves next time
+    counts = [min(4, draft_tokens)] * len(rows)                    # how many guesses a row deserves next time
     stats.update(readings=1, guessed=0, accepted=0)
 
     def guesses(limit):
@@ -573,6 +579,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
         guessed, origin = [[] for _ in rows], None
         while True:
             totals = logits.logsumexp(dim=-1)
+            finite(totals.flatten())
             for i, row in enumerate(rows):
                 n = len(guessed[i])
                 del row.text[len(row.text) - n:]
@@ -580,7 +587,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
                 new = verify(i, logits[i, here], guessed[i], origin)
                 stats["guessed"] += n
                 stats["accepted"] += len(new) - 1
-                counts[i] = min(2 * counts[i], draft_tokens) if len(new) > n else max(4, counts[i] // 2)
+                counts[i] = min(2 * counts[i] if len(new) > n else max(4, counts[i] // 2), draft_tokens)
                 logprobs = logits[i, here][range(len(new)), new] - totals[i, here][:len(new)]
                 for token, logprob in zip(new, logprobs.tolist()):
                     if row.done or row.index in o.cancelled or not row.take(token):
@@ -758,6 +765,8 @@ def open_model(flag, folder, cfg):
         model, tokenizer = load_model(folder, cfg.device, getattr(torch, cfg.dtype))
     except ValueError as error:
         raise SystemExit(f"--{flag}={folder}: {error}") from None
+    if flag == "model" and model.num_params() < 20e6:              # its matmuls take less time than waking a thread
+        torch.set_num_threads(1)
     if cfg.dtype == "bfloat16":                                    # in fp32 it only pays for 8 rows and more
         model.pack()
     settings = find_folder(folder) / "generation_config.json"

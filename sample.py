@@ -480,7 +480,8 @@ class Writer:
 
 def speculative(model, prompts, max_new_tokens, *args, draft=None, draft_tokens=16, ngram=3, stats=None, **options):
     """`stream`, faster: guess several tokens, check all guesses in one reading of the weights, keep those that the model
-    would have written. Greedy output is that of `stream`, sampled output has exactly the same distribution.
+    would have written. Greedy output is that of `stream`, sampled output has exactly the same distribution. (In bf16 two
+    logits are often equal but for the last bit, and reading several tokens at once may round it otherwise.)
 
     draft: a small model with the same vocabulary; None looks the guesses up in the text itself, at the latest place
     where its last `ngram` (or fewer, at least 2) ids occurred before. At most draft_tokens guesses at a time, fewer

@@ -72,7 +72,8 @@ def config_to_hf(config, dtype="float32"):
     hf |= {"bos_token_id": None, "eos_token_id": eos, "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
     if family == "gpt2":
-        return hf | {"activation_function": activation, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp asks for it
+        return hf | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     rope = c.rope_scaling or {"rope_type": "default"}
     old = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "dynamic" and old:

@@ -181,6 +181,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if not torch.is_grad_enabled():                            # one call instead of seven: a small model's step is
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)      # mostly calls
         return RMSNormFunction.apply(upcast(x), upcast(self.weight), self.eps).to(x.dtype)
 
 
@@ -453,6 +455,7 @@ class GPT(nn.Module):
 
     def make_buffers(self, device=None):
         """What the forward pass reads besides parameters; it follows from the config, so no file holds it."""
+        self.dynamic = (self.config.rope_scaling or {}).get("rope_type") == "dynamic"
         if self.config.position == "rope":
             frequency, self.rope_scale = rope_frequencies(self.config, device=device)
             self.register_buffer("frequency", frequency, persistent=False)
@@ -528,10 +531,13 @@ class GPT(nn.Module):
         x, rope = x.to(self.dtype), None
         if config.position == "rope":
             frequency = self.frequency
-            if (config.rope_scaling or {}).get("rope_type") == "dynamic":                # depends on the length so far;
+            if self.dynamic:                                                             # depends on the length so far;
                 ends = [T] if cache is None else cache.ends()                            # what is cached keeps its angles,
                 frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
-            rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
+            if cache is not None and cache.rope is not None:
+                rope = tuple(t[cache.span if cache.even else positions] for t in cache.rope)
+            else:
+                rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, masks, cache, use_reentrant=False)
@@ -629,6 +635,10 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
+        self.rope = None                                           # the angles, once for all passes
+        if c.position == "rope" and not model.dynamic:
+            table = rope_table(torch.arange(size, device=device), model.frequency, model.rope_scale)
+            self.rope = tuple(t.to(model.dtype) for t in table)
 
     def begin(self, B, T, counts=None):
         """Before the first layer: where B rows of T new tokens go. Returns their positions (T) or (B, T), and for each
@@ -640,6 +650,7 @@ class KVCache:
         self.even = min(start) == max(start) and start[0] + T <= self.size
         if self.even:                                              # all rows side by side: slices, and often no mask
             self.end_slot = start[0] + T
+            self.span = slice(start[0], self.end_slot)
             self.positions = torch.arange(start[0], self.end_slot, device=device)        # (T)
         else:
             self.end_slot = max(self.ends())
@@ -653,7 +664,7 @@ class KVCache:
             else:
                 mask = visible(self.positions, torch.arange(first, self.end_slot, device=device), window)
                 masks[window] = mask[None, None] if self.even else mask[:, None]
-        return self.positions.clamp(max=self.size - 1), masks
+        return self.positions if self.even else self.positions.clamp(max=self.size - 1), masks
 
     def update(self, layer, k, v):
         """Store k, v (B, K, T, D) of these tokens; return all that any of them may see, (B, K, S, D)."""

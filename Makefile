@@ -8,8 +8,8 @@ demo: .venv/ready                ## set up, then text -> tokenizer -> trained GP
 quick: .venv/ready               ## the same path in half a minute, with a smaller training
 	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=100 bash runs/laptop.sh
 
-test: .venv/ready-dev            ## run every test; needs no network once set up
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+test: .venv/ready-dev            ## run every test, on two cores; needs no network once set up
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 bench: .venv/ready               ## measure against nanoGPT: make bench NANOGPT=path/to/its/checkout
 	$(BIN)/python bench/train.py --nanogpt=$(NANOGPT)

@@ -9,8 +9,10 @@ import pytest
 
 from conftest import ROOT
 
-ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"}, "train": {"bpe", "model", "sample"}}
+ARROWS = {"bpe": set(), "model": set(), "constrain": set(), "prepare": {"bpe"}, "sample": {"bpe", "model", "constrain"},
+          "train": {"bpe", "model", "sample"}}
 STAGES = sorted(ARROWS)
+COMMANDS = [stage for stage in STAGES if stage != "constrain"]     # constrain.py is a part of sample.py, without a Config
 
 
 def source(stage):
@@ -27,9 +29,18 @@ def test_imports_follow_the_arrows(stage):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert imported & set(STAGES) <= ARROWS[stage]
+    assert not (ROOT / "data" / f"{stage}.py").exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def test_data_holds_no_stage_and_imports_none_but_the_tokenizer():
+    for path in (ROOT / "data").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        assert names & set(STAGES) <= {"bpe"}, path
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_every_field_of_config_is_read_and_explained(stage):
     text = source(stage)
     config = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Config")
@@ -47,7 +58,7 @@ def test_importing_is_silent_and_needs_no_arguments(stage):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_every_comment(stage):
     done = subprocess.run([sys.executable, ROOT / f"{stage}.py", "--help"], capture_output=True, text=True, encoding="utf-8",
                           env={**os.environ, "COLUMNS": "300"})

@@ -105,6 +105,7 @@ def theirs_of(family, folder, seed=0, **options):
     return theirs
 
 
+@pytest.mark.filterwarnings("ignore:transformers reads the tokenizer of any Qwen2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers_opens_here_and_ours_there(family, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -149,6 +150,7 @@ def test_what_we_make_opens_in_transformers(tmp_path, changes, family):
     assert again.config == model.config
 
 
+@pytest.mark.filterwarnings("ignore:transformers reads the tokenizer of any Qwen2")
 @every
 def test_every_model_comes_back_from_its_folder(settings, tmp_path):
     model, ids = spread(m.GPT(m.GPTConfig(**settings))), torch.randint(264, (2, 64))

@@ -656,7 +656,7 @@ def test_hub_files_of_models_optional_missing_and_offline(server, monkeypatch, t
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("cached", encoding="utf-8")
     assert hub.hub_file("gpt2", "config.json", revision="abc").read_text(encoding="utf-8") == "cached"
-    assert len(server.seen) == 4
+    assert len(server.seen) == 3
 
 
 def test_the_hash_the_hub_tells_is_checked_and_an_other_host_never_sees_the_token(server, monkeypatch):

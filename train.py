@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -166,7 +167,7 @@ def setup(cfg):
                              f"{torch.cuda.device_count()} GPUs. Lower --nproc_per_node")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
         dist.init_process_group("nccl" if nccl else "gloo", **({"device_id": device} if nccl else {}))
     if kind == "cpu":
@@ -257,7 +258,9 @@ def parallelize(model, cfg, mesh, device, dtype):
     if mesh["tensor"].size() > 1:
         split_products(model, mesh["tensor"])
     elif cfg.parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model.to(device), broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model.to(device))
+        model.broadcast_buffers = False                            # they never change
+        return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # a mesh of two directions is what makes it hsdp; ddp with tensor parallel is hsdp in shards of one
     data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
@@ -304,24 +307,14 @@ def whole_model(raw, rank):
     """The model as one process would have it, to save or to sample: itself, or on process 0 a copy put together."""
     if not any(hasattr(p, "full_tensor") for p in raw.parameters()):
         return raw
-    tensors = {}
+    copy = GPT(raw.config).to(next(raw.parameters()).dtype) if rank == 0 else None
+    places = dict(copy.named_parameters()) if rank == 0 else {}
     for name, p in raw.named_parameters():
         tensor = whole(p.detach())                                 # all take part, one keeps it
         if rank == 0:
-            tensors[name] = tensor
-    if rank > 0:
-        return None
-    if raw.config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    with torch.device("meta"):
-        copy = GPT(raw.config)
-    copy.load_state_dict(tensors, assign=True)
-    if raw.config.tie_embeddings:
-        copy.lm_head.weight = copy.embed_tokens.weight
-    for name, buffer in raw.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        setattr(copy.get_submodule(owner), leaf, buffer)
-    copy.dtype = raw.dtype
+            places[name].data.copy_(tensor)
+    if rank == 0:
+        copy.dtype = raw.dtype
     return copy
 
 
@@ -447,6 +440,9 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
         x, y = torch.from_numpy(np.stack(x)).to(device), torch.from_numpy(np.stack(y)).to(device)
         segments = {} if eos is None else {"segments": documents(x, eos)}
         total += whole(model(x, y, reduction="sum", **segments)).item()
+    for module in model.modules():                                 # zero2 keeps weights together until a backward pass
+        if hasattr(module, "reshard"):
+            module.reshard()
     model.train()
     copies = dist.get_world_size() // world if dist.is_initialized() else 1            # tensor-parallel processes agree
     return all_sum([total], device)[0] / copies / (len(tokens) - 1)
@@ -481,7 +477,7 @@ def orthogonalize(updates, dtype, mesh=None):
     stacks, results = defaultdict(list), [None] * len(updates)
     for i, u in enumerate(updates):
         wide = u if u.shape[0] <= u.shape[1] else u.mT
-        stacks[wide.shape, getattr(u, "placements", None), u is wide].append((i, wide))
+        stacks[wide.shape, getattr(u, "placements", None)].append((i, wide))
     for members in stacks.values():
         X = torch.stack([wide for _, wide in members]).to(dtype)
         pieces = hasattr(X, "placements")
@@ -598,11 +594,13 @@ def save_state(out, model, optimizers, progress, rank=0, world=1):
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(state_tensors(model, optimizers), storage_writer=writer, no_dist=world == 1)
-    if world > 1:
-        dist.barrier()
     device = next(model.parameters()).device
+    all_sum([0], device)                                           # all wait for process 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one process, as we say
+        dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    all_sum([0], device)                                           # all have written
     files = sorted(path.name for path in temporary.glob("*.safetensors"))
     digests = np.zeros((len(files), 32))                           # each process hashes its part of the files
     for i in range(rank, len(files), world):
@@ -616,8 +614,7 @@ def save_state(out, model, optimizers, progress, rank=0, world=1):
         os.replace(temporary, final)
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
-    if world > 1:
-        dist.barrier()
+    all_sum([0], device)
 
 
 def load_state(out, model, optimizers, rank=0, world=1):
@@ -653,7 +650,9 @@ def load_state(out, model, optimizers, rank=0, world=1):
                         optimizer.state[p][key.removeprefix(prefix)] = torch.zeros_like(p.detach()) \
                             if meta.size == p.shape else torch.zeros(meta.size, dtype=meta.properties.dtype, device=device)
         tensors = state_tensors(model, optimizers)
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=world == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
         torch.set_rng_state(tensors["rng"])
         del state["files"]
         return Progress(**state)
@@ -1072,7 +1071,6 @@ def main(cfg):
     if log:
         log.close()
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 

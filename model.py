@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight)
+        return RMSNormFunction.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
 
 def rope_table(config, device=None):
@@ -258,8 +258,8 @@ class GPT(nn.Module):
             x = x[:, -1] if counts is None else x[torch.arange(B), torch.tensor(counts) - 1]
         x = self.norm(x)
         if targets is None:
-            return self.lm_head(x)
-        logits = self.lm_head(x)
+            return self.lm_head(x).float()
+        logits = self.lm_head(x).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=-100)
         return loss.view(B, T) if reduction == "none" else loss
 

@@ -3,21 +3,33 @@ A GPT in one file: the model that train.py trains, sample.py runs, and every Hug
 
     ids (B, T) -> embed (B, T, C) -> n_layer x [ x + attention(norm(x)),  x + mlp(norm(x)) ] -> norm -> logits (B, T, V)
 
-With the default switches this is a true Qwen3ForCausalLM: RMSNorm before each sub-layer, rotary positions, RMSNorm on
-queries and keys, grouped key/value heads, SwiGLU, no biases. `load_model` and `save_model` read and write the Hugging
-Face folder itself, parameter by parameter, so a checkpoint of ours opens in transformers, vLLM or llama.cpp as it is.
+GPT-2, Llama, Mistral, Qwen and Mixtral are this one picture; they differ in a dozen switches, the fields of GPTConfig:
 
+    family     norm   positions   attention                      mlp                     output head
+    gpt2       layer  learned     H = K heads, biases            gelu, biases            tied
+    llama      rms    RoPE        grouped key/value heads        gated silu (SwiGLU)     own (3.2 1B and 3B: tied)
+    mistral    rms    RoPE        and a sliding window           gated silu              own
+    qwen2      rms    RoPE        biases on q, k, v              gated silu              small ones tied
+    qwen3      rms    RoPE        RMSNorm on q and k             gated silu              small ones tied
+    mixtral, qwen3_moe            as mistral, as qwen3           the best k of E experts own
+
+The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so a checkpoint
+of ours opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
+
+Run     python model.py --summary=gpt2                           # also: llama3-70b, a folder, Qwen/Qwen3-0.6B
+You see parameters, FLOPs and memory to train and to serve, before a byte of it is allocated (70 billion: 3 s)
 Read    GPT.forward first, then Attention, then the rest; train.py makes one, sample.py uses it
 Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
-        S slots of a KV cache
-Papers  Attention (arXiv:1706.03762), RoPE (2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202), GQA (2305.13245),
-        QK-norm (2010.04245), Qwen3 (2505.09388)
+        E experts, S slots of a KV cache
+Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), gated MLPs (2002.05202),
+        GQA (2305.13245), QK-norm (2010.04245), YaRN (2309.00071), Mistral (2310.06825), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +37,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from data.families import ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
 
 
 @dataclass
@@ -36,13 +51,29 @@ class GPTConfig:
     n_head: int = 2              # H query heads
     n_kv_head: int = 2           # K key/value heads; each serves H/K query heads
     head_dim: int = 64           # D; H * D need not equal C
-    n_hidden: int = 344          # width of the SwiGLU layer, about 8/3 of C
+    n_hidden: int = 344          # width of the MLP: 4 C where it is plain, about 8/3 C where it is gated
+    norm: str = "rms"            # rms, or layer: LayerNorm with bias
+    norm_eps: float = 1e-6       # added to the mean square (the variance) inside the norm
+    position: str = "rope"       # rope; learned or sinusoidal: added to the embedding; none
     rope_theta: float = 1000.0   # base of the rotary frequencies; 1e3 suits short contexts, 1e4 to 1e6 long ones
-    norm_eps: float = 1e-6       # added to the mean square inside RMSNorm
-    qk_norm: bool = True         # RMSNorm on queries and keys: Qwen3; without it the model is a Llama
+    rope_scaling: dict | None = None  # linear, dynamic (NTK), yarn or llama3, with the keys of Hugging Face
+    window: int = 0              # sliding window: a token sees itself and window - 1 before it; 0: everything before it
+    window_layers: tuple[int, ...] | None = None  # the layers that have the window; None: all of them
+    qk_norm: bool = True         # RMSNorm on queries and keys, per head
+    qkv_bias: bool = False       # biases of q, k and v
+    o_bias: bool = False         # bias of the attention's output
+    mlp_bias: bool = False       # biases of the MLP
+    activation: str = "silu"     # silu, gelu, gelu_tanh (GPT-2's approximation), relu, relu2 (its square)
+    gated: bool = True           # down(act(gate(x)) * up(x)), SwiGLU or GEGLU by the activation; else down(act(up(x)))
+    n_expert: int = 0            # E: experts per layer; 0: one plain MLP
+    n_expert_used: int = 2       # experts that a token is sent to
+    expert_norm: bool = True     # the weights of the chosen experts are made to sum to 1
+    balance_loss: float = 0.001  # weight of the load-balance loss, added to the training loss
+    logit_softcap: float = 0.0   # logits = cap * tanh(logits / cap); 0: off
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
-    eos_token_id: int | None = None  # id that ends a document; carried for the tools that read config.json
+    eos_token_id: int | None = None  # id that ends a document
     pad_token_id: int | None = None
+    stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden"):
@@ -50,12 +81,38 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.position == "rope":
             raise ValueError(f"head_dim={self.head_dim}: must be even, rotary positions turn pairs of channels")
+        for name, allowed in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS)),
+                              ("position", ("rope", "learned", "sinusoidal", "none"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.rope_scaling is not None:
+            rope_frequencies(self)                                 # raises where a key is missing or unknown
+        if self.n_expert and not 1 <= self.n_expert_used <= self.n_expert:
+            raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
+        if self.window < 0 or self.n_expert < 0 or self.logit_softcap < 0:
+            raise ValueError(f"window={self.window}, n_expert={self.n_expert}, logit_softcap={self.logit_softcap}: "
+                             "none of them can be negative; 0 is off")
+
+    @property
+    def windows(self):
+        """The window of every layer, 0 where there is none."""
+        chosen = range(self.n_layer) if self.window_layers is None else self.window_layers
+        return [self.window if layer in chosen else 0 for layer in range(self.n_layer)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+               "relu2": lambda x: F.relu(x).square()}
+
+
+def upcast(x):
+    """At least float32, for sums and exponentials that would lose too much in bf16."""
+    return x if x.dtype == torch.float64 else x.float()
+
 
 class Linear(nn.Linear):
     """nn.Linear that multiplies in its input's dtype.
@@ -63,9 +120,22 @@ class Linear(nn.Linear):
     Weights stay in fp32 for the optimizer; when the activations are bf16 the weight is rounded on the way into the
     matmul, and autograd hands back an fp32 gradient. That is all of mixed precision: no autocast context is needed.
     """
+    packed = None
+
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.packed is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) == 1:                                         # one row takes another kernel, with other rounding;
+            rows = rows.expand(2, -1).contiguous()                 # two cost the same and equal any larger batch
+        y = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
+        return y[:x.numel() // self.in_features].view(*x.shape[:-1], self.out_features)
+
+    def pack(self, dtype):
+        """Lay the weight out as the CPU's matmul wants it, once and not on every call. The plain one is dropped."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype).contiguous(), 16)
+        self.weight = None
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -99,26 +169,92 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return RMSNormFunction.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
+        return RMSNormFunction.apply(upcast(x), upcast(self.weight), self.eps).to(x.dtype)
 
 
-def rope_table(config, device=None):
-    """cos and signed sin of position * frequency, each (block_size, D) in fp32.
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, computed in fp32."""
+    def forward(self, x):
+        return F.layer_norm(upcast(x), self.normalized_shape, upcast(self.weight), upcast(self.bias), self.eps).to(x.dtype)
 
-    Channel i turns with channel i + D/2 by the angle position * theta^(-2i/D) (Hugging Face's half-split layout), so
-    cos repeats itself along D, and sin comes as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is
-    then x * cos + (b, a) * sin. arXiv:2104.09864, section 3.2.2.
+
+def rope_frequencies(config, length=0, device=None):
+    """Angle per position of each pair of channels, (D/2,) in fp32, and the factor on cos and sin.
+
+    theta^(-2i/D) (arXiv:2104.09864, 3.2.2), stretched for contexts longer than those of pretraining:
+    linear    every angle divided by `factor`: positions squeezed together
+    dynamic   NTK: a larger base theta, growing with `length` once that exceeds the original context
+    llama3    slow pairs (wavelength beyond the old context) are squeezed, fast ones left alone, a ramp between
+    yarn      the same idea with a ramp over pairs, and cos and sin scaled to keep the softmax sharp (2309.00071)
     """
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    angle = torch.outer(torch.arange(config.block_size, device=device).float(), frequency)   # (T, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    kind, factor = scaling.get("rope_type", scaling.get("type", "default")), scaling.get("factor", 1.0)
+    needed = {"default": [], "linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"],
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    optional = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+    if kind == "yarn":
+        optional |= {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
+    problems = [f"rope_type={kind!r}; choose {', '.join(needed)}"] if kind not in needed else \
+        [f"{kind} needs {key}" for key in needed[kind] if not isinstance(scaling.get(key), (int, float))] + \
+        [f"{kind} with {key}" for key in scaling.keys() - optional - set(needed[kind])
+         if scaling[key] is not None and (key, scaling[key]) != ("partial_rotary_factor", 1.0)]
+    if problems:
+        raise ValueError(f"rope_scaling: {problems[0]} is not supported")
+    old = scaling.get("original_max_position_embeddings") or config.block_size
+    if kind == "dynamic":
+        theta = theta * (factor * max(length, old) / old - (factor - 1)) ** (D / (D - 2))
+    frequency = theta ** -(torch.arange(0, D, 2, device=device).float() / D)
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":
+        turns, low, high = old * frequency / (2 * math.pi), scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)          # turns within the old context: few are squeezed
+        return keep * frequency + (1 - keep) * frequency / factor, 1.0
+    if kind == "yarn":
+        def pair(turns):                                           # the pair that makes so many turns in the old context
+            return D * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        ramp = (torch.arange(D // 2, device=device).float() - low) / (high - low if high != low else 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+
+        def sharpen(weight):
+            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
+        scale = sharpen(scaling["mscale"]) / sharpen(scaling["mscale_all_dim"]) if both else sharpen(1.0)
+        return keep * frequency + (1 - keep) * frequency / factor, scaling.get("attention_factor") or scale
+    return frequency, 1.0
+
+
+def rope_table(positions, frequency, scale):
+    """cos and signed sin of position * frequency. positions (T) or (B, T) -> each (T, 1, D) or (B, T, 1, D), fp32.
+
+    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin comes
+    as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
+    """
+    angle = positions[..., None, None].float() * frequency         # (..., T, 1, D/2)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, T, heads, D) by the angles of cos, sin: (T, 1, D), or (B, T, 1, D) when rows differ in position."""
+    """Rotate x (B, T, heads, D) by the angles of rope_table."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+
+
+def sinusoids(block_size, C):
+    """sin and cos of position * 10000^(-2i/C), interleaved: (block_size, C). arXiv:1706.03762, section 3.5."""
+    angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** -(torch.arange(0, C, 2).float() / C))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :C]
+
+
+def visible(query, key, window=0):
+    """True where a query at position `query` (.., T) may see a key at position `key` (.., S): (.., T, S)."""
+    query, key = query[..., :, None], key[..., None, :]
+    return (key <= query) & (key > query - window) if window else key <= query
 
 
 def attention(q, k, v, mask=None, causal=False, fused=True):
@@ -128,12 +264,16 @@ def attention(q, k, v, mask=None, causal=False, fused=True):
     fused=False is the same arithmetic written out: the lesson, the reference of the tests, and the faster way to
     train in bf16 on a CPU, where the backward of the fused kernel is slow.
     """
-    groups = q.shape[1] // k.shape[1]
+    B, H, T, D = q.shape
+    groups = H // k.shape[1]
+    if fused and T == 1 and groups > 1 and not q.requires_grad:    # one query: the heads of a group are its "time",
+        y = F.scaled_dot_product_attention(q.view(B, -1, groups, D), k, v, attn_mask=mask)     # nothing is copied
+        return y.view(B, H, T, D)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)   # query head h reads h // groups
-    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])                                # (B, H, T, S)
+    scores = upcast(q @ k.mT) / math.sqrt(D)                                            # (B, H, T, S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -144,73 +284,157 @@ def attention(q, k, v, mask=None, causal=False, fused=True):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
         self.fused = True
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.q_proj = Linear(C, H * D, bias=False)
-        self.k_proj = Linear(C, K * D, bias=False)
-        self.v_proj = Linear(C, K * D, bias=False)
-        self.o_proj = Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=config.o_bias)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, rope, masks, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q = apply_rope(self.q_norm(q), cos, sin)
-        k = apply_rope(self.k_norm(k), cos, sin)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, heads, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D): the past and these T
+        mask = masks[self.window]
         y = attention(q, k, v, mask, causal=mask is None and T == k.shape[2], fused=self.fused)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). One matrix decides what passes, one what is passed."""
+    """down(act(gate(x)) * up(x)): one matrix decides what passes, one what is passed. Plain: down(act(up(x)))."""
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
+        C, hidden = config.n_embd, config.n_hidden
+        self.act = ACTIVATIONS[config.activation]
+        self.gate_proj = Linear(C, hidden, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = Linear(C, hidden, bias=config.mlp_bias)
+        self.down_proj = Linear(hidden, C, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Every token goes to the n_expert_used of E MLPs that the router `gate` likes best, none is dropped (2401.04088)."""
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.norm = config.n_expert_used, config.expert_norm
+        self.gate = Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
+
+    def forward(self, x):
+        flat, E = x.flatten(0, 1), len(self.experts)                            # (N, C)
+        probs = upcast(self.gate(flat)).softmax(dim=-1)                         # (N, E)
+        weight, chosen = probs.topk(self.k, dim=-1)                             # (N, k)
+        if self.norm:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        # for the balance loss and the log: how often each expert was chosen, and how much it was liked
+        self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), torch.ones_like(weight).float().flatten())
+        self.liked = probs.sum(dim=0)
+        y = torch.zeros_like(flat)
+        if self.training and self.experts[0].gate_proj is not None and self.experts[0].up_proj.bias is None:
+            # sorted by expert, one grouped matmul per matrix: no shape depends on the data, so it compiles whole
+            order = chosen.flatten().argsort(stable=True)                       # (N k), the pairs of expert 0 first
+            token, ends = order // self.k, self.load.cumsum(0).to(torch.int32)
+            stack = [torch.stack([getattr(e, name).weight for e in self.experts]).to(x.dtype).mT      # (E, in, out)
+                     for name in ("gate_proj", "up_proj", "down_proj")]
+            rows = flat[token]
+            hidden = self.experts[0].act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
+            out = F.grouped_mm(hidden, stack[2], offs=ends) * weight.flatten()[order, None].to(x.dtype)
+            return y.index_add(0, token, out).view_as(x)
+        for number in chosen.unique().tolist():                                 # only experts that somebody chose
+            token, rank = (chosen == number).nonzero(as_tuple=True)
+            y.index_add_(0, token, self.experts[number](flat[token]) * weight[token, rank, None].to(x.dtype))
+        return y.view_as(x)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        norm = RMSNorm if config.norm == "rms" else LayerNorm
+        self.input_layernorm = norm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm(config.n_embd, config.norm_eps)
+        self.mlp = MoE(config) if config.n_expert else MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, rope, masks, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits alive.
+
+    The gradient of a sum is known in the forward pass already, (softmax - one_hot) per row, so each chunk of logits is
+    turned into its part of dh and dweight at once and forgotten: N x V numbers never exist, and nothing is computed twice.
+    """
+    @staticmethod
+    def forward(ctx, h, weight, targets, rows, softcap):
+        w = weight.to(h.dtype)
+        total = torch.zeros((), dtype=upcast(h).dtype, device=h.device)
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight)
+        for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
+            logits = upcast(chunk @ w.T)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            counted = (y >= 0)[:, None]
+            logsum = logits.logsumexp(dim=-1, keepdim=True)
+            gold = y.clamp(min=0)[:, None]
+            total += ((logsum - logits.gather(1, gold)) * counted).sum()
+            grad = (logits - logsum).exp().scatter_add(1, gold, -torch.ones_like(logsum)) * counted
+            if softcap:
+                grad = grad * (1 - (logits / softcap).square())
+            grad = grad.to(h.dtype)
+            dchunk.copy_(grad @ w)
+            dw += grad.T @ chunk
+        ctx.save_for_backward(dh, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        dh, dw = ctx.saved_tensors
+        return dh * dtotal.to(dh.dtype), dw * dtotal, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 class GPT(nn.Module):
-    """Parameter names are Hugging Face's, so that a checkpoint needs no translation."""
+    """Parameter names are those of Hugging Face's Llama and Qwen3, so that their checkpoints need no translation."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
+        self.checkpointing = False                                 # keep only each block's input, compute the rest again
+        self.max_logits = 1 << 26                                  # logits alive at once in training: 256 MB in fp32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = (RMSNorm if config.norm == "rms" else LayerNorm)(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_buffers()
+
+    def make_buffers(self, device=None):
+        """What the forward pass reads besides parameters; it follows from the config, so no file holds it."""
+        if self.config.position == "rope":
+            frequency, self.rope_scale = rope_frequencies(self.config, device=device)
+            self.register_buffer("frequency", frequency, persistent=False)
+        if self.config.position == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoids(self.config.block_size, self.config.n_embd).to(device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -219,49 +443,116 @@ class GPT(nn.Module):
         Matrices that read the residual stream: uniform with variance 1/C, so that their outputs start near unit size.
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
         Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: N(0, 1/C).
+        With LayerNorm, GPT-2's own: N(0, 0.02), what writes to the residual stream smaller by sqrt(2 L).
+        Norms: one. Biases: zero.
         """
-        C = self.config.n_embd
+        C, gpt2 = self.config.n_embd, self.config.norm == "layer"
         for name, p in self.named_parameters():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             if p.dim() == 1:
-                p.fill_(1.0)                                       # norms
-            elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif gpt2:
+                p.normal_(0.0, 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02, generator=generator)
+            elif writes or name == "lm_head.weight":
                 p.zero_()
             elif name == "embed_tokens.weight":
                 p.normal_(0.0, C ** -0.5 if self.config.tie_embeddings else 1.0, generator=generator)
+            elif name == "embed_positions.weight":
+                p.normal_(0.0, 0.02, generator=generator)
             else:
                 p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C), generator=generator)
         return self
 
-    def forward(self, ids, targets=None, cache=None, counts=None, last=False, reduction="mean"):
+    def forward(self, ids, targets=None, cache=None, counts=None, last=False, reduction="mean", segments=None, hidden=False):
         """ids (B, T) -> logits (B, T, V) in fp32, or the cross-entropy in nats when targets (B, T) are given.
 
         targets     the next id at every position; -100 where it does not count. reduction: mean, sum or none (B, T).
         cache       a KVCache: ids continue what it holds, and are added to it. Without one, ids start at position 0.
         counts      with a cache: how many of the T ids of each row are real when rows are padded on the right.
         last=True   only the logits after each row's last real id: (B, V).
+        segments    (B, T) number of the document each id belongs to: no id sees another document.
+        hidden=True returns (logits, what the head saw: (B, T, C), or (B, C) with last).
         """
         B, T = ids.shape
-        if cache is None:
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens exceed the model's block_size of {self.config.block_size}")
-            cos, sin, mask = self.cos[:T, None], self.sin[:T, None], None                # (T, 1, D)
+        config = self.config
+        if cache is not None:
+            positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
         else:
-            positions, mask = cache.begin(B, T, counts)                                  # (T) or (B, T)
-            cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        x = self.embed_tokens(ids).to(self.dtype)                                        # (B, T, C)
-        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+            if T > config.block_size:
+                raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
+            positions = torch.arange(T, device=ids.device)
+            masks = {}
+            for window in set(config.windows):
+                plain = segments is None and not 0 < window < T                          # the kernel's own triangle will do
+                masks[window] = None if plain else visible(positions, positions, window)[None, None]
+                if segments is not None:
+                    masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
+        x = self.embed_tokens(ids)                                                       # (B, T, C)
+        if config.position == "learned":
+            x = x + self.embed_positions(positions)
+        elif config.position == "sinusoidal":
+            x = x + self.sinusoids[positions]
+        x, rope = x.to(self.dtype), None
+        if config.position == "rope":
+            frequency = self.frequency
+            if (config.rope_scaling or {}).get("rope_type") == "dynamic":                # depends on the length; keys that
+                length = T if cache is None else cache.end_slot                          # are cached keep their old angles,
+                frequency, _ = rope_frequencies(config, length, ids.device)              # as in transformers
+            rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
         for block in self.layers:
-            x = block(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, masks, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, masks, cache)
         if cache is not None:
             cache.end()
         if last:
             x = x[:, -1] if counts is None else x[torch.arange(B), torch.tensor(counts) - 1]
         x = self.norm(x)
-        if targets is None:
-            return self.lm_head(x).float()
-        logits = self.lm_head(x).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=-100)
-        return loss.view(B, T) if reduction == "none" else loss
+        if targets is not None:
+            return self.loss(x, targets, reduction)
+        logits = self.logits(x)
+        return (logits, x) if hidden else logits
+
+    def logits(self, x):
+        logits, cap = upcast(self.lm_head(x)), self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(self, x, targets, reduction="mean"):
+        """Cross-entropy of hidden states x (B, T, C), in pieces where the logits would be many; plus the balance loss
+        of a mixture of experts while it trains (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
+        flat, y, V = x.flatten(0, 1), targets.flatten(), self.config.vocab_size
+        rows = max(1, self.max_logits // V)
+        if reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
+            if torch.is_grad_enabled():
+                loss = ChunkedCrossEntropy.apply(flat, self.lm_head.weight, y, rows, self.config.logit_softcap)
+            else:
+                loss = sum(F.cross_entropy(self.logits(part), gold, reduction="sum", ignore_index=-100)
+                           for part, gold in zip(flat.split(rows), y.split(rows)))
+            loss = loss / (y >= 0).sum() if reduction == "mean" else loss
+        else:
+            loss = F.cross_entropy(self.logits(flat), y, reduction=reduction, ignore_index=-100)
+            loss = loss.view(targets.shape) if reduction == "none" else loss
+        if self.training and self.config.n_expert and self.config.balance_loss and reduction == "mean":
+            loss = loss + self.config.balance_loss * self.balance()
+        return loss
+
+    def balance(self):
+        """E sum_e (share of choices of expert e) (mean probability of e), over the tokens of the last forward pass and all
+        layers: n_expert_used when all experts are equally busy, more the more unequal."""
+        moes = [block.mlp for block in self.layers]
+        rows = sum(moe.load.sum() for moe in moes) / self.config.n_expert_used
+        return self.config.n_expert * (sum(moe.load for moe in moes) / rows * sum(moe.liked for moe in moes) / rows).sum()
+
+    def pack(self):
+        """Lay out all weights for inference on a CPU: 2 to 3 times faster there for a few rows, and the numbers of a row no
+        longer depend on its neighbours. The model can then be neither trained nor saved. Elsewhere nothing happens."""
+        device = self.embed_tokens.weight.device
+        if device.type == "cpu" and torch.backends.mkldnn.is_available() and self.dtype in (torch.float32, torch.bfloat16):
+            for module in self.modules():
+                if isinstance(module, Linear) and module.packed is None:
+                    module.pack(self.dtype)
+        return self
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -269,15 +560,17 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens.
 
-        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and
-        layer, and a query sees T/2 keys on average. The convention of PaLM (arXiv:2204.02311), appendix B, except
-        that only the causal half of the scores is counted.
+        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and layer.
+        All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and by torch's
+        counter, though a causal kernel may skip half. Of the experts only those count that a token is sent to.
         """
         c = self.config
-        matmul = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
-        if c.tie_embeddings:
-            matmul += c.vocab_size * c.n_embd                      # the shared matrix is a matmul once
-        return 6 * matmul + 6 * c.n_layer * c.n_head * c.head_dim * T
+        matmul = c.vocab_size * c.n_embd                           # the head, tied or not
+        for name, p in self.layers.named_parameters():
+            share = c.n_expert_used / c.n_expert if ".experts." in name else 1
+            matmul += p.numel() * share if p.dim() == 2 else 0
+        keys = sum(min(T, window) if window else T for window in c.windows)
+        return 6 * matmul + 12 * c.n_head * c.head_dim * keys
 
 
 class KVCache:
@@ -285,39 +578,43 @@ class KVCache:
 
     k, v (L, B, K, S, D) are allocated once; lengths[b] tokens of row b are in use. Rows may have different lengths: a
     new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it.
+    With a sliding window old tokens stay where they are, but are no longer read.
     Zeroed at birth, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
     """
     def __init__(self, model, batch_size, size):
-        c, parameter = model.config, model.lm_head.weight
+        c, device = model.config, model.embed_tokens.weight.device
         if size > c.block_size:
             raise ValueError(f"a cache of {size} tokens exceeds the model's block_size of {c.block_size}")
-        shape = (c.n_layer, batch_size, c.n_kv_head, size, c.head_dim)
-        self.k = torch.zeros(shape, device=parameter.device, dtype=model.dtype)
+        self.k = torch.zeros(c.n_layer, batch_size, c.n_kv_head, size, c.head_dim, device=device, dtype=model.dtype)
         self.v = torch.zeros_like(self.k)
-        self.size = size
+        self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
 
     def begin(self, B, T, counts=None):
-        """Before the first layer: where B rows of T new tokens go. Returns their positions and the attention mask."""
-        device = self.k.device
-        start = self.lengths[:B]
+        """Before the first layer: where B rows of T new tokens go. Returns their positions (T) or (B, T), and for each
+        window that a layer may have the mask (B or 1, 1, T, S) over the slots that `update` will return."""
+        device, start = self.k.device, self.lengths[:B]
         self.counts = [T] * B if counts is None else list(counts)
         self.end_slot = max(start) + T
         if self.end_slot > self.size:
             raise ValueError(f"{self.end_slot} tokens do not fit in a cache of {self.size}")
-        self.even = min(start) == max(start)
-        if self.even:                                              # all rows side by side: slices, and often no mask
+        self.even = min(start) == max(start)                       # all rows side by side: slices, and often no mask
+        if self.even:
             self.positions = torch.arange(start[0], start[0] + T, device=device)         # (T)
-            if T == 1 or start[0] == 0:
-                return self.positions, None
-            mask = torch.arange(self.end_slot, device=device) <= self.positions[:, None]  # (T, S)
-            return self.positions, mask[None, None]
-        self.positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)    # (B, T)
-        mask = torch.arange(self.end_slot, device=device) <= self.positions[:, :, None]                  # (B, T, S)
-        return self.positions, mask[:, None]
+        else:
+            self.positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)    # (B, T)
+        self.first_slot, masks = {}, {}
+        for window in set(self.windows):
+            first = self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
+            if self.even and (T == 1 or start[0] == 0 and not 0 < window < T):
+                masks[window] = None                               # all of it is visible, or just the triangle
+            else:
+                mask = visible(self.positions, torch.arange(first, self.end_slot, device=device), window)
+                masks[window] = mask[None, None] if self.even else mask[:, None]
+        return self.positions, masks
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D) of these tokens; return everything up to them, (B, K, S, D)."""
+        """Store k, v (B, K, T, D) of these tokens; return all that any of them may see, (B, K, S, D)."""
         B, _, T, _ = k.shape
         if self.even:
             start = self.end_slot - T
@@ -327,7 +624,8 @@ class KVCache:
             rows = torch.arange(B, device=k.device)[:, None]
             self.k[layer][rows, :, self.positions] = k.transpose(1, 2)                   # indexed: (B, T, K, D)
             self.v[layer][rows, :, self.positions] = v.transpose(1, 2)
-        return self.k[layer, :B, :, :self.end_slot], self.v[layer, :B, :, :self.end_slot]
+        first = self.first_slot[self.windows[layer]]
+        return self.k[layer, :B, :, first:self.end_slot], self.v[layer, :B, :, first:self.end_slot]
 
     def end(self):
         """After the last layer. Padding is not counted: the next tokens overwrite it."""
@@ -347,49 +645,6 @@ class KVCache:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model is a folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json
-
-# our name -> Hugging Face's name in config.json
-HF_NAMES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-                n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                head_dim="head_dim", n_hidden="intermediate_size", rope_theta="rope_theta", norm_eps="rms_norm_eps",
-                tie_embeddings="tie_word_embeddings", eos_token_id="eos_token_id", pad_token_id="pad_token_id")
-# keys of config.json that would change the numbers, with the only value this file computes
-HF_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None, use_sliding_window=False)
-
-
-def config_to_hf(config):
-    """GPTConfig -> the dictionary of config.json. rope_theta is written where transformers 4 and where 5 looks."""
-    family = "Qwen3" if config.qk_norm else "Llama"
-    hf = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
-    hf |= {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
-    hf |= HF_FIXED | {"bos_token_id": None, "attention_dropout": 0.0, "use_cache": True}
-    hf |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "torch_dtype": "float32"}
-    return hf
-
-
-def config_from_hf(hf, where="config.json"):
-    """The dictionary of config.json -> GPTConfig. Raises ValueError by name for what this model does not compute."""
-    family = hf.get("model_type")
-    if family not in ("qwen3", "llama"):
-        raise ValueError(f"{where}: model_type={family!r} is not supported; this model reads qwen3 and llama")
-    rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{where}: rope_type={rope['rope_type']!r} is not supported, only 'default'")
-    for key, only in HF_FIXED.items():
-        if hf.get(key, only) != only:
-            raise ValueError(f"{where}: {key}={hf[key]!r} is not supported, only {only!r}")
-    values = {ours: hf[theirs] for ours, theirs in HF_NAMES.items() if hf.get(theirs) is not None}
-    values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    values.setdefault("norm_eps", 1e-6)
-    missing = [HF_NAMES[name] for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_hidden") if name not in values]
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing")
-    values.setdefault("n_kv_head", values["n_head"])
-    values.setdefault("head_dim", values["n_embd"] // values["n_head"])
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
-    return GPTConfig(**values, qk_norm=family == "qwen3")
-
 
 def pick_device(name="auto"):
     """torch.device for a --device flag: auto is CUDA, then MPS, then CPU. Raises ValueError for what is not here."""
@@ -411,66 +666,220 @@ def write_json(path, value):
 
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder. Every file is complete before it gets its name."""
-    folder = Path(folder)
+    assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
+    folder, family = Path(folder), family_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name if name.startswith("lm_head") else f"model.{name}": p.detach().contiguous().cpu()
-               for name, p in model.named_parameters()}            # a tied head is listed once, as Hugging Face does
+    tensors = {key: t.contiguous().cpu() for key, t in tensors_to_hf(model, family).items()}
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
-    tokenizer.save(folder)
-    config = config_to_hf(model.config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json",
-               {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    write_json(folder / "generation_config.json", {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
     temporary.chmod(0o644)                                         # safetensors makes files only their owner may read
     os.replace(temporary, folder / "model.safetensors")
+    for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)                                # shards of what was here before
 
 
-def load_model(path, device="auto", dtype=None):
-    """Read a Hugging Face folder. Returns (model, tokenizer), the model on `device`, weights and activations in `dtype`.
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
-    dtype None is float32. Tensor by tensor: peak memory is the model plus
-    one tensor. Raises ValueError naming the file and what is wrong with it; no partial model is ever returned.
+
+def read_config(hf, where):
+    try:
+        return GPTConfig(**config_from_hf(hf, where))
+    except (ValueError, TypeError) as error:                       # an impossible value, or one of the wrong type
+        message = str(error)
+        raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder: one, or the shards that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing; {index.name} names {len(names)} shards. Copy it into the folder")
+        return [folder / name for name in names]
+    if not single.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        raise ValueError(f"{folder} has no model.safetensors" + (
+            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
+            ": the folder is incomplete. Train again: python train.py, or copy the missing file into it"))
+    return [single]
+
+
+def find_folder(path):
+    """The folder of a model on disk, or of one on the Hugging Face Hub named like Qwen/Qwen3-0.6B."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
+        raise ValueError(f"{path} holds no model (no config.json). Train one first: python train.py")
+    from data.hub import hub_folder                                # lazily, as most models are here already
+    try:
+        return hub_folder(str(path))
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_model(path, device="auto", dtype=None, need_tokenizer=True):
+    """Read a Hugging Face folder, or download one. Returns (model, tokenizer), the model on `device`.
+
+    path        a folder, or a name on the Hub (OWNER/NAME; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed)
+    dtype       of weights and activations; None is float32
+    need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
+    Tensor by tensor: peak memory is the model plus one tensor. Raises ValueError naming the file and what is wrong with it;
+    no partial model is ever returned.
     """
     from bpe import Tokenizer                                      # lazily: the model itself knows only ids
-    path, device = Path(path), pick_device(device)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no model (no config.json). Train one first: python train.py")
-    for name in ("model.safetensors", "tokenizer.json"):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: the folder is incomplete. Train again: python train.py, "
-                             "or copy the missing file into it")
-    tokenizer = Tokenizer.load(path)
+    folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
+    hf, tokenizer = read_json(folder / "config.json"), None
+    config, family = read_config(hf, folder / "config.json"), hf["model_type"]
+    if (folder / "generation_config.json").is_file():
+        stop = read_json(folder / "generation_config.json").get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
+        more = dict.fromkeys([*config.stop_token_ids, *stop])
+        config = replace(config, stop_token_ids=tuple(i for i in more if i != config.eos_token_id))
+    files = weight_files(folder)
+    if need_tokenizer and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.bpe").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Train again: python train.py, "
+                         "or copy the missing file into it")
     try:
-        config = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")), path / "config.json")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
+        tokenizer = Tokenizer.load(folder)
+    except ValueError:
+        if need_tokenizer:
+            raise
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
-    expected = dict(model.named_parameters())
-    tensors = {}
-    try:
-        with safe_open(path / "model.safetensors", "pt", device=str(device)) as file:
-            for key in file.keys():
-                name = key.removeprefix("model.")
-                if name == "lm_head.weight" and config.tie_embeddings:
-                    continue                                       # the same matrix again
-                if name not in expected:
-                    raise ValueError(f"{path / 'model.safetensors'}: unexpected tensor {key}")
-                tensor = file.get_tensor(key).to(dtype or torch.float32)
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(f"{path / 'model.safetensors'}: {key} is {tuple(tensor.shape)}, "
-                                     f"config.json asks for {tuple(expected[name].shape)}")
-                tensors[name] = nn.Parameter(tensor)
-    except SafetensorError as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged or cut short ({error}). Train again, or copy it anew")\
-            from None
+    expected, tensors = dict(model.named_parameters()), {}
+    for file in files:
+        with open(file, "rb") as start:
+            if start.read(4).startswith((b"PK\x03\x04", b"\x80")):
+                raise ValueError(f"{file} is a pickle, whatever it is called, and never opened here: it may run any code")
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                for key in opened.keys():
+                    if key == "lm_head.weight" and config.tie_embeddings:
+                        continue                                   # the same matrix again
+                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family):
+                        if name not in expected:
+                            raise ValueError(f"{file}: unexpected tensor {key}; config.json asks for none of that name")
+                        if not tensor.is_floating_point():
+                            raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
+                        if tensor.shape != expected[name].shape:
+                            raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
+                                             f"config.json asks for {tuple(expected[name].shape)}")
+                        tensors[name] = nn.Parameter(tensor.to(dtype))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}). Train again, or copy it anew") from None
     missing = expected.keys() - tensors.keys()
     if missing:
-        raise ValueError(f"{path / 'model.safetensors'}: {sorted(missing)[0]} is missing ({len(missing)} in all)")
+        raise ValueError(f"{folder}: {sorted(missing)[0]} is missing from {files[0].name} ({len(missing)} in all)")
     if config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
-    model.cos, model.sin = rope_table(config, device)
-    model.dtype = dtype or torch.float32
+    model.make_buffers(device)
+    model.dtype = dtype
     return model.eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model costs, before it exists: python model.py --summary=NAME
+
+def saved_bytes(config, B, T, dtype, checkpointing):
+    """Bytes that autograd keeps between the forward and the backward pass of B x T tokens. Counted, not estimated: the
+    real forward runs on tensors that have a shape but no memory, for one and for two layers; the others are alike."""
+    from torch._subclasses.fake_tensor import FakeTensorMode       # the one private name in this file: tested per release
+
+    def count(n_layer):
+        model = GPT(replace(config, n_layer=n_layer, window_layers=None))
+        model.dtype, model.checkpointing = dtype, checkpointing
+        own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+        def keep(t):
+            if t.untyped_storage()._cdata not in own:
+                kept[t.untyped_storage()._cdata] = (t, t.untyped_storage().nbytes())     # t too: its number stays taken
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            ids = torch.zeros(B, T, dtype=torch.long)
+            loss = model(ids, ids)
+        assert loss.requires_grad
+        return sum(size for _, size in kept.values())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        one, two = count(1), count(2)
+    return one + (config.n_layer - 1) * (two - one)
+
+
+def summarize(config, B, T, dtype=torch.bfloat16):
+    """A dictionary of everything that --summary prints: parameters, FLOPs, bytes."""
+    with torch.device("meta"):
+        model = GPT(config)
+    N, size = model.num_params(), dtype.itemsize
+    idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = idle * (config.n_expert - config.n_expert_used) // max(1, config.n_expert)
+    full, lean = (saved_bytes(config, B, T, dtype, checkpointing) for checkpointing in (False, True))
+    return dict(family=ARCHITECTURES[family_of(config)], parameters=N, active=N - idle,
+                flops_train=model.flops_per_token(T), flops_generate=model.flops_per_token(T) / 3, weights=4 * N, gradients=4 * N,
+                adamw=8 * N, activations=full, activations_checkpointed=lean, serve=size * N,
+                cache_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * size)
+
+
+@dataclass
+class Config:
+    summary: str = "laptop"      # a preset, a model folder, or OWNER/NAME on the Hub (only its config.json is read)
+    batch_size: int = 1          # sequences B of the training step that is reckoned
+    block_size: int = 0          # their length T; 0: the model's own, but at most 4096
+    dtype: str = "bfloat16"      # of activations and cache, and of the weights to serve
+
+
+def main(cfg):
+    if cfg.summary in PRESETS:
+        config = GPTConfig(**PRESETS[cfg.summary])
+    else:
+        try:
+            if "/" in cfg.summary and not Path(cfg.summary).exists():
+                from data.hub import hub_file
+                file = hub_file(cfg.summary, "config.json")
+            else:
+                file = find_folder(cfg.summary) / "config.json"
+            config = read_config(read_json(file), file)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(PRESETS)}") from None
+    T = cfg.block_size or min(config.block_size, 4096)
+    if cfg.batch_size < 1 or not 1 <= T <= config.block_size:
+        raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and at most the model's {config.block_size}")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16")
+    s, B, dtype = summarize(config, cfg.batch_size, T, getattr(torch, cfg.dtype)), cfg.batch_size, cfg.dtype
+
+    def size(n):
+        unit = next(i for i in (3, 2, 1, 0) if n >= 1000 ** i or i == 0)
+        return f"{n / 1000 ** unit:,.{unit and 1}f} {['B', 'kB', 'MB', 'GB'][unit]}"
+    state = s["weights"] + s["gradients"] + s["adamw"]
+    print(f"""{cfg.summary}: {s['family']}
+  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} on {config.n_kv_head} of keys and values, \
+MLP {config.n_hidden}{f" x {config.n_expert} experts" if config.n_expert else ""}, context {config.block_size:,}
+  parameters       {s['parameters']:>18,}{f"   {s['active']:,} of them at work on a token" if config.n_expert else ""}
+  FLOPs per token  {s['flops_train']:>18.4g}   to train on {T:,} tokens; {s['flops_generate']:.4g} to generate after as many
+to train, batch {B} x {T:,}, weights float32, activations {dtype}
+  weights          {size(s['weights']):>18}
+  gradients        {size(s['gradients']):>18}
+  AdamW            {size(s['adamw']):>18}   two moments; Muon keeps one for the matrices
+  activations      {size(s['activations']):>18}   {size(s['activations_checkpointed'])} with activation checkpointing
+  together         {size(state + s['activations']):>18}   {size(state + s['activations_checkpointed'])} with activation checkpointing
+to serve in {dtype}
+  weights          {size(s['serve']):>18}   int8 {size(s['parameters'])}, int4 {size(s['parameters'] / 2)}
+  cache per token  {size(s['cache_per_token']):>18}   {size(T * s['cache_per_token'])} for {T:,} tokens""")
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))

@@ -16,14 +16,8 @@ Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or
         All of it is made in data/<name>.partial and renamed at the end; a killed run goes on where it stopped.
 Next    python train.py --dataset=<name>
 """
-import codecs
-import contextlib
-import csv
 import errno
-import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -32,22 +26,25 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from bpe import PATTERNS, SPECIALS, Tokenizer
+from data.chats import to_chat, to_preference
+from data.hub import file_hash, need_space
+from data.presets import PRESETS, locate, stdlib_sources
+from data.readers import (PIECE, Piece, Source, blocks_of, check_text, check_zst, fault, find_files, kind_of,
+                          known_encoding, open_text, pieces, plain_errors, refuse, rows, text_columns)
 
 
 @dataclass
@@ -71,52 +68,6 @@ class Config:
     tries: int = 3                  # network attempts per file
 
 
-HUB = "hf://datasets/"
-WIKI = HUB + "Salesforce/wikitext/wikitext-"
-PRESETS = {  # train, val: where to get it (no val: split here); other keys are defaults for the flags of that name
-    "shakespeare": dict(
-        train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "stdlib": dict(skip_bad=True),
-    "tinystories": dict(
-        train=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
-        val=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"], separator="<|endoftext|>"),
-    "wikitext-2": dict(   # each row is one line of an article, so the rows are joined again
-        train=[WIKI + "2-raw-v1/train-00000-of-00001.parquet"],
-        val=[WIKI + "2-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
-    "wikitext-103": dict(
-        train=[WIKI + f"103-raw-v1/train-{i:05d}-of-00002.parquet" for i in range(2)],
-        val=[WIKI + "103-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
-    "openwebtext": dict(  # 80 files of 300 MB, 9 billion GPT-2 tokens
-        train=[HUB + f"Skylion007/openwebtext/plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)],
-        val_fraction=0.0005),
-    "fineweb-edu": dict(  # the 10-billion-token sample, 2 GB a file
-        train=[HUB + f"HuggingFaceFW/fineweb-edu/sample/10BT/{i:03d}_00000.parquet" for i in range(14)],
-        val_fraction=0.001, files=1),
-    "c4": dict(           # 1024 files of 300 MB
-        train=[HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
-        val=[HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"], files=1),
-}
-KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-         ".parquet": "parquet"}
-PROSE = {".txt", ".text", ".md", ".rst"}  # what a folder is searched for, besides KINDS; a glob can name anything
-PIECE = 1 << 20                           # characters handled at a time: a long document travels in such pieces
-DOWNLOADS = Path("data") / "downloads"
-
-
-class Source(NamedTuple):
-    path: Path
-    kind: str                  # text, csv, json, parquet, or topics (pydoc's)
-    split: str | None = None   # train or val where the data set has its own split, else decided per document
-
-
-class Piece(NamedTuple):
-    text: str                  # a document, or a part of a long one
-    last: bool                 # the document ends here
-    key: str | None = None     # what decides the split, if not the text itself
-    dropped: str | None = None # instead of a document: why there is none
-
-
 # ---- 1. find the files ---------------------------------------------------------------------------------
 
 def find_sources(cfg):
@@ -128,316 +79,20 @@ def find_sources(cfg):
         preset = PRESETS[name]
         wanted = [(url, "train" if "val" in preset else None) for url in preset["train"][:cfg.files]]
         wanted += [(url, "val") for url in preset.get("val", [])]
-        found = [(locate(url, name, cfg), split) for url, split in wanted]
+        found = [(locate(url, name, cfg.tries), split) for url, split in wanted]
         return [Source(path, kind_of(path), split) for path, split in found]
-    paths = []
-    for text in [cfg.input] if cfg.input else cfg.sources:
-        path = Path(text).expanduser()
-        if text == "-":
-            spool = DOWNLOADS / "stdin"
-            spool.parent.mkdir(parents=True, exist_ok=True)
-            with open(spool, "wb") as file:  # on disk: stdin can be read once, and it is needed more often
-                shutil.copyfileobj(sys.stdin.buffer, file)
-            paths.append(spool)
-        elif "://" in text:
-            paths.append(locate(text, None, cfg))
-        elif path.is_dir():
-            paths += files_in(path)
-        elif path.exists():
-            paths.append(path)
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            paths += [Path(match) for match in matches if os.path.isfile(match)]
-        elif path.suffix or len(path.parts) > 1:
-            raise SystemExit(f"{text}: no such file or folder, and no file fits it as a glob")
-        else:
-            raise SystemExit(f"unknown dataset or missing file {text!r}: the presets are {', '.join(PRESETS)}; try "
-                             f"python prepare.py stdlib, or name a file or folder of your own")
-    unique = {path.resolve(): path for path in reversed(paths)}   # a file named twice is read once
-    return [Source(path, kind_of(path)) for path in reversed(unique.values())]
-
-
-def kind_of(path):
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
-    if path.name == "stdin":
-        with open(path, "rb") as file:
-            return "json" if file.read(1) == b"{" else "text"
-    return KINDS.get(suffixes[-1], "text") if suffixes else "text"
-
-
-def files_in(folder):
-    everything = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    chosen = [path for path in everything if {s.lower() for s in path.suffixes} & (PROSE | KINDS.keys())]
-    if not chosen:
-        raise SystemExit(f"{folder}: {len(everything)} files, none of them {' '.join(sorted(PROSE | KINDS.keys()))}; "
-                         f"other names can be given as a glob: python prepare.py '{folder}/**/*.tex'")
-    if len(chosen) < len(everything):
-        print(f"{folder}: {len(chosen)} files; {len(everything) - len(chosen)} of other types left out")
-    return chosen
-
-
-def stdlib_sources():
-    """The sources of the running Python's own library (no tests, nothing installed later) and its help topics."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
-    sources = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - skip)
-        sources += [Source(Path(folder) / name, "text") for name in sorted(names) if name.endswith(".py")]
-    import pydoc_data.topics
-    return sources + [Source(Path(pydoc_data.topics.__file__), "topics")]
-
-
-def locate(url, preset, cfg):
-    """A local copy of the file: from NANOPATH_DATA, Hugging Face's cache, the download cache, or else the network."""
-    sha256 = PRESETS[preset].get("sha256") if preset else None
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
-    folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent / "shared" / "data")
-    places = [Path(folder) / flat, DOWNLOADS / flat]
-    if url.startswith(HUB):
-        owner, name, file = url.removeprefix(HUB).split("/", 2)
-        name, _, revision = name.partition("@")
-        revision = revision or "main"
-        url = f"{endpoint}/datasets/{owner}/{name}/resolve/{revision}/{file}"
-        home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
-        cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / f"datasets--{owner}--{name}"
-        ref = cache / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        places.insert(1, cache / "snapshots" / commit / file)
-    for place in places:
-        if place.is_file() and (sha256 is None or file_hash(place) == sha256):
-            print(f"found   {place}")
-            return place
-    token = os.environ.get("HF_TOKEN") if url.startswith(endpoint + "/") else None   # never to another host
-    download(url, DOWNLOADS / flat, sha256, cfg, token)
-    return DOWNLOADS / flat
-
-
-def download(url, target, sha256, cfg, token=None):
-    """Fetch `url` into `target`: goes on with a part that an earlier try left, checks length and hash, then renames."""
-    import requests  # not at the top: most runs need no network, and it costs 0.1 s
-    part = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"getting {url}")
-    for attempt in range(cfg.tries):
-        time.sleep(attempt)
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}   # a range of a compressed stream would be of no use
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(5, 60)) as reply:
-                if reply.status_code in (401, 403, 404):
-                    raise SystemExit(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, "
-                                     f"or set HF_TOKEN if it needs an account")
-                if reply.status_code == 416:        # the part is as long as the file, or longer: start again
-                    part.unlink()
-                reply.raise_for_status()
-                have = have if reply.status_code == 206 else 0
-                length = have + int(reply.headers.get("Content-Length", 0))
-                need_space(target.parent, length - have, "download")
-                with open(part, "ab" if have else "wb") as file:
-                    for block in reply.iter_content(1 << 16):   # a block that breaks off is lost
-                        file.write(block)
-                for answer in [*reply.history, reply]:   # the Hub tells the hash of its large files on the way
-                    linked = answer.headers.get("X-Linked-ETag", "").strip('"')
-                    sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
-            if length and part.stat().st_size < length:
-                problem = f"the connection broke after {part.stat().st_size:,} of {length:,} bytes"
-            elif sha256 and file_hash(part) != sha256:
-                problem = "what came has another sha256 than expected"
-                part.unlink()
-            else:
-                os.replace(part, target)
-                return
-        except requests.RequestException as error:
-            problem = type(error).__name__
-    raise SystemExit(f"cannot get {url} ({problem}, {cfg.tries} tries). Put the file at {target}, or go without "
-                     f"network: python prepare.py stdlib")
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def need_space(folder, size, what):
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise SystemExit(f"--out: the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB; "
-                         f"choose another disk with --out=FOLDER")
+    names = [cfg.input] if cfg.input else cfg.sources
+    try:
+        return find_files(names, lambda url: locate(url, tries=cfg.tries))
+    except FileNotFoundError as error:
+        path = Path(str(error))
+        if path.suffix or len(path.parts) > 1:
+            raise SystemExit(f"{path}: no such file or folder, and no file fits it as a glob") from None
+        raise SystemExit(f"unknown dataset or missing file {str(path)!r}: the presets are {', '.join(PRESETS)}; try "
+                         f"python prepare.py stdlib, or name a file or folder of your own") from None
 
 
 # ---- 2. read documents ---------------------------------------------------------------------------------
-
-def optional(module, path):
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        raise SystemExit(f"{path}: reading it takes one more package: pip install {module.split('.')[0]}") from None
-
-
-def open_bytes(path):
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return optional("zstandard", path).open(path, "rb")
-    return open(path, "rb")
-
-
-def check_zst(path):
-    """zstandard takes a file that is cut short for a short file; so follow its frames to the end once."""
-    zstandard, frame = optional("zstandard", path), None
-    with open(path, "rb") as file:
-        while block := file.read(PIECE):
-            while block:
-                frame = zstandard.ZstdDecompressor().decompressobj() if frame is None or frame.eof else frame
-                frame.decompress(block)
-                block = frame.unused_data
-    if frame and not frame.eof:
-        raise EOFError("the last frame has no end")
-
-
-def open_text(path, cfg, newline=None):
-    """Text of a file. A byte order mark outranks --encoding; bytes that do not fit become lone surrogates."""
-    with open_bytes(path) as file:
-        start = file.read(4)
-    encoding = cfg.encoding
-    if start.startswith(codecs.BOM_UTF8):
-        encoding = "utf-8-sig"
-    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors="surrogateescape", newline=newline)
-
-
-def fault(text):
-    """What makes a text unfit (NUL, lone surrogate) and where; None if it is fine."""
-    if (at := text.find("\0")) >= 0:
-        return "NUL character (a binary file? UTF-16 without byte order mark? then --encoding=utf-16-le)", at
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:   # how surrogateescape keeps an undecodable byte
-            return f"byte 0x{code - 0xDC00:02X} is not UTF-8 (Latin-1? then --encoding=latin-1)", error.start
-        return f"lone surrogate U+{code:04X}", error.start
-    return None
-
-
-def check_text(source, cfg):
-    """Read a text file once for faults, before anything of it is used. Returns the first one, or None."""
-    lines = 1
-    with plain_errors(source.path), open_text(source.path, cfg) as file:
-        while block := file.read(PIECE):
-            if found := fault(block):
-                return f"line {lines + block.count(chr(10), 0, found[1])}: {found[0]}"
-            lines += block.count("\n")
-        if file.encoding == "utf-16" or file.newlines not in ("\n", None):
-            print(f"{source.path}: {file.encoding} with line ends {file.newlines!r}, read as UTF-8 with \\n")
-    return None
-
-
-def cut_point(text):
-    """
-    Where to cut a long text so that its tokens stay the same: between a visible ASCII character and a blank,
-    where every split pattern ends a word. Else after a newline, else anywhere (one word is split, nothing lost).
-    """
-    at = PIECE
-    while (at := text.rfind(" ", PIECE // 2, at)) > 0:
-        if "!" <= text[at - 1] <= "~":
-            return at
-    return text.rfind("\n", PIECE // 2, PIECE) + 1 or PIECE
-
-
-def pieces(blocks, separator=None):
-    """Blocks of text -> Pieces of one document, or of one between two separators. Holds about two blocks."""
-    buffer, begun = "", False
-    for block in itertools.chain(blocks, [None]):
-        buffer += block or ""
-        documents = buffer.split(separator) if separator else [buffer]
-        buffer = "" if block is None else documents.pop()
-        for text in documents:
-            if separator and not begun:
-                text = text.strip("\n")   # the line ends around a separator go with it
-            yield Piece(text, True, dropped=None if text or begun else "empty")
-            begun = False
-        while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
-            at = cut_point(buffer)
-            yield Piece(buffer[:at], False)
-            buffer, begun = buffer[at:], True
-
-
-def blocks_of(text):
-    return (text[at:at + PIECE] for at in range(0, len(text), PIECE))
-
-
-def rows(source, cfg):
-    """Yield (number, row as a dict) of a csv, json or parquet file; a string in place of a dict is what is wrong."""
-    if source.kind == "parquet":
-        table = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
-        usual = [name for name in ("text", "content") if name in table.schema.names][:1]
-        wanted = cfg.columns.split(",") if cfg.columns else usual if cfg.kind == "text" else None
-        groups = table.iter_batches(batch_size=256, columns=wanted or None)   # few at a time: rows can be long
-        yield from enumerate(itertools.chain.from_iterable(group.to_pylist() for group in groups), 1)
-        return
-    with open_text(source.path, cfg, newline="" if source.kind == "csv" else "\n") as file:
-        if source.kind == "csv":
-            csv.field_size_limit(1 << 30)
-            table = csv.reader(file, delimiter="\t" if ".tsv" in source.path.suffixes else ",", strict=True)
-            header = next(table, [])
-            for row in table:
-                if row:
-                    yield table.line_num, (dict(zip(header, row)) if len(row) == len(header) else
-                                           f"{len(row)} fields where the header has {len(header)}")
-        else:
-            start = file.read(1)
-            if start == "[":       # one JSON array: the whole file is read at once
-                try:
-                    yield from enumerate(json.loads(start + file.read()), 1)
-                except json.JSONDecodeError as error:
-                    raise SystemExit(f"{source.path} line {error.lineno}: broken JSON ({error.msg})") from None
-                return
-            first = start if start == "\n" else start + file.readline()
-            for number, line in enumerate(itertools.chain([first], file), 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                        yield number, row if isinstance(row, dict) else "not a JSON object"
-                    except (json.JSONDecodeError, RecursionError) as error:
-                        yield number, f"broken JSON ({getattr(error, 'msg', 'nested too deep')})"
-
-
-def row_text(row, cfg, source):
-    """The text of one row: of --columns, or else of `text`, `content`, or its only column."""
-    if cfg.columns:
-        names = cfg.columns.split(",")
-    else:
-        names = [name for name in ("text", "content") if name in row][:1] or list(row)
-        if len(names) > 1:
-            raise SystemExit(f"{source.path}: which is the text? --columns=NAME, one or more of: {', '.join(row)}")
-    if missing := [name for name in names if not isinstance(row.get(name), str)]:
-        raise ValueError(f"no text in column {missing[0]!r} (columns: {', '.join(row)})")
-    return "\n".join(row[name] for name in names)
-
-
-@contextlib.contextmanager
-def plain_errors(path):
-    """Damaged files raise a dozen things; say in one line which file it is and what to do."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SystemExit(f"{path}: the compressed file is cut short or damaged ({error}); get it again") from None
-    except UnicodeError as error:
-        raise SystemExit(f"{path}: {error}; name the right encoding with --encoding=NAME") from None
-    except csv.Error as error:
-        raise SystemExit(f"{path}: {error} (an open quote?)") from None
-    except Exception as error:
-        if type(error).__name__ in ("ZstdError", "ArrowInvalid"):   # of packages that may not be installed
-            raise SystemExit(f"{path}: damaged, or not what its name says ({error}); get it again") from None
-        raise
-
 
 def read(source, cfg):
     """Every document of one file as Pieces."""
@@ -447,7 +102,7 @@ def read(source, cfg):
         return
     with plain_errors(source.path):
         if source.kind == "text":
-            with open_text(source.path, cfg) as file:
+            with open_text(source.path, cfg.encoding) as file:
                 yield from pieces(iter(lambda: file.read(PIECE), ""), cfg.separator)
         elif cfg.join_rows:
             yield from pieces(piece.text for piece in read_rows(source, cfg) if not piece.dropped)
@@ -457,19 +112,21 @@ def read(source, cfg):
 
 def read_rows(source, cfg):
     label = "row" if source.kind == "parquet" else "line"
-    for number, row in rows(source, cfg):
+    columns = cfg.columns.split(",") if cfg.columns else None
+    for number, row in rows(source, cfg.encoding, columns, text_only=cfg.kind == "text"):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
             if cfg.kind == "text":
-                text, key = row_text(row, cfg, source), None
+                text, key = "\n".join(row[name] for name in text_columns(row, columns, source.path)), None
             else:
                 row, key = to_chat(row) if cfg.kind == "chat" else to_preference(row)
                 text = json.dumps(row, ensure_ascii=False)
             if found := fault(text):
                 raise ValueError(found[0])
         except ValueError as error:
-            yield bad(source, f"{label} {number}: {error}", cfg)
+            refuse(source.path, f"{label} {number}: {error}", cfg.skip_bad)
+            yield Piece("", True, dropped="bad")
             continue
         if cfg.kind == "text" and not cfg.join_rows:
             yield from pieces(blocks_of(text))
@@ -477,101 +134,7 @@ def read_rows(source, cfg):
             yield Piece(text, True, key)
 
 
-def bad(source, problem, cfg):
-    if not cfg.skip_bad:
-        raise SystemExit(f"{source.path} {problem}. Mend it, or leave such rows and files out with --skip_bad")
-    return Piece("", True, dropped="bad")
-
-
-# ---- 3. chat and preference data: many spellings in, one schema out ---------------------------------------
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "tool": "tool"}
-PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
-         ("prompt", "response"), ("question", "answer")]   # Alpaca, Dolly, FLAN, completions, question and answer
-
-
-def filled(row, name):
-    if not isinstance(row.get(name), str) or not row[name].strip():
-        raise ValueError(f"{name!r} is empty, missing or not a string")
-    return row[name]
-
-
-def question_of(row, name):
-    """The request, with Alpaca's `input` or Dolly's `context` below it."""
-    extra = row.get("input") or row.get("context") if name == "instruction" else None
-    return filled(row, name) + (f"\n\n{extra}" if extra else "")
-
-
-def clean_messages(turns):
-    """Check a list of turns, in OpenAI's or ShareGPT's spelling."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("the messages are not a list, or an empty one")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        turn = turn if isinstance(turn, dict) else {}
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise ValueError(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"message {number} ({role}) has no content")
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
-
-
-def to_chat(row):
-    """One row of instruction or chat data -> {"messages": [...]}, and its first request, which decides the split."""
-    if turns := row.get("messages") or row.get("conversations"):
-        messages = clean_messages(turns)
-    else:
-        for ask, answer in PAIRS:
-            if ask in row and answer in row:
-                messages = [{"role": "user", "content": question_of(row, ask)},
-                            {"role": "assistant", "content": filled(row, answer)}]
-                break
-        else:
-            raise ValueError(f"no messages, conversations or {' or '.join('+'.join(pair) for pair in PAIRS)} among "
-                             f"its fields {', '.join(row)}")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("the last message is not the assistant's")
-    return {"messages": messages}, json.dumps(messages[:1 + (messages[0]["role"] == "system")])
-
-
-def to_preference(row):
-    """One row of preference data -> {"prompt", "chosen", "rejected"}: three strings, or three lists of messages."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:"):
-        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = clean_messages(chosen), clean_messages(rejected)
-        same = 0
-        while chosen[same:same + 1] == rejected[same:same + 1] != []:
-            same += 1
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        if isinstance(row.get("prompt"), list) and not prompt:
-            prompt = clean_messages(row["prompt"])
-        elif isinstance(row.get("prompt"), str) and not prompt:
-            prompt = [{"role": "user", "content": filled(row, "prompt")}]
-        if not prompt:
-            raise ValueError("chosen and rejected do not begin with the same prompt")
-        if not chosen or not rejected:
-            raise ValueError("chosen and rejected are the same, or one of them ends with the prompt")
-    else:
-        name = next((name for name in ("prompt", "instruction", "question") if name in row), "prompt")
-        prompt, chosen, rejected = question_of(row, name), filled(row, "chosen"), filled(row, "rejected")
-        if chosen == rejected:
-            raise ValueError("chosen and rejected are the same")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, json.dumps(prompt)
-
-
-def hh_messages(transcript):
-    """Anthropic's hh transcripts: turns that begin with a blank line and `Human:` or `Assistant:`."""
-    _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": what.strip()}
-            for who, what in zip(parts[::2], parts[1::2])]
-
-
-# ---- 4. decide the split, before anything is written ---------------------------------------------------
+# ---- 3. decide the split, before anything is written ---------------------------------------------------
 
 def document_hash(piece):
     """64 bits of the document (of its first piece, if it is long): equal documents always land on the same side."""
@@ -655,7 +218,7 @@ def batches(stream):
         yield position, batch, dropped
 
 
-# ---- 5. encode -----------------------------------------------------------------------------------------
+# ---- 4. encode -----------------------------------------------------------------------------------------
 
 TOKENIZER = None     # one per process; None when chat or preference data is written
 ENCODE = None        # its fastest function from text to ids
@@ -754,7 +317,7 @@ def make_tokenizer(cfg, stream):
     return tokenizer
 
 
-# ---- 6. write ------------------------------------------------------------------------------------------
+# ---- 5. write ------------------------------------------------------------------------------------------
 
 def file_name(split, number, cfg):
     return f"{split}_{number:05d}.bin" if cfg.kind == "text" else f"{split}.jsonl"
@@ -811,10 +374,7 @@ def checked(cfg):
     ):
         if wrong:
             raise SystemExit(message)
-    try:
-        codecs.lookup(cfg.encoding)
-    except LookupError:
-        raise SystemExit(f"--encoding={cfg.encoding} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
+    known_encoding(cfg.encoding)
     plain = {field.name: field.default for field in fields(cfg)}
     preset = PRESETS.get(name, {})
     unset = {key for key in preset.keys() & plain.keys() if getattr(cfg, key) == plain[key]}
@@ -860,8 +420,8 @@ def examine(sources, cfg):
                 check_zst(source.path)
         listed.append([source.path.as_posix(), source.path.stat().st_size, sha256])
         digest.update(bytes.fromhex(sha256))
-        if source.kind == "text" and (problem := check_text(source, cfg)):
-            bad(source, problem, cfg)
+        if source.kind == "text" and (problem := check_text(source.path, cfg.encoding)):
+            refuse(source.path, problem, cfg.skip_bad)
         else:
             good.append(source)
     found = {"files": len(listed), "bytes": sum(size for _, size, _ in listed),
@@ -922,7 +482,10 @@ def build(cfg, out, partial, recipe):
     packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
     size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
     simple = cfg.vocab_size == 0 and not cfg.tokenizer
-    need_space(partial, size * width if simple else size * width // 4, "dataset")
+    try:
+        need_space(partial, size * width if simple else size * width // 4, "dataset")
+    except OSError as error:
+        raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes: encoded sooner than sent elsewhere
 
@@ -995,8 +558,9 @@ def main(cfg):
                          f"goes on from {partial}") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise SystemExit(f"--out={out}: no space left on this disk; free some, and the same command goes on from "
-                             f"{partial}; or choose another --out") from None
+            problem = error.strerror[0].lower() + error.strerror[1:]
+            raise SystemExit(f"--out={out}: {problem}; free some, and the same command goes on from {partial}; or "
+                             f"choose another --out") from None
         raise SystemExit(f"--out={out} or its source: {error.strerror or error}: {error.filename or ''}; choose "
                          f"another folder with --out=FOLDER") from None
     if meta is None:

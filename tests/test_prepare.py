@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
+from data import hub  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from prepare import Config  # noqa: E402
 
@@ -36,7 +37,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANOPATH_DATA", str(tmp_path / "nothing"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -618,6 +620,42 @@ def test_hub_files_by_endpoint_token_and_offline_cache(server, monkeypatch, tmp_
     count = len(server.seen)
     run("hf://datasets/me/set/c.txt", val_fraction=0, out="data/c")
     assert documents("data/c", "train") == ["from the cache " * 30] and len(server.seen) == count
+
+
+def test_hub_files_of_models_optional_missing_and_offline(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    server.files["/me/model/resolve/main/config.json"] = b"{}"
+    path = hub.hub_file("me/model", "config.json")
+    assert path.read_bytes() == b"{}" and path.name == "config.json" and server.seen[-1][2] == "Bearer secret"
+    for _ in range(2):   # an optional file: asked for once
+        with pytest.raises(FileNotFoundError, match="generation_config.json"):
+            hub.hub_file("me/model", "generation_config.json")
+    assert hub.hub_file("me/model", "config.json") == path and len(server.seen) == 2
+    for _ in range(2):   # nothing came from there yet: the name may be wrong, or the account
+        with pytest.raises(FileNotFoundError, match="404"):
+            hub.hub_file("me/private", "config.json")
+    assert len(server.seen) == 4
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE.*private"):
+        hub.hub_file("me/private", "config.json")
+    snapshot = tmp_path / "nothing" / "hub" / "models--gpt2" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("cached", encoding="utf-8")
+    assert hub.hub_file("gpt2", "config.json", revision="abc").read_text(encoding="utf-8") == "cached"
+    assert len(server.seen) == 4
+
+
+def test_the_hash_the_hub_tells_is_checked_and_an_other_host_never_sees_the_token(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    server.files["/model.safetensors"] = b"damaged on the way"
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConnectionError, match="another sha256"):
+        hub.download(server.url + "/model.safetensors", Path("m"), sha256="0" * 64)
+    assert not Path("m").exists() and not Path("m.part").exists()
+    hub.download(server.url + "/model.safetensors", Path("m"), tries=1)
+    assert Path("m").exists() and all(token is None for _, _, token in server.seen)
 
 
 def test_a_preset_takes_a_file_one_already_has():

@@ -1,0 +1,1 @@
+"""Empty on purpose: a real package wins over any other folder or package called data."""

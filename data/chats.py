@@ -1,0 +1,95 @@
+"""
+Instruction, chat and preference data: many spellings in, one schema out.
+
+    {"messages": [{"role", "content"}, ...]}      from messages (OpenAI), conversations (ShareGPT), Alpaca, Dolly, FLAN, ...
+    {"prompt", "chosen", "rejected"}              three strings, or three lists of messages
+
+ValueError says what is wrong with a row; prepare.py adds the file and the line.
+"""
+import json
+import re
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "bot": "assistant", "tool": "tool"}
+PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
+         ("prompt", "response"), ("question", "answer")]   # Alpaca, Dolly, FLAN, completions, question and answer
+
+
+def filled(row, name):
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise ValueError(f"{name!r} is empty, missing or not a string")
+    return row[name]
+
+
+def question_of(row, name):
+    """The request, with Alpaca's `input` or Dolly's `context` below it."""
+    extra = row.get("input") or row.get("context") if name == "instruction" else None
+    return filled(row, name) + (f"\n\n{extra}" if extra else "")
+
+
+def clean_messages(turns):
+    """Check a list of turns, in OpenAI's or ShareGPT's spelling."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("the messages are not a list, or an empty one")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        turn = turn if isinstance(turn, dict) else {}
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES:
+            raise ValueError(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {number} ({role}) has no content")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def to_chat(row):
+    """One row of instruction or chat data -> {"messages": [...]}, and its first request, which decides the split."""
+    if turns := row.get("messages") or row.get("conversations"):
+        messages = clean_messages(turns)
+    else:
+        for ask, answer in PAIRS:
+            if ask in row and answer in row:
+                messages = [{"role": "user", "content": question_of(row, ask)},
+                            {"role": "assistant", "content": filled(row, answer)}]
+                break
+        else:
+            raise ValueError(f"no messages, conversations or {' or '.join('+'.join(pair) for pair in PAIRS)} among "
+                             f"its fields {', '.join(row)}")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    return {"messages": messages}, json.dumps(messages[:1 + (messages[0]["role"] == "system")])
+
+
+def to_preference(row):
+    """One row of preference data -> {"prompt", "chosen", "rejected"}: three strings, or three lists of messages."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:"):
+        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = clean_messages(chosen), clean_messages(rejected)
+        same = 0
+        while chosen[same:same + 1] == rejected[same:same + 1] != []:
+            same += 1
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if isinstance(row.get("prompt"), list) and not prompt:
+            prompt = clean_messages(row["prompt"])
+        elif isinstance(row.get("prompt"), str) and not prompt:
+            prompt = [{"role": "user", "content": filled(row, "prompt")}]
+        if not prompt:
+            raise ValueError("chosen and rejected do not begin with the same prompt")
+        if not chosen or not rejected:
+            raise ValueError("chosen and rejected are the same, or one of them ends with the prompt")
+    else:
+        name = next((name for name in ("prompt", "instruction", "question") if name in row), "prompt")
+        prompt, chosen, rejected = question_of(row, name), filled(row, "chosen"), filled(row, "rejected")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, json.dumps(prompt)
+
+
+def hh_messages(transcript):
+    """Anthropic's hh transcripts: turns that begin with a blank line and `Human:` or `Assistant:`."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": what.strip()}
+            for who, what in zip(parts[::2], parts[1::2])]

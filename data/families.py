@@ -1,0 +1,254 @@
+"""
+What Hugging Face calls things: config.json and tensor names of each family <-> model.py's GPTConfig and parameter names.
+
+Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses q, k
+and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by name when
+they say anything: a setting that is silently ignored is a wrong model.
+"""
+import re
+from dataclasses import asdict
+
+import torch
+
+# our name -> Hugging Face's name in config.json
+HF_NAMES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+                head_dim="head_dim", n_hidden="intermediate_size", norm_eps="rms_norm_eps",
+                tie_embeddings="tie_word_embeddings", pad_token_id="pad_token_id")
+GPT2_NAMES = HF_NAMES | dict(block_size="n_positions", n_layer="n_layer", n_embd="n_embd", n_head="n_head",
+                             n_hidden="n_inner", norm_eps="layer_norm_epsilon")
+ARCHITECTURES = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", mistral="MistralForCausalLM",
+                     qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM", mixtral="MixtralForCausalLM",
+                     qwen3_moe="Qwen3MoeForCausalLM", nanopath="NanopathGPT")
+HF_ACTIVATIONS = dict(silu="silu", gelu="gelu", gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", relu="relu", relu2="relu2")
+# keys of config.json that are read below ...
+READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", "hidden_act", "activation_function",
+        "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "layer_types",
+        "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
+        "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
+# ... that cannot change a logit ...
+HARMLESS = re.compile(r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|initializer_range|"
+                      r".*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|n_ctx|output_.*|router_jitter_noise|"
+                      r"pretraining_tp|reorder_and_upcast_attn|tokenizer_class|_?attn_implementation.*|is_llama_config|unsloth.*")
+# ... and that would, with the only value this file computes
+FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
+
+
+def family_of(config):
+    """The transformers class that computes exactly this; nanopath where there is none, and only we can open the folder."""
+    c, n_biases = config, (config.qkv_bias, config.o_bias, config.mlp_bias)
+    even, everywhere = c.head_dim * c.n_head == c.n_embd, c.window_layers is None
+    if c.logit_softcap or c.position == "none":
+        return "nanopath"
+    if c.norm == "layer":
+        plain = c.position != "rope" and not (c.gated or c.qk_norm or c.window or c.n_expert)
+        return "gpt2" if plain and even and all(n_biases) and c.n_kv_head == c.n_head else "nanopath"
+    if c.position != "rope" or not c.gated:
+        return "nanopath"
+    if c.n_expert:
+        if c.qk_norm and c.qkv_bias == c.o_bias and everywhere and not c.mlp_bias:
+            return "qwen3_moe"
+        return "mixtral" if not (c.qk_norm or any(n_biases)) and c.expert_norm and everywhere else "nanopath"
+    if c.qk_norm:
+        return "qwen3" if c.qkv_bias == c.o_bias and not c.mlp_bias else "nanopath"
+    if n_biases == (True, False, False) and even:
+        return "qwen2"
+    if c.window:
+        return "mistral" if not any(n_biases) and everywhere else "nanopath"
+    return "llama" if c.qkv_bias == c.o_bias else "nanopath"
+
+
+def config_to_hf(config, dtype="float32"):
+    """GPTConfig -> the dictionary of config.json, in the spellings of transformers 4 and 5 at once."""
+    c, family = config, family_of(config)
+    hf = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "dtype": dtype}
+    if family == "nanopath":
+        return hf | asdict(c)
+    names = GPT2_NAMES if family == "gpt2" else HF_NAMES
+    eos = [c.eos_token_id, *c.stop_token_ids] if c.stop_token_ids else c.eos_token_id
+    hf |= {theirs: getattr(c, ours) for ours, theirs in names.items()}
+    hf |= {"bos_token_id": None, "eos_token_id": eos, "use_cache": True}
+    activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
+    if family == "gpt2":
+        return hf | {"activation_function": activation, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    rope = c.rope_scaling or {"rope_type": "default"}
+    old = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] == "dynamic" and old:
+        hf["max_position_embeddings"] = old                        # what the formula there is measured by
+    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
+           "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        hf |= {"attention_bias": c.qkv_bias}
+    if family == "llama":
+        hf |= {"mlp_bias": c.mlp_bias}
+    if family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
+        hf |= {"sliding_window": c.window or None}
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
+        first = next((i for i, window in enumerate(c.windows) if window), c.n_layer)
+        hf |= {"use_sliding_window": c.window > 0, "max_window_layers": first}
+    if family in ("qwen2", "qwen3"):
+        hf |= {"layer_types": ["sliding_attention" if window else "full_attention" for window in c.windows]}
+    if c.n_expert:
+        hf |= {"num_local_experts": c.n_expert, "num_experts_per_tok": c.n_expert_used,
+               "router_aux_loss_coef": c.balance_loss}
+    if family == "qwen3_moe":
+        hf |= {"num_experts": c.n_expert, "moe_intermediate_size": c.n_hidden, "norm_topk_prob": c.expert_norm}
+    return hf
+
+
+def config_from_hf(hf, where="config.json"):
+    """The dictionary of config.json -> the arguments of GPTConfig. Raises ValueError by name for what this model does not compute."""
+    family = hf.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{where}: model_type={family!r} is not supported; this model reads {', '.join(ARCHITECTURES)}")
+    if family == "nanopath":
+        values = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "torch_dtype", "dtype")}
+        for key in ("window_layers", "stop_token_ids"):
+            values[key] = values.get(key) and tuple(values[key])
+        return values | {"stop_token_ids": values["stop_token_ids"] or ()}
+    for key, value in hf.items():
+        wrong = value != FIXED[key] if key in FIXED else value and key not in READ and not HARMLESS.fullmatch(key)
+        if wrong:
+            raise ValueError(f"{where}: {key}={value!r} is not supported" + (f", only {FIXED[key]!r}" if key in FIXED else ""))
+    names = GPT2_NAMES if family == "gpt2" else HF_NAMES
+    v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
+    if family == "gpt2":
+        v.setdefault("n_hidden", 4 * v.get("n_embd", 0))
+    if family == "qwen3_moe" and "moe_intermediate_size" in hf:
+        v["n_hidden"] = hf["moe_intermediate_size"]
+    missing = [names[name] for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_hidden") if name not in v]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    v.setdefault("n_kv_head", v["n_head"])
+    if "head_dim" not in v and v["n_embd"] % v["n_head"]:
+        raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of {names['n_head']}={v['n_head']}")
+    v.setdefault("head_dim", v["n_embd"] // v["n_head"])
+    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
+    v.setdefault("tie_embeddings", family == "gpt2")
+    eos = hf.get("eos_token_id")
+    v["eos_token_id"], *more = eos if isinstance(eos, list) and eos else [eos if eos != [] else None]
+    v["stop_token_ids"] = tuple(more)
+    act = hf.get("activation_function" if family == "gpt2" else "hidden_act", "gelu_new" if family == "gpt2" else "silu")
+    if act not in HF_ACTIVATIONS:
+        raise ValueError(f"{where}: activation {act!r} is not supported; this model computes {', '.join(HF_ACTIVATIONS)}")
+    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
+    if family == "gpt2":
+        v |= dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
+    else:
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        old = rope.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or v["block_size"]
+        if rope["rope_type"] in ("dynamic", "yarn"):               # files differ in whether they give the longer context
+            v["block_size"] = max(v["block_size"], int(old * (rope.get("factor") or 1)))
+        if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
+            rope["original_max_position_embeddings"] = old
+        if rope["rope_type"] != "default":
+            v["rope_scaling"] = rope
+        bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
+        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
+        window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+        if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
+            window = None
+        v["window"] = window or 0
+        if window and family in ("qwen2", "qwen3"):
+            kinds = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 28) else "full_attention"
+                                              for i in range(v["n_layer"])]
+            v["window_layers"] = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    if family in ("mixtral", "qwen3_moe"):
+        if hf.get("mlp_only_layers"):
+            raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
+        n_expert = hf.get("num_local_experts") or hf.get("num_experts")
+        if not n_expert:
+            raise ValueError(f"{where}: num_local_experts missing")
+        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 2), balance_loss=hf.get("router_aux_loss_coef", 0.001),
+                  expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
+    return v
+
+
+GPT2_TENSORS = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm", "ln_1": "input_layernorm",
+                "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj",
+                "mlp.c_proj": "mlp.down_proj"}
+MIXTRAL_TENSORS = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+
+
+def tensors_from_hf(key, tensor, family):
+    """A tensor of a file -> our names and tensors: [(name, tensor), ...]. GPT-2 alone fuses q, k and v, and keeps its
+    matrices as (in, out); Mixtral alone calls its experts' matrices w1, w2, w3."""
+    if key.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):        # of old: masks and tables
+        return []
+    key = key.removeprefix("transformer.").removeprefix("model.")
+    if family == "mixtral":
+        for theirs, ours in MIXTRAL_TENSORS.items():
+            key = key.replace(theirs, ours)
+    if family != "gpt2":
+        return [(key, tensor)]
+    layer, _, rest = re.fullmatch(r"(?:h\.(\d+)(\.))?(.*)", key).groups()
+    module, _, kind = rest.rpartition(".")
+    prefix = f"layers.{layer}." if layer else ""
+    if layer and kind == "weight" and "ln_" not in module:
+        tensor = tensor.T.contiguous()
+    if module == "attn.c_attn":
+        return [(f"{prefix}self_attn.{name}_proj.{kind}", part.clone()) for name, part in zip("qkv", tensor.chunk(3))]
+    return [(f"{prefix}{GPT2_TENSORS.get(module, module)}.{kind}", tensor)]
+
+
+def tensors_to_hf(model, family):
+    """All tensors of the model under the names, and in the shapes, of Hugging Face's file."""
+    ours = {name: p.detach() for name, p in model.named_parameters()}      # a tied head is listed once, as they do
+    if family != "gpt2":
+        theirs = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in ours.items()}
+        if family == "mixtral":
+            for here, there in ((ours, theirs) for theirs, ours in MIXTRAL_TENSORS.items()):
+                theirs = {re.sub(re.escape(here), there, name) if ".mlp." in name or "block_sparse" in name else name: p
+                          for name, p in theirs.items()}
+        return theirs
+    theirs, back = {}, {ours: theirs for theirs, ours in GPT2_TENSORS.items()}
+    for name, p in ours.items():
+        layer, _, rest = re.fullmatch(r"(?:layers\.(\d+)(\.))?(.*)", name).groups()
+        module, _, kind = rest.rpartition(".")
+        prefix = f"transformer.h.{layer}." if layer else "transformer."
+        if module in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue
+        if module == "self_attn.q_proj":
+            module, p = "attn.c_attn", torch.cat([ours[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        module = back.get(module, module)
+        if layer and kind == "weight" and "ln_" not in module:
+            p = p.T
+        theirs[name if module == "lm_head" else f"{prefix}{module}.{kind}"] = p
+    if model.config.position == "sinusoidal":
+        theirs["transformer.wpe.weight"] = model.sinusoids
+    return theirs
+
+
+# Well-known models as arguments of GPTConfig, for `python model.py --summary=NAME` and for the tests
+LLAMA = dict(qk_norm=False, norm_eps=1e-5)
+GPT2 = dict(vocab_size=50257, block_size=1024, head_dim=64, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
+            qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
+PRESETS = {
+    "laptop": dict(vocab_size=512, block_size=128),                # what `make` trains
+    **{name: GPT2 | dict(n_layer=L, n_embd=C, n_head=C // 64, n_kv_head=C // 64, n_hidden=4 * C) for name, L, C in (
+        ("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280), ("gpt2-xl", 48, 1600))},
+    "llama2-7b": LLAMA | dict(vocab_size=32000, block_size=4096, n_layer=32, n_embd=4096, n_head=32, n_kv_head=32, head_dim=128,
+                              n_hidden=11008, rope_theta=1e4),
+    "llama3-8b": LLAMA | dict(vocab_size=128256, block_size=8192, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
+                              n_hidden=14336, rope_theta=5e5),
+    "llama3-70b": LLAMA | dict(vocab_size=128256, block_size=8192, n_layer=80, n_embd=8192, n_head=64, n_kv_head=8, head_dim=128,
+                               n_hidden=28672, rope_theta=5e5),
+    "llama3.2-1b": LLAMA | dict(vocab_size=128256, block_size=131072, n_layer=16, n_embd=2048, n_head=32, n_kv_head=8, head_dim=64,
+                                n_hidden=8192, rope_theta=5e5, tie_embeddings=True,
+                                rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                  original_max_position_embeddings=8192)),
+    "smollm2-135m": LLAMA | dict(vocab_size=49152, block_size=8192, n_layer=30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64,
+                                 n_hidden=1536, rope_theta=1e5, tie_embeddings=True),
+    "mistral-7b": LLAMA | dict(vocab_size=32000, block_size=32768, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
+                               n_hidden=14336, rope_theta=1e4, window=4096),
+    "qwen2.5-0.5b": dict(vocab_size=151936, block_size=32768, n_layer=24, n_embd=896, n_head=14, n_kv_head=2, head_dim=64,
+                         n_hidden=4864, rope_theta=1e6, qk_norm=False, qkv_bias=True, tie_embeddings=True),
+    "qwen3-0.6b": dict(vocab_size=151936, block_size=40960, n_layer=28, n_embd=1024, n_head=16, n_kv_head=8, head_dim=128,
+                       n_hidden=3072, rope_theta=1e6, tie_embeddings=True),
+    "mixtral-8x7b": LLAMA | dict(vocab_size=32000, block_size=32768, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
+                                 n_hidden=14336, rope_theta=1e6, n_expert=8, n_expert_used=2),
+    "qwen3-30b-a3b": dict(vocab_size=151936, block_size=40960, n_layer=48, n_embd=2048, n_head=32, n_kv_head=4, head_dim=128,
+                          n_hidden=768, rope_theta=1e6, n_expert=128, n_expert_used=8),
+}

@@ -1,0 +1,77 @@
+"""
+The data sets that prepare.py knows by name, and where a copy of a file may already be.
+
+A preset is a list of addresses; hf://datasets/OWNER/NAME[@REVISION]/FILE is a file of the Hugging Face Hub. Each can
+be replaced by a file you have: --input=FILE, or a folder of such files named by NANOPATH_DATA.
+"""
+import os
+import re
+import sysconfig
+from pathlib import Path
+
+from data.hub import DOWNLOADS, download, file_hash, hub_file
+from data.readers import Source
+
+HUB = "hf://datasets/"
+WIKI = HUB + "Salesforce/wikitext/wikitext-"
+PRESETS = {  # train, val: where to get it (no val: split here); other keys are defaults for the flags of that name
+    "shakespeare": dict(
+        train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "stdlib": dict(skip_bad=True),
+    "tinystories": dict(
+        train=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
+        val=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"], separator="<|endoftext|>"),
+    "wikitext-2": dict(   # each row is one line of an article, so the rows are joined again
+        train=[WIKI + "2-raw-v1/train-00000-of-00001.parquet"],
+        val=[WIKI + "2-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
+    "wikitext-103": dict(
+        train=[WIKI + f"103-raw-v1/train-{i:05d}-of-00002.parquet" for i in range(2)],
+        val=[WIKI + "103-raw-v1/validation-00000-of-00001.parquet"], join_rows=True),
+    "openwebtext": dict(  # 80 files of 300 MB, 9 billion GPT-2 tokens
+        train=[HUB + f"Skylion007/openwebtext/plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)],
+        val_fraction=0.0005),
+    "fineweb-edu": dict(  # the 10-billion-token sample, 2 GB a file
+        train=[HUB + f"HuggingFaceFW/fineweb-edu/sample/10BT/{i:03d}_00000.parquet" for i in range(14)],
+        val_fraction=0.001, files=1),
+    "c4": dict(           # 1024 files of 300 MB
+        train=[HUB + f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
+        val=[HUB + "allenai/c4/en/c4-validation.00000-of-00008.json.gz"], files=1),
+}
+
+
+def stdlib_sources():
+    """The sources of the running Python's own library (no tests, nothing installed later) and its help topics."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+    sources = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - skip)
+        sources += [Source(Path(folder) / name, "text") for name in sorted(names) if name.endswith(".py")]
+    import pydoc_data.topics
+    return sources + [Source(Path(pydoc_data.topics.__file__), "topics")]
+
+
+def locate(url, preset=None, tries=3):
+    """A local copy of the file: from NANOPATH_DATA, the download cache, Hugging Face's cache, or else the network."""
+    flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
+    sha256 = PRESETS[preset].get("sha256") if preset else None
+    folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data")
+    path = DOWNLOADS / flat
+    for place in (Path(folder) / flat, path):
+        if place.is_file() and (sha256 is None or file_hash(place) == sha256):
+            print(f"found   {place}")
+            return place
+    try:
+        if url.startswith(HUB):
+            owner, name, file = url.removeprefix(HUB).split("/", 2)
+            name, _, revision = name.partition("@")
+            path = hub_file(f"{owner}/{name}", file, "datasets", revision or "main", tries)
+            print(f"found   {path}")
+        else:
+            download(url, path, sha256, tries=tries)
+    except ConnectionError as error:
+        raise SystemExit(f"{error}, or go without network: python prepare.py stdlib") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise SystemExit(str(error)) from None
+    return path

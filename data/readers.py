@@ -1,0 +1,278 @@
+"""
+Opening files: which are meant, what is in them, which encoding, what is wrong with them. Shared by prepare.py and
+data/curate.py. Damaged files and broken rows are named by file and line; nothing is guessed silently.
+
+Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst. A byte order mark outranks the encoding asked for.
+        pyarrow and zstandard are imported only where they are needed.
+"""
+import codecs
+import contextlib
+import csv
+import glob
+import gzip
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from data.hub import DOWNLOADS
+
+KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
+         ".parquet": "parquet"}
+PROSE = {".txt", ".text", ".md", ".rst"}  # what a folder is searched for, besides KINDS; a glob can name anything
+PIECE = 1 << 20                           # characters handled at a time
+
+
+class Source(NamedTuple):
+    path: Path
+    kind: str                  # text, csv, json, parquet, or topics (pydoc's); for curate.py also html, warc
+    split: str | None = None   # train or val where the data set has its own split, else decided per document
+
+
+class Piece(NamedTuple):
+    text: str                  # a document, or a part of a long one
+    last: bool                 # the document ends here
+    key: str | None = None     # what decides the split, if not the text itself
+    dropped: str | None = None # instead of a document: why there is none
+
+
+# ---- which files
+
+def find_files(names, fetch, kinds=KINDS, spool=DOWNLOADS / "stdin"):
+    """
+    The Sources behind the command line: files, folders, 'globs', URLs (fetched by `fetch`), - for stdin. In a fixed
+    order, each once. FileNotFoundError holds the name that is nothing of these.
+    """
+    paths = []
+    for text in names:
+        path = Path(text).expanduser()
+        if text == "-":
+            spool.parent.mkdir(parents=True, exist_ok=True)
+            with open(spool, "wb") as file:  # on disk: stdin can be read once, and it is needed more often
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            paths.append(spool)
+        elif "://" in text:
+            paths.append(fetch(text))
+        elif path.is_dir():
+            paths += files_in(path, kinds)
+        elif path.exists():
+            paths.append(path)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            paths += [Path(match) for match in matches if os.path.isfile(match)]
+        else:
+            raise FileNotFoundError(text)
+    unique = {path.resolve(): path for path in reversed(paths)}   # a file named twice is read once
+    return [Source(path, kind_of(path, kinds)) for path in reversed(unique.values())]
+
+
+def kind_of(path, kinds=KINDS):
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
+    if path.name.startswith("stdin"):
+        with open(path, "rb") as file:
+            return "json" if file.read(1) == b"{" else "text"
+    return kinds.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def files_in(folder, kinds=KINDS):
+    everything = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    wanted = PROSE | kinds.keys()
+    chosen = [path for path in everything if {s.lower() for s in path.suffixes} & wanted]
+    if not chosen:
+        raise SystemExit(f"{folder}: {len(everything)} files, none of them {' '.join(sorted(wanted))}; "
+                         f"other names can be given as a glob: '{folder}/**/*.tex'")
+    if len(chosen) < len(everything):
+        print(f"{folder}: {len(chosen)} files; {len(everything) - len(chosen)} of other types left out")
+    return chosen
+
+
+# ---- open them
+
+def optional(module, path):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise SystemExit(f"{path}: reading it takes one more package: pip install {module.split('.')[0]}") from None
+
+
+def open_bytes(path):
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return optional("zstandard", path).open(path, "rb")
+    return open(path, "rb")
+
+
+def open_text(path, encoding="utf-8", newline=None):
+    """Text of a file. A byte order mark outranks `encoding`; bytes that do not fit become lone surrogates."""
+    with open_bytes(path) as file:
+        start = file.read(4)
+    if start.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8-sig"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def known_encoding(name):
+    """Refuse an --encoding that Python does not know."""
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        raise SystemExit(f"--encoding={name} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
+
+
+def check_zst(path):
+    """zstandard takes a file that is cut short for a short file; so follow its frames to the end once."""
+    zstandard, frame = optional("zstandard", path), None
+    with open(path, "rb") as file:
+        while block := file.read(PIECE):
+            while block:
+                frame = zstandard.ZstdDecompressor().decompressobj() if frame is None or frame.eof else frame
+                frame.decompress(block)
+                block = frame.unused_data
+    if frame and not frame.eof:
+        raise EOFError("the last frame has no end")
+
+
+@contextlib.contextmanager
+def plain_errors(path):
+    """Damaged files raise a dozen things; say in one line which file it is and what to do."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SystemExit(f"{path}: the compressed file is cut short or damaged ({error}); get it again") from None
+    except UnicodeError as error:
+        raise SystemExit(f"{path}: {error}; name the right encoding with --encoding=NAME") from None
+    except csv.Error as error:
+        raise SystemExit(f"{path}: {error} (an open quote?)") from None
+    except Exception as error:
+        if type(error).__name__ in ("ZstdError", "ArrowInvalid"):   # of packages that may not be installed
+            raise SystemExit(f"{path}: damaged, or not what its name says ({error}); get it again") from None
+        raise
+
+
+# ---- what is wrong with a text
+
+def fault(text):
+    """What makes a text unfit (NUL, lone surrogate) and where; None if it is fine."""
+    if (at := text.find("\0")) >= 0:
+        return "NUL character (a binary file? UTF-16 without byte order mark? then --encoding=utf-16-le)", at
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:   # how surrogateescape keeps an undecodable byte
+            return f"byte 0x{code - 0xDC00:02X} is not UTF-8 (Latin-1? then --encoding=latin-1)", error.start
+        return f"lone surrogate U+{code:04X}", error.start
+    return None
+
+
+def check_text(path, encoding):
+    """Read a text file once for faults, before anything of it is used. Returns the first one, or None."""
+    lines = 1
+    with plain_errors(path), open_text(path, encoding) as file:
+        while block := file.read(PIECE):
+            if found := fault(block):
+                return f"line {lines + block.count(chr(10), 0, found[1])}: {found[0]}"
+            lines += block.count("\n")
+        if file.encoding == "utf-16" or file.newlines not in ("\n", None):
+            print(f"{path}: {file.encoding} with line ends {file.newlines!r}, read as UTF-8 with \\n")
+    return None
+
+
+def refuse(path, problem, skip_bad):
+    """Stop because of a bad row or file, unless those are to be left out."""
+    if not skip_bad:
+        raise SystemExit(f"{path} {problem}. Mend it, or leave such rows and files out with --skip_bad")
+
+
+# ---- rows of tables
+
+def rows(source, encoding="utf-8", columns=None, text_only=False):
+    """
+    Yield (number, row as a dict) of a csv, json or parquet file; a string in place of a dict is what is wrong.
+    Of a parquet file only `columns` are read; with `text_only` and no columns, no more than row_text needs.
+    """
+    path = source.path
+    if source.kind == "parquet":
+        table = optional("pyarrow.parquet", path).ParquetFile(path)
+        usual = [name for name in ("text", "content") if name in table.schema.names][:1] if text_only else []
+        groups = table.iter_batches(batch_size=256, columns=columns or usual or None)   # few: rows can be long
+        yield from enumerate(itertools.chain.from_iterable(group.to_pylist() for group in groups), 1)
+        return
+    with open_text(path, encoding, newline="" if source.kind == "csv" else "\n") as file:
+        if source.kind == "csv":
+            csv.field_size_limit(1 << 30)
+            table = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+            header = next(table, [])
+            for row in table:
+                if row:
+                    yield table.line_num, (dict(zip(header, row)) if len(row) == len(header) else
+                                           f"{len(row)} fields where the header has {len(header)}")
+        else:
+            start = file.read(1)
+            if start == "[":       # one JSON array: the whole file is read at once
+                try:
+                    yield from enumerate(json.loads(start + file.read()), 1)
+                except json.JSONDecodeError as error:
+                    raise SystemExit(f"{path} line {error.lineno}: broken JSON ({error.msg})") from None
+                return
+            first = start if start == "\n" else start + file.readline()
+            for number, line in enumerate(itertools.chain([first], file), 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                        yield number, row if isinstance(row, dict) else "not a JSON object"
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        yield number, f"broken JSON ({getattr(error, 'msg', 'nested too deep')})"
+
+
+def text_columns(row, columns, path):
+    """Names of the columns that hold the text of a row: those asked for, or `text`, `content`, or its only one."""
+    names = columns or [name for name in ("text", "content") if name in row][:1] or list(row)
+    if not columns and len(names) > 1:
+        raise SystemExit(f"{path}: which is the text? --columns=NAME, one or more of: {', '.join(row)}")
+    if missing := [name for name in names if not isinstance(row.get(name), str)]:
+        raise ValueError(f"no text in column {missing[0]!r} (columns: {', '.join(row)})")
+    return names
+
+
+# ---- long texts
+
+def cut_point(text):
+    """
+    Where to cut a long text so that its tokens stay the same: between a visible ASCII character and a blank,
+    where every split pattern ends a word. Else after a newline, else anywhere (one word is split, nothing lost).
+    """
+    at = PIECE
+    while (at := text.rfind(" ", PIECE // 2, at)) > 0:
+        if "!" <= text[at - 1] <= "~":
+            return at
+    return text.rfind("\n", PIECE // 2, PIECE) + 1 or PIECE
+
+
+def pieces(blocks, separator=None):
+    """Blocks of text -> Pieces of one document, or of one between two separators. Holds about two blocks."""
+    buffer, begun = "", False
+    for block in itertools.chain(blocks, [None]):
+        buffer += block or ""
+        documents = buffer.split(separator) if separator else [buffer]
+        buffer = "" if block is None else documents.pop()
+        for text in documents:
+            if separator and not begun:
+                text = text.strip("\n")   # the line ends around a separator go with it
+            yield Piece(text, True, dropped=None if text or begun else "empty")
+            begun = False
+        while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
+            at = cut_point(buffer)
+            yield Piece(buffer[:at], False)
+            buffer, begun = buffer[at:], True
+
+
+def blocks_of(text):
+    return (text[at:at + PIECE] for at in range(0, len(text), PIECE))

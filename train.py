@@ -289,7 +289,9 @@ def split_products(model, mesh):
         plan |= {"self_attn.q_norm": heads, "self_attn.k_norm": heads}
     parallelize_module(model, mesh, {
         "embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "norm": sequence,
-        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)})
+        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
+    parallelize_module(model, mesh, {"norm": gather})
+    model.max_logits = 1 << 62                                      # each process has its part of them anyway
     for block in model.layers:
         parallelize_module(block, mesh, plan)
         parallelize_module(block, mesh, {"input_layernorm": gather, "post_attention_layernorm": gather})

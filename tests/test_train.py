@@ -1,7 +1,8 @@
-"""train.py: it learns, it resumes bit for bit, two processes equal one, nothing is lost or half written."""
+"""train.py: it learns, it resumes bit for bit, many processes equal one, nothing is lost or half written."""
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, SMALL, run
-from model import load_model
+from model import GPT, GPTConfig, load_model
 
 
 def losses(out):
@@ -88,20 +90,27 @@ def test_signals_save_before_leaving(tiny, tmp_path, number):
     assert max(losses(out)) == step + 3
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny, reference, tmp_path):
-    import shutil
+@pytest.mark.parametrize("damage", ["bit", "cut", "state", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, damage):
     out = tmp_path / "copy"
     shutil.copytree(reference, out)
-    newest = sorted((out / "state").glob("step-*"))[-1] / "state.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1                                      # one flipped bit
-    newest.write_bytes(data)
+    newest = sorted((out / "state").glob("step-*"))[-1]
+    path = newest / "state.json" if damage == "state" else next(newest.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-5])
+    else:
+        where = data.index(b"30") if damage == "state" else len(data) // 2
+        data[where] ^= 1                                           # one flipped bit: the step becomes 20
+        path.write_bytes(data)
     text = run(ROOT / "train.py", f"--out={out}", "--resume").stdout
     assert "is damaged" in text and "resuming at step 20" in text
     assert losses(out) == losses(reference)
 
 
-@pytest.mark.parametrize("flags", [["--micro_batch=1"], ["--micro_batch=2"]])
+@pytest.mark.parametrize("flags", [["--micro_batch=1"], ["--micro_batch=3"]])
 def test_gradient_accumulation_changes_nothing(tiny, reference, tmp_path, flags):
     out = tmp_path / "run"
     start(tiny, out, "--max_steps=30", "--eval_every=10", "--grad_clip=1.0", "--weight_decay=0.01", *flags)
@@ -109,20 +118,139 @@ def test_gradient_accumulation_changes_nothing(tiny, reference, tmp_path, flags)
         assert abs(losses(out)[step] - loss) < 1e-3
 
 
-def test_two_processes_equal_one(tiny, reference, tmp_path):
-    out = tmp_path / "run"
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", f"--dataset={tiny}",
-        f"--out={out}", *SMALL, "--max_steps=30", "--eval_every=10", "--save_every=10", "--grad_clip=1.0",
-        "--weight_decay=0.01")
-    one, two = losses(reference), losses(out)
-    assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-3
-    assert max(abs(one[s] - two[s]) for s in range(1, 6)) < 1e-5
-    vals = [[json.loads(line)["val_loss"] for line in (run_ / "log.jsonl").read_text(encoding="utf-8").splitlines()
-             if "val_loss" in line] for run_ in (reference, out)]
-    assert np.allclose(*vals, atol=1e-3)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", f"--out={out}", "--resume",
-        "--max_steps=33")
-    assert max(losses(out)) == 33
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory):
+    """A prepared dataset of many short documents."""
+    folder = tmp_path_factory.mktemp("lines")
+    text = "\n".join(f"{i} times {j} is {i * j}." for i in range(20) for j in range(20))
+    (folder / "lines.txt").write_text(text, encoding="utf-8")
+    run(ROOT / "prepare.py", folder / "lines.txt", f"--out={folder / 'lines'}", "--separator=\n", cwd=folder)
+    return folder / "lines"
+
+
+def launch(processes, lines, folder, plan, *flags, env=None):
+    """tests/parallel_worker.py on a plan: every run of it in one launch. Returns what it printed."""
+    path = folder / f"plan{processes}.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags] if processes else []
+    return run(*torchrun, ROOT / "tests/parallel_worker.py", lines, folder, path)
+
+
+def differences(folder, name, reference):
+    """Largest difference of losses, and of final weights, between two runs of 20 steps."""
+    one, two = losses(folder / name), losses(folder / reference)
+    assert one.keys() == two.keys() and len(one) == 20
+    ours, theirs = load_file(folder / name / "params.safetensors"), load_file(folder / reference / "params.safetensors")
+    assert ours.keys() == theirs.keys()
+    return max(abs(one[step] - two[step]) for step in one), max((ours[k] - theirs[k]).abs().max().item() for k in ours)
+
+
+@pytest.fixture(scope="session")
+def runs(lines, tmp_path_factory):
+    """The same 20 steps on one process, and spread over two and four in every way."""
+    folder = tmp_path_factory.mktemp("parallel")
+    launch(0, lines, folder, [{"name": "one"}, {"name": "tied", "tie_embeddings": True}, {"name": "single", "dtype": "float32"},
+                              {"name": "masked", "document_mask": True}])
+    launch(2, lines, folder, [
+        {"name": "ddp2"}, {"name": "zero2", "parallel": "zero2"}, {"name": "fsdp2", "parallel": "fsdp", "save_every": 10},
+        {"name": "ddp2_single", "dtype": "float32"}, {"name": "ddp2_masked", "document_mask": True},
+        {"name": "zero2_bf16", "parallel": "zero2", "dtype": "bfloat16"},
+        {"name": "fsdp2_again", "parallel": "fsdp", "checkpointing": True},
+        {"name": "tp2", "tensor_parallel": 2, "micro_batch": 4}])
+    shutil.copytree(folder / "fsdp2", folder / "moved")            # step 10, saved by two processes
+    shutil.rmtree(folder / "moved/state/step-0000020")
+    launch(4, lines, folder, [
+        {"name": "ddp4", "micro_batch": 1}, {"name": "fsdp4_tied", "parallel": "fsdp", "tie_embeddings": True, "micro_batch": 1},
+        {"name": "hsdp4", "parallel": "hsdp", "shards": 2, "micro_batch": 1},
+        {"name": "moved", "resume": True, "parallel": "hsdp", "shards": 2, "save_every": 5, "max_steps": 20},
+        {"name": "fsdp4_single", "parallel": "fsdp", "dtype": "float32"},
+        {"name": "tp_tied", "parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True},
+        {"name": "ddp_tp", "tensor_parallel": 2, "micro_batch": 4}])
+    shutil.copytree(folder / "moved", folder / "home")             # step 15, saved by four
+    shutil.rmtree(folder / "home/state/step-0000020")
+    launch(0, lines, folder, [{"name": "home", "resume": True}])
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
+@pytest.mark.parametrize("name,reference,bound", [
+    ("ddp2", "one", 1e-12), ("zero2", "one", 1e-12), ("fsdp2", "one", 1e-12), ("fsdp2_again", "one", 1e-12), ("tp2", "one", 1e-12),
+    ("ddp2_masked", "masked", 1e-12), ("ddp4", "one", 1e-12), ("fsdp4_tied", "tied", 1e-12), ("hsdp4", "one", 1e-12),
+    ("tp_tied", "tied", 1e-12), ("ddp_tp", "one", 1e-12), ("moved", "one", 1e-12), ("home", "one", 1e-12),
+    ("ddp2_single", "single", 1e-5), ("fsdp4_single", "single", 1e-5), ("zero2_bf16", "single", 0.03)])
+def test_many_processes_equal_one(runs, name, reference, bound):
+    """In losses and in weights, with very different numbers of targets per process and micro-batch."""
+    loss, weights = differences(runs, name, reference)
+    assert loss < bound and weights < bound
+    ours, theirs = load_model(runs / name, device="cpu")[0], load_model(runs / reference, device="cpu")[0]
+    assert all((a - b).abs().max() <= max(bound, 1e-7) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_torchrun_restarts_what_was_killed(lines, runs, tmp_path):
+    plan = [{"name": "killed", "fault": "kill 7", "save_every": 3, "micro_batch": 4}]
+    text = launch(2, lines, tmp_path, plan, "--max_restarts=1").stdout
+    assert "resuming at step 6" in text
+    shutil.copytree(runs / "one", tmp_path / "one")
+    assert max(differences(tmp_path, "killed", "one")) < 1e-12
+
+
+@pytest.fixture(scope="session")
+def faults(lines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    os.environ["CXX"] = "no-such-compiler"
+    try:
+        text = launch(0, lines, folder, [
+            {"name": "one"}, {"name": "oom", "fault": "oom", "micro_batch": 8}, {"name": "compiled", "compile": "on"},
+            {"name": "skip", "fault": "nan 5 6", "micro_batch": 8}, {"name": "back", "fault": "nan 7 10", "micro_batch": 8, "save_every": 4},
+            {"name": "stop", "fault": "nan 7 99", "micro_batch": 8, "save_every": 4},
+            {"name": "half", "dtype": "float16"}, {"name": "single", "dtype": "float32"}]).stdout
+    finally:
+        del os.environ["CXX"]
+    return folder, text
+
+
+def test_out_of_memory_and_a_missing_compiler_change_nothing(faults):
+    folder, text = faults
+    assert "now --micro_batch=4" in text and "now --micro_batch=2" in text and "--compile does not work here" in text
+    assert max(differences(folder, "oom", "one")) < 1e-12 and max(differences(folder, "compiled", "one")) < 1e-12
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_then_undone_then_explained(faults):
+    folder, text = faults
+    rows = [[json.loads(line) for line in (folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            for name in ("skip", "back", "stop")]
+    assert [row["step"] for row in rows[0] if "skipped" in row] == [5] and max(row["step"] for row in rows[0]) == 20
+    assert losses(folder / "skip")[4] == losses(folder / "back")[4]
+    assert [row["lr_factor"] for row in rows[1] if row["step"] in (4, 5) and "loss" in row] == [1.0, 0.5]
+    assert "went back to step 4 with half the learning rates" in text and max(row["step"] for row in rows[1]) == 20
+    assert "stop ended: the gradient became nan at step 7" in text and "Skipping 3 batches and going back did not help" in text
+    assert load_file(folder / "stop/bad_batch_0.safetensors")["x"].shape == (8, 16)
+    assert all(p.isfinite().all() for p in load_file(next((folder / "stop/state/step-0000004").glob("*.safetensors"))).values())
+
+
+def test_float16_trains_like_float32(faults):
+    loss, weights = differences(faults[0], "half", "single")
+    assert loss < 0.01 and weights < 0.02
+
+
+def test_documents_do_not_see_each_other(lines, runs):
+    """The loss of a window of several documents is that of each document alone; and unmasked it is another."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=264, block_size=64, n_layer=2, n_embd=16, n_head=2, n_kv_head=1, head_dim=8, n_hidden=24))
+    tokens, eos = train.Tokens(lines, "train", 64), train.open_dataset(train.Config(dataset=str(lines)))[1].eos_id
+    x, y = tokens.batch(0, 2)
+    segments = train.documents(x, eos)
+    assert segments.max() > 1
+    with torch.no_grad():
+        packed = model(x, y, reduction="none", segments=segments)
+        for row in range(2):
+            for number in segments[row].unique():
+                own = segments[row] == number
+                alone = model(x[row][own][None], y[row][own][None], reduction="none")
+                assert (packed[row][own] - alone[0]).abs().max() < 1e-5
+        assert (packed - model(x, y, reduction="none")).abs().max() > 1e-3
+    assert differences(runs, "masked", "one")[0] > 1e-3            # and a run with --document_mask is another run
 
 
 def test_muon_is_the_published_recipe():
@@ -185,7 +313,8 @@ def test_schedule():
 
 @pytest.mark.parametrize("flags,message", [
     (["--dataset=nowhere"], "--dataset=nowhere"), (["--preset=nowhere"], "--preset=nowhere"),
-    (["--batch_size=0"], "--batch_size=0"), (["--batch_size=6", "--micro_batch=4"], "--batch_size=6"),
+    (["--batch_size=0"], "--batch_size=0"), (["--parallel=fast"], "--parallel=fast"), (["--compile=maybe"], "--compile=maybe"),
+    (["--tensor_parallel=2"], "--tensor_parallel=2"), (["--init_from=nowhere"], "--init_from=nowhere"),
     (["--block_size=100000"], "--block_size=100000"), (["--n_kv_head=3"], "n_kv_head=3"), (["--bogus=1"], "--bogus"),
     (["--device=tpu"], "--device=tpu"), (["--dtype=int3"], "--dtype=int3"), (["--out=/dev/null/x"], "--out=/dev/null/x"),
     (["--cooldown=2"], "--cooldown=2"), (["--block_size=0"], "--block_size=0"), (["--micro_batch=-1"], "--micro_batch=-1"),
@@ -197,7 +326,6 @@ def test_bad_input_is_one_clear_line(tiny, tmp_path, flags, message):
 
 
 def test_a_foreign_tokenizer_and_a_cut_shard_are_refused(tiny, tmp_path):
-    import shutil
     from bpe import Tokenizer
     for damage, message in ((lambda d: Tokenizer.train(["abab"], 266).save(d), "tokenizer.json is not the one"),
                             (lambda d: os.truncate(d / "val_00000.bin", 10), "cut short")):
@@ -215,7 +343,6 @@ def test_a_second_run_keeps_the_first(tiny, tmp_path):
 
 
 def test_resume_refuses_another_model_or_other_data(tiny, reference, tmp_path):
-    import shutil
     out, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(reference, out)
     for flags in (["--n_layer=1"], ["--n_layer=3"], ["--tie_embeddings"]):
@@ -229,7 +356,6 @@ def test_resume_refuses_another_model_or_other_data(tiny, reference, tmp_path):
 
 
 def test_a_refused_flag_does_not_move_the_earlier_run(tiny, reference, tmp_path):
-    import shutil
     out = tmp_path / "run"
     shutil.copytree(reference, out)
     done = start(tiny, out, "--n_kv_head=3", check=False)

@@ -169,7 +169,10 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
-        dist.init_process_group("nccl" if nccl else "gloo", **({"device_id": device} if nccl else {}))
+        store, _, _ = next(dist.rendezvous("env://"))              # after a restart it may still hold the addresses of the dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
+                                **({"device_id": device} if nccl else {}))
     if kind == "cpu":
         torch.set_flush_denormal(True)
     if cfg.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):

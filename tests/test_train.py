@@ -86,12 +86,13 @@ def test_signals_save_before_leaving(tiny, tmp_path, number):
     assert process.returncode == 0 and "everything is saved" in text
     step = max(losses(out))
     assert (out / f"state/step-{step:07d}/state.json").is_file() and load_model(out, device="cpu")
-    run(ROOT / "train.py", f"--out={out}", "--resume", f"--max_steps={step + 3}")
-    assert max(losses(out)) == step + 3
+    if number == signal.SIGTERM:
+        run(ROOT / "train.py", f"--out={out}", "--resume", f"--max_steps={step + 3}")
+        assert max(losses(out)) == step + 3
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "state", "gone"])
-def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, damage):
+def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, damage, capsys):
     out = tmp_path / "copy"
     shutil.copytree(reference, out)
     newest = sorted((out / "state").glob("step-*"))[-1]
@@ -105,17 +106,19 @@ def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, damage):
         where = data.index(b"30") if damage == "state" else len(data) // 2
         data[where] ^= 1                                           # one flipped bit: the step becomes 20
         path.write_bytes(data)
-    text = run(ROOT / "train.py", f"--out={out}", "--resume").stdout
-    assert "is damaged" in text and "resuming at step 20" in text
-    assert losses(out) == losses(reference)
-
-
-@pytest.mark.parametrize("flags", [["--micro_batch=1"], ["--micro_batch=3"]])
-def test_gradient_accumulation_changes_nothing(tiny, reference, tmp_path, flags):
-    out = tmp_path / "run"
-    start(tiny, out, "--max_steps=30", "--eval_every=10", "--grad_clip=1.0", "--weight_decay=0.01", *flags)
-    for step, loss in losses(reference).items():
-        assert abs(losses(out)[step] - loss) < 1e-3
+    if damage == "bit":
+        text = run(ROOT / "train.py", f"--out={out}", "--resume").stdout
+        assert "is damaged" in text and "resuming at step 20" in text
+        assert losses(out) == losses(reference)
+        return
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    model = GPT(GPTConfig(**manifest["model"]))
+    optimizers = train.make_optimizers(model, train.Config(), torch.float32)
+    assert train.load_state(out, model, optimizers).step == 20 and "is damaged" in capsys.readouterr().out
+    for path in out.glob("state/*/*.safetensors"):
+        os.truncate(path, 100)
+    with pytest.raises(SystemExit, match="no usable checkpoint"):
+        train.load_state(out, model, optimizers)
 
 
 @pytest.fixture(scope="session")
@@ -201,13 +204,17 @@ def faults(lines, tmp_path_factory):
     os.environ["CXX"] = "no-such-compiler"
     try:
         text = launch(0, lines, folder, [
-            {"name": "one"}, {"name": "oom", "fault": "oom", "micro_batch": 8}, {"name": "compiled", "compile": "on"},
+            {"name": "one"}, {"name": "uneven", "micro_batch": 3}, {"name": "oom", "fault": "oom", "micro_batch": 8}, {"name": "compiled", "compile": "on"},
             {"name": "skip", "fault": "nan 5 6", "micro_batch": 8}, {"name": "back", "fault": "nan 7 10", "micro_batch": 8, "save_every": 4},
             {"name": "stop", "fault": "nan 7 99", "micro_batch": 8, "save_every": 4},
             {"name": "half", "dtype": "float16"}, {"name": "single", "dtype": "float32"}]).stdout
     finally:
         del os.environ["CXX"]
     return folder, text
+
+
+def test_gradient_accumulation_changes_nothing(faults):
+    assert max(differences(faults[0], "uneven", "one")) < 1e-12    # 3 + 3 + 2 sequences instead of 2 + 2 + 2 + 2
 
 
 def test_out_of_memory_and_a_missing_compiler_change_nothing(faults):
@@ -319,9 +326,12 @@ def test_schedule():
     (["--device=tpu"], "--device=tpu"), (["--dtype=int3"], "--dtype=int3"), (["--out=/dev/null/x"], "--out=/dev/null/x"),
     (["--cooldown=2"], "--cooldown=2"), (["--block_size=0"], "--block_size=0"), (["--micro_batch=-1"], "--micro_batch=-1"),
     (["--sample_tokens=0"], "--sample_tokens=0"), (["--muon_lr=-1"], "--muon_lr=-1"), (["--resume", "--out=nowhere"], "--resume")])
-def test_bad_input_is_one_clear_line(tiny, tmp_path, flags, message):
-    done = run(ROOT / "train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, *flags, check=False)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_is_one_clear_line(tiny, tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, *flags])
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse(train.Config, train.PRESETS))
+    torch.set_flush_denormal(False)
+    assert stop.value.code != 0 and message in f"{stop.value} {capsys.readouterr().err}"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -345,7 +355,7 @@ def test_a_second_run_keeps_the_first(tiny, tmp_path):
 def test_resume_refuses_another_model_or_other_data(tiny, reference, tmp_path):
     out, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(reference, out)
-    for flags in (["--n_layer=1"], ["--n_layer=3"], ["--tie_embeddings"]):
+    for flags in (["--n_layer=3"], ["--tie_embeddings"]):
         done = run(ROOT / "train.py", f"--out={out}", "--resume", "--max_steps=40", *flags, check=False)
         assert done.returncode != 0 and "another shape" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "other.txt").write_text("Other words. " * 500, encoding="utf-8")

@@ -18,12 +18,13 @@ of ours opens in transformers, vLLM or llama.cpp's converter as it is, and their
 
 Run     python model.py --summary=gpt2                           # also: llama3-70b, a folder, Qwen/Qwen3-0.6B
 You see parameters, FLOPs and memory to train and to serve, before a byte of it is allocated (70 billion: 3 s)
-Read    GPT.forward first, then Attention, then the rest; train.py makes one, sample.py uses it
+Read    GPT.forward first, then Attention, then the parts above it and KVCache. What follows "A model is a folder" is for
+        the engineer: this file is long because seven families and their folders have to agree to the last digit
 Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
         E experts, S slots of a KV cache
-Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), gated MLPs (2002.05202),
-        GQA (2305.13245), QK-norm (2010.04245), YaRN (2309.00071), Mistral (2310.06825), Mixtral (2401.04088), Qwen3 (2505.09388)
+Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), QK-norm (2010.04245),
+        gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
 import json
 import math
@@ -39,7 +40,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data.families import ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
+from data.families import (ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf,
+                           tensors_to_hf)
+from data.hub import find_folder, read_json, weight_files
 
 
 @dataclass
@@ -175,7 +178,8 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, computed in fp32."""
     def forward(self, x):
-        return F.layer_norm(upcast(x), self.normalized_shape, upcast(self.weight), upcast(self.bias), self.eps).to(x.dtype)
+        weight, bias = upcast(self.weight), upcast(self.bias)
+        return F.layer_norm(upcast(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 def rope_frequencies(config, length=0, device=None):
@@ -261,8 +265,8 @@ def attention(q, k, v, mask=None, causal=False, fused=True):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
     mask (B or 1, 1, T, S) is True where a query may look; causal=True (only when T == S) is the triangle.
-    fused=False is the same arithmetic written out: the lesson, the reference of the tests, and the faster way to
-    train in bf16 on a CPU, where the backward of the fused kernel is slow.
+    fused=False is the same arithmetic written out: the lesson, the reference of the tests, and the faster way to train
+    in bf16 on a CPU in short contexts (1.5 to 3 times at 64 to 256 tokens; at 1,024 the fused kernel wins by as much).
     """
     B, H, T, D = q.shape
     groups = H // k.shape[1]
@@ -273,12 +277,12 @@ def attention(q, k, v, mask=None, causal=False, fused=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)   # query head h reads h // groups
-    scores = upcast(q @ k.mT) / math.sqrt(D)                                            # (B, H, T, S)
+    scores = (q * D ** -0.5) @ k.mT                                                     # (B, H, T, S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1).to(q.dtype) @ v
+        scores = scores.masked_fill_(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v                              # torch sums a softmax in float32, whatever its type
 
 
 class Attention(nn.Module):
@@ -326,7 +330,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Every token goes to the n_expert_used of E MLPs that the router `gate` likes best, none is dropped (2401.04088)."""
+    """Every token goes to the n_expert_used of E MLPs that the router `gate` likes best. None is dropped."""
     def __init__(self, config):
         super().__init__()
         self.k, self.norm = config.n_expert_used, config.expert_norm
@@ -340,17 +344,19 @@ class MoE(nn.Module):
         if self.norm:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         # for the balance loss and the log: how often each expert was chosen, and how much it was liked
-        self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), torch.ones_like(weight).float().flatten())
+        ones = torch.ones(chosen.numel(), device=x.device)
+        self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), ones)
         self.liked = probs.sum(dim=0)
         y = torch.zeros_like(flat)
-        if self.training and self.experts[0].gate_proj is not None and self.experts[0].up_proj.bias is None:
+        expert = self.experts[0]
+        if self.training and x.dtype == torch.bfloat16 and expert.gate_proj is not None and expert.up_proj.bias is None:
             # sorted by expert, one grouped matmul per matrix: no shape depends on the data, so it compiles whole
             order = chosen.flatten().argsort(stable=True)                       # (N k), the pairs of expert 0 first
             token, ends = order // self.k, self.load.cumsum(0).to(torch.int32)
             stack = [torch.stack([getattr(e, name).weight for e in self.experts]).to(x.dtype).mT      # (E, in, out)
                      for name in ("gate_proj", "up_proj", "down_proj")]
             rows = flat[token]
-            hidden = self.experts[0].act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
+            hidden = expert.act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
             out = F.grouped_mm(hidden, stack[2], offs=ends) * weight.flatten()[order, None].to(x.dtype)
             return y.index_add(0, token, out).view_as(x)
         for number in chosen.unique().tolist():                                 # only experts that somebody chose
@@ -377,34 +383,34 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits alive.
 
     The gradient of a sum is known in the forward pass already, (softmax - one_hot) per row, so each chunk of logits is
-    turned into its part of dh and dweight at once and forgotten: N x V numbers never exist, and nothing is computed twice.
+    turned into its part of dh and dweight at once and forgotten: N x V numbers never exist, nothing is computed twice.
     """
     @staticmethod
     def forward(ctx, h, weight, targets, rows, softcap):
         w = weight.to(h.dtype)
         total = torch.zeros((), dtype=upcast(h).dtype, device=h.device)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight)
+        dh, dw = torch.empty_like(h), None
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
             logits = upcast(chunk @ w.T)
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
-            counted = (y >= 0)[:, None]
-            logsum = logits.logsumexp(dim=-1, keepdim=True)
-            gold = y.clamp(min=0)[:, None]
-            total += ((logsum - logits.gather(1, gold)) * counted).sum()
-            grad = (logits - logsum).exp().scatter_add(1, gold, -torch.ones_like(logsum)) * counted
+            counted, gold = (y >= 0)[:, None], y.clamp(min=0)[:, None]
+            logprobs = logits.log_softmax(dim=-1)
+            total -= (logprobs.gather(1, gold) * counted).sum()
+            grad = logprobs.exp_().scatter_add_(1, gold, -torch.ones_like(gold, dtype=logprobs.dtype))
             if softcap:
                 grad = grad * (1 - (logits / softcap).square())
             grad = grad.to(h.dtype)
-            dchunk.copy_(grad @ w)
-            dw += grad.T @ chunk
+            dchunk.copy_((grad @ w) * counted)                     # rows that do not count: masked here, where they are short
+            part = grad.T @ (chunk * counted)
+            dw = part.to(weight.dtype) if dw is None else dw.add_(part)
         ctx.save_for_backward(dh, dw)
         return total
 
     @staticmethod
     def backward(ctx, dtotal):
         dh, dw = ctx.saved_tensors
-        return dh * dtotal.to(dh.dtype), dw * dtotal, None, None, None
+        return dh.mul_(dtotal.to(dh.dtype)), dw.mul_(dtotal), None, None, None         # in place, for dw is large
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +423,7 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False                                 # keep only each block's input, compute the rest again
-        self.max_logits = 1 << 26                                  # logits alive at once in training: 256 MB in fp32
+        self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
@@ -434,7 +440,8 @@ class GPT(nn.Module):
             frequency, self.rope_scale = rope_frequencies(self.config, device=device)
             self.register_buffer("frequency", frequency, persistent=False)
         if self.config.position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoids(self.config.block_size, self.config.n_embd).to(device), persistent=False)
+            table = sinusoids(self.config.block_size, self.config.n_embd).to(device)
+            self.register_buffer("sinusoids", table, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -463,7 +470,8 @@ class GPT(nn.Module):
                 p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C), generator=generator)
         return self
 
-    def forward(self, ids, targets=None, cache=None, counts=None, last=False, reduction="mean", segments=None, hidden=False):
+    def forward(self, ids, targets=None, cache=None, counts=None, last=False, reduction="mean", segments=None,
+                hidden=False):
         """ids (B, T) -> logits (B, T, V) in fp32, or the cross-entropy in nats when targets (B, T) are given.
 
         targets     the next id at every position; -100 where it does not count. reduction: mean, sum or none (B, T).
@@ -483,7 +491,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)
             masks = {}
             for window in set(config.windows):
-                plain = segments is None and not 0 < window < T                          # the kernel's own triangle will do
+                plain = segments is None and not 0 < window < T                          # the kernel has its triangle
                 masks[window] = None if plain else visible(positions, positions, window)[None, None]
                 if segments is not None:
                     masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
@@ -495,8 +503,8 @@ class GPT(nn.Module):
         x, rope = x.to(self.dtype), None
         if config.position == "rope":
             frequency = self.frequency
-            if (config.rope_scaling or {}).get("rope_type") == "dynamic":                # depends on the length; keys that
-                length = T if cache is None else cache.end_slot                          # are cached keep their old angles,
+            if (config.rope_scaling or {}).get("rope_type") == "dynamic":                # depends on the length so far;
+                length = T if cache is None else cache.end_slot                          # what is cached keeps its angles,
                 frequency, _ = rope_frequencies(config, length, ids.device)              # as in transformers
             rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
         for block in self.layers:
@@ -538,17 +546,19 @@ class GPT(nn.Module):
         return loss
 
     def balance(self):
-        """E sum_e (share of choices of expert e) (mean probability of e), over the tokens of the last forward pass and all
-        layers: n_expert_used when all experts are equally busy, more the more unequal."""
+        """E sum_e (choices of expert e per token) (mean probability of e), over the tokens of the last forward pass and
+        all layers: n_expert_used when all experts are equally busy, more the more unequal."""
         moes = [block.mlp for block in self.layers]
         rows = sum(moe.load.sum() for moe in moes) / self.config.n_expert_used
-        return self.config.n_expert * (sum(moe.load for moe in moes) / rows * sum(moe.liked for moe in moes) / rows).sum()
+        load, liked = (sum(getattr(moe, name) for moe in moes) / rows for name in ("load", "liked"))
+        return self.config.n_expert * (load * liked).sum()
 
     def pack(self):
-        """Lay out all weights for inference on a CPU: 2 to 3 times faster there for a few rows, and the numbers of a row no
-        longer depend on its neighbours. The model can then be neither trained nor saved. Elsewhere nothing happens."""
+        """Lay out all weights for inference on a CPU, where that is faster; and the numbers of a row no longer depend on
+        its neighbours. The model can then be neither trained nor saved. On other devices nothing happens."""
         device = self.embed_tokens.weight.device
-        if device.type == "cpu" and torch.backends.mkldnn.is_available() and self.dtype in (torch.float32, torch.bfloat16):
+        able = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if able and self.dtype in (torch.float32, torch.bfloat16):
             for module in self.modules():
                 if isinstance(module, Linear) and module.packed is None:
                     module.pack(self.dtype)
@@ -561,8 +571,8 @@ class GPT(nn.Module):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens.
 
         2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and layer.
-        All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and by torch's
-        counter, though a causal kernel may skip half. Of the experts only those count that a token is sent to.
+        All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and by
+        torch's counter, though a causal kernel may skip half. Of the experts only those count that a token is sent to.
         """
         c = self.config
         matmul = c.vocab_size * c.n_embd                           # the head, tied or not
@@ -676,18 +686,12 @@ def save_model(folder, model, tokenizer):
         tokenizer.save(folder)
     config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    write_json(folder / "generation_config.json",
+               {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
     temporary.chmod(0o644)                                         # safetensors makes files only their owner may read
     os.replace(temporary, folder / "model.safetensors")
     for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
         old.unlink(missing_ok=True)                                # shards of what was here before
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def read_config(hf, where):
@@ -698,46 +702,14 @@ def read_config(hf, where):
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
 
 
-def weight_files(folder):
-    """The safetensors files of a model folder: one, or the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not single.is_file() and index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing; {index.name} names {len(names)} shards. Copy it into the folder")
-        return [folder / name for name in names]
-    if not single.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        raise ValueError(f"{folder} has no model.safetensors" + (
-            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
-            ": the folder is incomplete. Train again: python train.py, or copy the missing file into it"))
-    return [single]
-
-
-def find_folder(path):
-    """The folder of a model on disk, or of one on the Hugging Face Hub named like Qwen/Qwen3-0.6B."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
-        raise ValueError(f"{path} holds no model (no config.json). Train one first: python train.py")
-    from data.hub import hub_folder                                # lazily, as most models are here already
-    try:
-        return hub_folder(str(path))
-    except OSError as error:
-        raise ValueError(str(error)) from None
-
-
 def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     """Read a Hugging Face folder, or download one. Returns (model, tokenizer), the model on `device`.
 
     path        a folder, or a name on the Hub (OWNER/NAME; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed)
     dtype       of weights and activations; None is float32
     need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
-    Tensor by tensor: peak memory is the model plus one tensor. Raises ValueError naming the file and what is wrong with it;
-    no partial model is ever returned.
+    Tensor by tensor: peak memory is the model plus one tensor. Raises ValueError naming the file and what is wrong with
+    it; no partial model is ever returned.
     """
     from bpe import Tokenizer                                      # lazily: the model itself knows only ids
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
@@ -761,9 +733,6 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
         model = GPT(config)
     expected, tensors = dict(model.named_parameters()), {}
     for file in files:
-        with open(file, "rb") as start:
-            if start.read(4).startswith((b"PK\x03\x04", b"\x80")):
-                raise ValueError(f"{file} is a pickle, whatever it is called, and never opened here: it may run any code")
         try:
             with safe_open(file, "pt", device=str(device)) as opened:
                 for key in opened.keys():
@@ -827,8 +796,8 @@ def summarize(config, B, T, dtype=torch.bfloat16):
     idle = idle * (config.n_expert - config.n_expert_used) // max(1, config.n_expert)
     full, lean = (saved_bytes(config, B, T, dtype, checkpointing) for checkpointing in (False, True))
     return dict(family=ARCHITECTURES[family_of(config)], parameters=N, active=N - idle,
-                flops_train=model.flops_per_token(T), flops_generate=model.flops_per_token(T) / 3, weights=4 * N, gradients=4 * N,
-                adamw=8 * N, activations=full, activations_checkpointed=lean, serve=size * N,
+                flops_train=model.flops_per_token(T), flops_generate=model.flops_per_token(T) / 3,
+                weights=4 * N, gradients=4 * N, adamw=8 * N, activations=full, activations_checkpointed=lean, serve=size * N,
                 cache_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * size)
 
 
@@ -845,36 +814,35 @@ def main(cfg):
         config = GPTConfig(**PRESETS[cfg.summary])
     else:
         try:
-            if "/" in cfg.summary and not Path(cfg.summary).exists():
-                from data.hub import hub_file
-                file = hub_file(cfg.summary, "config.json")
-            else:
-                file = find_folder(cfg.summary) / "config.json"
+            file = find_folder(cfg.summary, only="config.json") / "config.json"
             config = read_config(read_json(file), file)
         except (ValueError, OSError) as error:
             raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(PRESETS)}") from None
     T = cfg.block_size or min(config.block_size, 4096)
     if cfg.batch_size < 1 or not 1 <= T <= config.block_size:
-        raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and at most the model's {config.block_size}")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16")
+        raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and no longer than the model's "
+                         f"context of {config.block_size}")
+    if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
+        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts are reckoned in bfloat16 only)")
     s, B, dtype = summarize(config, cfg.batch_size, T, getattr(torch, cfg.dtype)), cfg.batch_size, cfg.dtype
 
     def size(n):
         unit = next(i for i in (3, 2, 1, 0) if n >= 1000 ** i or i == 0)
         return f"{n / 1000 ** unit:,.{unit and 1}f} {['B', 'kB', 'MB', 'GB'][unit]}"
-    state = s["weights"] + s["gradients"] + s["adamw"]
+    experts = f" x {config.n_expert} experts" if config.n_expert else ""
+    active = f"   {s['active']:,} of them at work on a token" if config.n_expert else ""
+    state, lean = s["weights"] + s["gradients"] + s["adamw"], s["activations_checkpointed"]
     print(f"""{cfg.summary}: {s['family']}
-  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} on {config.n_kv_head} of keys and values, \
-MLP {config.n_hidden}{f" x {config.n_expert} experts" if config.n_expert else ""}, context {config.block_size:,}
-  parameters       {s['parameters']:>18,}{f"   {s['active']:,} of them at work on a token" if config.n_expert else ""}
+  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} on {config.n_kv_head} of keys \
+and values, MLP {config.n_hidden}{experts}, context {config.block_size:,}
+  parameters       {s['parameters']:>18,}{active}
   FLOPs per token  {s['flops_train']:>18.4g}   to train on {T:,} tokens; {s['flops_generate']:.4g} to generate after as many
 to train, batch {B} x {T:,}, weights float32, activations {dtype}
   weights          {size(s['weights']):>18}
   gradients        {size(s['gradients']):>18}
   AdamW            {size(s['adamw']):>18}   two moments; Muon keeps one for the matrices
-  activations      {size(s['activations']):>18}   {size(s['activations_checkpointed'])} with activation checkpointing
-  together         {size(state + s['activations']):>18}   {size(state + s['activations_checkpointed'])} with activation checkpointing
+  activations      {size(s['activations']):>18}   {size(lean)} with activation checkpointing
+  together         {size(state + s['activations']):>18}   {size(state + lean)} with activation checkpointing
 to serve in {dtype}
   weights          {size(s['serve']):>18}   int8 {size(s['parameters'])}, int4 {size(s['parameters'] / 2)}
   cache per token  {size(s['cache_per_token']):>18}   {size(T * s['cache_per_token'])} for {T:,} tokens""")

@@ -154,7 +154,8 @@ def config_from_hf(hf, where="config.json"):
         if window and family in ("qwen2", "qwen3"):
             kinds = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 28) else "full_attention"
                                               for i in range(v["n_layer"])]
-            v["window_layers"] = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+            chosen = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+            v["window_layers"] = chosen if len(chosen) < v["n_layer"] else None
     if family in ("mixtral", "qwen3_moe"):
         if hf.get("mlp_only_layers"):
             raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")

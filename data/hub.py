@@ -143,3 +143,50 @@ def hub_folder(repo):
             shutil.copyfile(path, folder / f"{path.name}.part")
             os.replace(folder / f"{path.name}.part", folder / path.name)
     return folder
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def find_folder(path, only=None):
+    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why there is none.
+
+    only: the one file that is needed; the others are then not downloaded."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
+        raise ValueError(f"{path} holds no model (no config.json). Train one first: python train.py")
+    try:
+        return hub_file(str(path), only).parent if only else hub_folder(str(path))
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder: one, or the shards that its index names. ValueError where one is missing,
+    or where there is a pickle instead: that could run any code, and is never opened."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.is_file() and index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise ValueError(f"{file} is missing; {index.name} names {len(names)} shards. Copy it into the folder")
+    elif not single.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        raise ValueError(f"{folder} has no model.safetensors" + (
+            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust "
+            "it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
+            ": the folder is incomplete. Train again: python train.py, or copy the missing file into it"))
+    for file in files:
+        with open(file, "rb") as opened:
+            head = opened.read(9)                          # the length of the header, then the header: {
+        if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
+            raise ValueError(f"{file} is a pickle, whatever it is called, and never opened here: it may run any code")
+    return files

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,7 +153,8 @@ def differences(folder, name, reference):
 def runs(lines, tmp_path_factory):
     """The same 20 steps on one process, and spread over two and four in every way."""
     folder = tmp_path_factory.mktemp("parallel")
-    launch(0, lines, folder, [{"name": "one"}, {"name": "tied", "tie_embeddings": True}, {"name": "single", "dtype": "float32"},
+    launch(0, lines, folder, [{"name": "one"}, {"name": "tied", "tie_embeddings": True}, {"name": "thin", "n_layer": 1},
+                              {"name": "thin_tied", "n_layer": 1, "tie_embeddings": True}, {"name": "single", "dtype": "float32"},
                               {"name": "masked", "document_mask": True}])
     launch(2, lines, folder, [
         {"name": "ddp2"}, {"name": "zero2", "parallel": "zero2"}, {"name": "fsdp2", "parallel": "fsdp", "save_every": 10},
@@ -167,8 +169,8 @@ def runs(lines, tmp_path_factory):
         {"name": "hsdp4", "parallel": "hsdp", "shards": 2, "micro_batch": 1},
         {"name": "moved", "resume": True, "parallel": "hsdp", "shards": 2, "save_every": 5, "max_steps": 20},
         {"name": "fsdp4_single", "parallel": "fsdp", "dtype": "float32"},
-        {"name": "tp_tied", "parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True},
-        {"name": "ddp_tp", "tensor_parallel": 2, "micro_batch": 4}])
+        {"name": "tp_tied", "parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True, "n_layer": 1, "micro_batch": 4},
+        {"name": "ddp_tp", "tensor_parallel": 2, "n_layer": 1, "micro_batch": 4}])
     shutil.copytree(folder / "moved", folder / "home")             # step 15, saved by four
     shutil.rmtree(folder / "home/state/step-0000020")
     launch(0, lines, folder, [{"name": "home", "resume": True}])
@@ -179,7 +181,7 @@ def runs(lines, tmp_path_factory):
 @pytest.mark.parametrize("name,reference,bound", [
     ("ddp2", "one", 1e-12), ("zero2", "one", 1e-12), ("fsdp2", "one", 1e-12), ("fsdp2_again", "one", 1e-12), ("tp2", "one", 1e-12),
     ("ddp2_masked", "masked", 1e-12), ("ddp4", "one", 1e-12), ("fsdp4_tied", "tied", 1e-12), ("hsdp4", "one", 1e-12),
-    ("tp_tied", "tied", 1e-12), ("ddp_tp", "one", 1e-12), ("moved", "one", 1e-12), ("home", "one", 1e-12),
+    ("tp_tied", "thin_tied", 1e-12), ("ddp_tp", "thin", 1e-12), ("moved", "one", 1e-12), ("home", "one", 1e-12),
     ("ddp2_single", "single", 1e-5), ("fsdp4_single", "single", 1e-5), ("zero2_bf16", "single", 0.03)])
 def test_many_processes_equal_one(runs, name, reference, bound):
     """In losses and in weights, with very different numbers of targets per process and micro-batch."""
@@ -393,3 +395,72 @@ def test_a_full_disk_leaves_nothing_half_written(tiny, tmp_path):
             assert path.read_bytes() == before[path]
     run(ROOT / "train.py", f"--out={out}", "--resume", "--max_steps=8")
     assert max(losses(out)) == 8 and load_model(out, device="cpu")
+
+
+def test_training_goes_on_from_a_saved_model(tiny, reference, tmp_path):
+    out = tmp_path / "run"
+    start(tiny, out, f"--init_from={reference}", "--max_steps=3", "--muon_lr=0.003", "--learning_rate=0.001")
+    assert losses(out)[1] < 0.6 * losses(reference)[1]
+    assert load_model(out, device="cpu")[0].config == load_model(reference, device="cpu")[0].config
+    (tmp_path / "other.txt").write_text("Other words. " * 500, encoding="utf-8")
+    run(ROOT / "prepare.py", tmp_path / "other.txt", f"--out={tmp_path / 'data'}", "--vocab_size=270", cwd=tmp_path)
+    done = start(tmp_path / "data", out, f"--init_from={reference}", check=False)
+    assert done.returncode != 0 and "made with another tokenizer" in done.stderr
+
+
+def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path):
+    text = start(tiny, tmp_path / "run", "--dry_run", "--max_steps=500").stdout
+    assert all(word in text for word in ("memory per process", "tokens per second", "minutes", "disk:", "are free", "schedule: █"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("width,batch", [(1, 1), (2, 1), (1, 4)])
+def test_the_rates_hold_when_width_or_batch_change(tiny, tmp_path, width, batch):
+    """Without touching a rate: twice the width, or four times the batch, learns at least as well in as many steps."""
+    cfg = train.Config(n_embd=32 * width, n_head=2 * width, head_dim=16, n_hidden=64 * width)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=264, block_size=32, n_layer=2, n_embd=cfg.n_embd, n_head=cfg.n_head, n_kv_head=cfg.n_head,
+                          head_dim=16, n_hidden=cfg.n_hidden)).init_weights()
+    optimizers, tokens = train.make_optimizers(model, cfg, torch.float32), train.Tokens(tiny, "train", 32)
+    for step in range(60):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * train.lr_at(step, train.Config(max_steps=60))
+        x, y = tokens.batch(step * 8 * batch, 8 * batch)
+        model(x, y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert train.evaluate_loss(model, train.Tokens(tiny, "val", 32), 16) < 1.0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_the_cluster_scripts_run(tiny, tmp_path):
+    """Their syntax, and a dry run of each on this machine; Slurm's commands are stood in for."""
+    for script in sorted((ROOT / "runs").glob("*.sh")):
+        subprocess.run(["bash", "-n", script], check=True)
+    shims = {"srun": 'exec "$@"', "scontrol": 'case "$1" in show) echo localhost;; *) echo "scontrol $*" >> "$CALLS";; esac'}
+    for name, body in shims.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                   "NPROC": "2", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7", "CALLS": str(tmp_path / "calls"),
+                   "SLURM_SUBMIT_DIR": str(ROOT)}
+    small = [f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL]
+    for script, flags in (("node.sh", ["--dry_run", "--parallel=fsdp"]), ("slurm.sh", ["--max_steps=3", "--eval_every=0"])):
+        done = subprocess.run(["bash", ROOT / "runs" / script, *small, *flags], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 x cpu" in done.stdout
+    (tmp_path / "torchrun").write_text("#!/usr/bin/env bash\necho $@\n", encoding="utf-8")
+    (tmp_path / "torchrun").chmod(0o755)
+    text = subprocess.run(["bash", ROOT / "runs/nodes.sh", "--dry_run"], env={**environment, "NODES": "4", "HEAD": "10.0.0.1"},
+                          capture_output=True, text=True).stdout
+    assert text.startswith("--nnodes=4 --nproc_per_node=2 ") and "--rdzv_endpoint=10.0.0.1:29500" in text \
+        and text.endswith("train.py --dry_run\n")
+    assert max(losses(tmp_path / "run")) == 3 and not (tmp_path / "calls").exists()
+    path = tmp_path / "run/manifest.json"                          # a run that a signal stopped early is handed in again
+    path.write_text(path.read_text(encoding="utf-8").replace('"max_steps": 3', '"max_steps": 9'), encoding="utf-8")
+    (tmp_path / "srun").write_text("#!/usr/bin/env bash\nexit 1\n", encoding="utf-8")
+    subprocess.run(["bash", ROOT / "runs/slurm.sh", *small], cwd=tmp_path, env=environment, timeout=60)
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "scontrol requeue 7\n"

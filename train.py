@@ -807,11 +807,13 @@ def build_model(cfg, tokenizer, before):
             raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} knows {model.config.block_size} positions. "
                              f"Train with --block_size={model.config.block_size} or less")
         return model.train()
-    values = (before["model"] if before else {}) | {name: getattr(cfg, name) for name in SHAPE}
-    values |= {"n_kv_head": cfg.n_kv_head or cfg.n_head, "block_size": max(cfg.block_size, values.get("block_size", 0)),
-               "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    saved = before["model"] if before else {}
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=max(cfg.block_size, saved.get("block_size", 0)), n_layer=cfg.n_layer,
+                 n_embd=cfg.n_embd, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head, head_dim=cfg.head_dim,
+                 n_hidden=cfg.n_hidden, rope_theta=cfg.rope_theta, qk_norm=cfg.qk_norm, tie_embeddings=cfg.tie_embeddings,
+                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     try:
-        return GPT(GPTConfig(**values)).init_weights()
+        return GPT(GPTConfig(**saved | shape)).init_weights()
     except ValueError as error:
         raise SystemExit(f"--{error}. See python train.py --help") from None
 

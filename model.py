@@ -29,7 +29,7 @@ Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), R
 import json
 import math
 import os
-import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -684,6 +684,9 @@ def save_model(folder, model, tokenizer):
     save_file(tensors, temporary, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(folder)
+        if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
+            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever tokenizer.json "
+                          "says: its ids will differ from ours. Learn it with --pattern=qwen2, or use a qk_norm model")
     config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",

@@ -1,5 +1,5 @@
 """
-What Hugging Face calls things: config.json and tensor names of each family <-> model.py's GPTConfig and parameter names.
+What Hugging Face calls things: config.json and tensor names of each family <-> GPTConfig and parameters of model.py.
 
 Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses q, k
 and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by name when
@@ -20,16 +20,18 @@ GPT2_NAMES = HF_NAMES | dict(block_size="n_positions", n_layer="n_layer", n_embd
 ARCHITECTURES = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", mistral="MistralForCausalLM",
                      qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM", mixtral="MixtralForCausalLM",
                      qwen3_moe="Qwen3MoeForCausalLM", nanopath="NanopathGPT")
-HF_ACTIVATIONS = dict(silu="silu", gelu="gelu", gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", relu="relu", relu2="relu2")
+HF_ACTIVATIONS = dict(silu="silu", gelu="gelu", gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", relu="relu",
+                      relu2="relu2")
 # keys of config.json that are read below ...
 READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", "hidden_act", "activation_function",
         "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "layer_types",
         "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
         "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
 # ... that cannot change a logit ...
-HARMLESS = re.compile(r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|initializer_range|"
-                      r".*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|n_ctx|output_.*|router_jitter_noise|"
-                      r"pretraining_tp|reorder_and_upcast_attn|tokenizer_class|_?attn_implementation.*|is_llama_config|unsloth.*")
+HARMLESS = re.compile(r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|n_ctx|output_.*|"
+                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|unsloth.*|"
+                      r"router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|is_llama_config|"
+                      r"_?attn_implementation.*")
 # ... and that would, with the only value this file computes
 FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
 
@@ -70,7 +72,8 @@ def config_to_hf(config, dtype="float32"):
     hf |= {"bos_token_id": None, "eos_token_id": eos, "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
     if family == "gpt2":
-        return hf | {"activation_function": activation, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp asks for it
+        return hf | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     rope = c.rope_scaling or {"rope_type": "default"}
     old = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "dynamic" and old:
@@ -102,35 +105,39 @@ def config_from_hf(hf, where="config.json"):
     if family not in ARCHITECTURES:
         raise ValueError(f"{where}: model_type={family!r} is not supported; this model reads {', '.join(ARCHITECTURES)}")
     if family == "nanopath":
-        values = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "torch_dtype", "dtype")}
+        outer = ("architectures", "model_type", "torch_dtype", "dtype")
+        values = {key: value for key, value in hf.items() if key not in outer}
         for key in ("window_layers", "stop_token_ids"):
             values[key] = values.get(key) and tuple(values[key])
         return values | {"stop_token_ids": values["stop_token_ids"] or ()}
     for key, value in hf.items():
         wrong = value != FIXED[key] if key in FIXED else value and key not in READ and not HARMLESS.fullmatch(key)
         if wrong:
-            raise ValueError(f"{where}: {key}={value!r} is not supported" + (f", only {FIXED[key]!r}" if key in FIXED else ""))
+            only = f", only {FIXED[key]!r}" if key in FIXED else ""
+            raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
     if family == "gpt2":
         v.setdefault("n_hidden", 4 * v.get("n_embd", 0))
     if family == "qwen3_moe" and "moe_intermediate_size" in hf:
         v["n_hidden"] = hf["moe_intermediate_size"]
-    missing = [names[name] for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_hidden") if name not in v]
+    needed = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_hidden")
+    missing = [names[name] for name in needed if name not in v]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     v.setdefault("n_kv_head", v["n_head"])
     if "head_dim" not in v and v["n_embd"] % v["n_head"]:
-        raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of {names['n_head']}={v['n_head']}")
+        raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of "
+                         f"{names['n_head']}={v['n_head']}")
     v.setdefault("head_dim", v["n_embd"] // v["n_head"])
     v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
     v.setdefault("tie_embeddings", family == "gpt2")
     eos = hf.get("eos_token_id")
     v["eos_token_id"], *more = eos if isinstance(eos, list) and eos else [eos if eos != [] else None]
     v["stop_token_ids"] = tuple(more)
-    act = hf.get("activation_function" if family == "gpt2" else "hidden_act", "gelu_new" if family == "gpt2" else "silu")
+    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
     if act not in HF_ACTIVATIONS:
-        raise ValueError(f"{where}: activation {act!r} is not supported; this model computes {', '.join(HF_ACTIVATIONS)}")
+        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
     v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
     if family == "gpt2":
         v |= dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
@@ -138,7 +145,8 @@ def config_from_hf(hf, where="config.json"):
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        old = rope.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or v["block_size"]
+        old = "original_max_position_embeddings"
+        old = rope.get(old) or hf.get(old) or v["block_size"]
         if rope["rope_type"] in ("dynamic", "yarn"):               # files differ in whether they give the longer context
             v["block_size"] = max(v["block_size"], int(old * (rope.get("factor") or 1)))
         if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
@@ -152,9 +160,8 @@ def config_from_hf(hf, where="config.json"):
             window = None
         v["window"] = window or 0
         if window and family in ("qwen2", "qwen3"):
-            kinds = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 28) else "full_attention"
-                                              for i in range(v["n_layer"])]
-            chosen = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+            kinds, first = hf.get("layer_types"), hf.get("max_window_layers", 28)
+            chosen = tuple(i for i in range(v["n_layer"]) if (kinds[i] == "sliding_attention" if kinds else i >= first))
             v["window_layers"] = chosen if len(chosen) < v["n_layer"] else None
     if family in ("mixtral", "qwen3_moe"):
         if hf.get("mlp_only_layers"):
@@ -162,7 +169,8 @@ def config_from_hf(hf, where="config.json"):
         n_expert = hf.get("num_local_experts") or hf.get("num_experts")
         if not n_expert:
             raise ValueError(f"{where}: num_local_experts missing")
-        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 2), balance_loss=hf.get("router_aux_loss_coef", 0.001),
+        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 2),
+                  balance_loss=hf.get("router_aux_loss_coef", 0.001),
                   expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
     return v
 
@@ -224,32 +232,23 @@ def tensors_to_hf(model, family):
 
 # Well-known models as arguments of GPTConfig, for `python model.py --summary=NAME` and for the tests
 LLAMA = dict(qk_norm=False, norm_eps=1e-5)
-GPT2 = dict(vocab_size=50257, block_size=1024, head_dim=64, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
-            qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
-PRESETS = {
-    "laptop": dict(vocab_size=512, block_size=128),                # what `make` trains
-    **{name: GPT2 | dict(n_layer=L, n_embd=C, n_head=C // 64, n_kv_head=C // 64, n_hidden=4 * C) for name, L, C in (
-        ("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280), ("gpt2-xl", 48, 1600))},
-    "llama2-7b": LLAMA | dict(vocab_size=32000, block_size=4096, n_layer=32, n_embd=4096, n_head=32, n_kv_head=32, head_dim=128,
-                              n_hidden=11008, rope_theta=1e4),
-    "llama3-8b": LLAMA | dict(vocab_size=128256, block_size=8192, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
-                              n_hidden=14336, rope_theta=5e5),
-    "llama3-70b": LLAMA | dict(vocab_size=128256, block_size=8192, n_layer=80, n_embd=8192, n_head=64, n_kv_head=8, head_dim=128,
-                               n_hidden=28672, rope_theta=5e5),
-    "llama3.2-1b": LLAMA | dict(vocab_size=128256, block_size=131072, n_layer=16, n_embd=2048, n_head=32, n_kv_head=8, head_dim=64,
-                                n_hidden=8192, rope_theta=5e5, tie_embeddings=True,
-                                rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                                  original_max_position_embeddings=8192)),
-    "smollm2-135m": LLAMA | dict(vocab_size=49152, block_size=8192, n_layer=30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64,
-                                 n_hidden=1536, rope_theta=1e5, tie_embeddings=True),
-    "mistral-7b": LLAMA | dict(vocab_size=32000, block_size=32768, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
-                               n_hidden=14336, rope_theta=1e4, window=4096),
-    "qwen2.5-0.5b": dict(vocab_size=151936, block_size=32768, n_layer=24, n_embd=896, n_head=14, n_kv_head=2, head_dim=64,
-                         n_hidden=4864, rope_theta=1e6, qk_norm=False, qkv_bias=True, tie_embeddings=True),
-    "qwen3-0.6b": dict(vocab_size=151936, block_size=40960, n_layer=28, n_embd=1024, n_head=16, n_kv_head=8, head_dim=128,
-                       n_hidden=3072, rope_theta=1e6, tie_embeddings=True),
-    "mixtral-8x7b": LLAMA | dict(vocab_size=32000, block_size=32768, n_layer=32, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128,
-                                 n_hidden=14336, rope_theta=1e6, n_expert=8, n_expert_used=2),
-    "qwen3-30b-a3b": dict(vocab_size=151936, block_size=40960, n_layer=48, n_embd=2048, n_head=32, n_kv_head=4, head_dim=128,
-                          n_hidden=768, rope_theta=1e6, n_expert=128, n_expert_used=8),
-}
+GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv_bias=True,
+            o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
+LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=8192)
+SHAPE = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta")
+PRESETS = {"laptop": dict(vocab_size=512, block_size=128)} | {name: dict(zip(SHAPE, shape)) | more for name, shape, more in (
+    ("gpt2", (50257, 1024, 12, 768, 12, 12, 64, 3072), GPT2),
+    ("gpt2-medium", (50257, 1024, 24, 1024, 16, 16, 64, 4096), GPT2),
+    ("gpt2-large", (50257, 1024, 36, 1280, 20, 20, 64, 5120), GPT2),
+    ("gpt2-xl", (50257, 1024, 48, 1600, 25, 25, 64, 6400), GPT2),
+    ("llama2-7b", (32000, 4096, 32, 4096, 32, 32, 128, 11008, 1e4), LLAMA),
+    ("llama3-8b", (128256, 8192, 32, 4096, 32, 8, 128, 14336, 5e5), LLAMA),
+    ("llama3-70b", (128256, 8192, 80, 8192, 64, 8, 128, 28672, 5e5), LLAMA),
+    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5), LLAMA | dict(tie_embeddings=True, rope_scaling=LLAMA32)),
+    ("smollm2-135m", (49152, 8192, 30, 576, 9, 3, 64, 1536, 1e5), LLAMA | dict(tie_embeddings=True)),
+    ("mistral-7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e4), LLAMA | dict(window=4096)),
+    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6), dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
+    ("qwen3-0.6b", (151936, 40960, 28, 1024, 16, 8, 128, 3072, 1e6), dict(tie_embeddings=True)),
+    ("mixtral-8x7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e6), LLAMA | dict(n_expert=8, n_expert_used=2)),
+    ("qwen3-30b-a3b", (151936, 40960, 48, 2048, 32, 4, 128, 768, 1e6), dict(n_expert=128, n_expert_used=8)))}

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -154,6 +155,15 @@ def test_every_model_comes_back_from_its_folder(settings, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(ids), model(ids))
     assert again.config == model.config
+
+
+def test_a_qwen2_folder_with_another_pattern_warns(tmp_path):
+    model = make(qk_norm=False, qkv_bias=True)
+    with pytest.warns(UserWarning, match="Qwen2's pattern"):
+        m.save_model(tmp_path, model, TOKENIZER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        m.save_model(tmp_path, model, Tokenizer.train([], 264, pattern="qwen2"))
 
 
 def test_balance_loss_equals_transformers(tmp_path):

@@ -64,7 +64,7 @@ class Config:
     tie_embeddings: bool = False    # share the embedding with the output head
     # batch and length
     batch_size: int = 16            # sequences per optimizer step, summed over all processes
-    micro_batch: int = 0            # sequences per forward pass and process; 0: its whole share; halved when memory runs out
+    micro_batch: int = 0            # sequences per forward pass and process; 0: all of its share; halved when memory is full
     max_steps: int = 1000           # optimizer steps
     document_mask: bool = False     # no token sees or predicts from another document than its own
     # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms
@@ -85,10 +85,10 @@ class Config:
     dry_run: bool = False           # four steps, then what the whole run would need; writes nothing
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "auto"             # of the matmuls: auto, float32, bfloat16, float16; weights stay float32 (float64: all of it)
-    compile: str = "auto"           # torch.compile the blocks: on, off, auto (on a GPU, where the run is long enough to pay)
+    dtype: str = "auto"             # of the matmuls: auto, float32, bfloat16, float16, float64; weights are float32, or 64
+    compile: str = "auto"           # torch.compile the blocks: on, off, auto (on a GPU, if the run is 200 steps or more)
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
-    parallel: str = "ddp"           # under torchrun: ddp, zero2, fsdp (= ZeRO-3), hsdp (fsdp in a node, ddp between nodes)
+    parallel: str = "ddp"           # under torchrun: ddp, zero2, fsdp (ZeRO-3), hsdp (fsdp in a node, ddp between nodes)
     shards: int = 0                 # hsdp: data-parallel processes that share one copy; 0: those of one node
     tensor_parallel: int = 1        # processes that share every matrix product
     seed: int = 0                   # of initialisation, data order and samples
@@ -96,15 +96,16 @@ class Config:
 
 
 QUIET = dict(eval_every=0, sample_every=0, save_every=0)
-LARGE = dict(head_dim=64, block_size=1024, rope_theta=10000.0, batch_size=512, max_steps=20000, muon_lr=0.02, momentum=0.95,
-             weight_decay=0.1, grad_clip=1.0, warmup_steps=100, micro_batch=16, eval_every=500, sample_every=1000,
+LARGE = dict(block_size=1024, rope_theta=10000.0, batch_size=512, micro_batch=16, max_steps=20000, muon_lr=0.02,
+             momentum=0.95, weight_decay=0.1, grad_clip=1.0, warmup_steps=100, eval_every=500, sample_every=1000,
              save_every=500, tie_embeddings=True)
 PRESETS = {
     # with `prepare.py shakespeare --vocab_size=512`: 93 s on two laptop-class cores -> 2.117 bits per byte
     "shakespeare": {},
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it. One block is
     # enough for words of 3 characters (`--vocab_size=2048`), and half of what two cost; single characters need two
-    "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, muon_lr=0.05, momentum=0.85, learning_rate=0.025, **QUIET),
+    "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, muon_lr=0.05, momentum=0.85,
+                   learning_rate=0.025, **QUIET),
     "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, muon_lr=0.05, momentum=0.85, **QUIET),
     # a larger model for a GPU; not measured yet
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
@@ -115,8 +116,8 @@ PRESETS = {
     "gpt2-large": LARGE | dict(n_layer=36, n_embd=1280, n_head=20, n_hidden=3416, micro_batch=8),
     "gpt2-xl": LARGE | dict(n_layer=48, n_embd=1600, n_head=25, n_hidden=4272, micro_batch=4, checkpointing=True),
     # the shape of Llama-3.2-1B
-    "llama-1b": LARGE | dict(n_layer=16, n_embd=2048, n_head=32, n_kv_head=8, n_hidden=8192, block_size=2048, batch_size=256,
-                             rope_theta=500000.0, qk_norm=False, micro_batch=4, checkpointing=True),
+    "llama-1b": LARGE | dict(n_layer=16, n_embd=2048, n_head=32, n_kv_head=8, n_hidden=8192, block_size=2048,
+                             batch_size=256, rope_theta=500000.0, qk_norm=False, micro_batch=4, checkpointing=True),
 }
 
 
@@ -142,11 +143,11 @@ def parse(Config, presets):
 
 
 def restarted(out):
-    """Did torchrun --max_restarts start us again, after this very launch had begun (and saved) the run in `out`?"""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not any((out / "state").glob("step-*")):
+    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`?"""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (out / "manifest.json").is_file():
         return False
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    return manifest["launch"] == os.environ["TORCHELASTIC_RUN_ID"]
+    return manifest.get("launch") == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
-        store, _, _ = next(dist.rendezvous("env://"))              # after a restart it may still hold the addresses of the dead
+        store, _, _ = next(dist.rendezvous("env://"))              # after a restart it still holds addresses of the dead
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
                                 **({"device_id": device} if nccl else {}))
@@ -229,7 +230,8 @@ def memory_used(device):
 
 def out_of_memory(error):
     """CUDA has an exception of its own for it; MPS and the CPU only have words."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,14 +283,14 @@ def split_products(model, mesh):
     """Tensor parallel with sequence parallel. The norms of queries and keys take part in it: left out, every process
     would train their weights on its own heads alone, and no error would tell."""
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleOutput, RowwiseParallel, SequenceParallel,
-                                                   loss_parallel, parallelize_module)
+    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleOutput, RowwiseParallel,
+                                                   SequenceParallel, loss_parallel, parallelize_module)
     sequence, heads = SequenceParallel(), SequenceParallel(sequence_dim=2, use_local_output=True)
     gather = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=False)
     columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
-    plan = {"input_layernorm": sequence, "self_attn.q_proj": columns, "self_attn.k_proj": columns, "self_attn.v_proj": columns,
-            "self_attn.o_proj": rows, "post_attention_layernorm": sequence, "mlp.gate_proj": columns, "mlp.up_proj": columns,
-            "mlp.down_proj": rows}
+    plan = {"input_layernorm": sequence, "post_attention_layernorm": sequence,
+            "self_attn.o_proj": rows, "mlp.down_proj": rows}
+    plan |= {f"{name}_proj": columns for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")}
     if model.config.qk_norm:
         plan |= {"self_attn.q_norm": heads, "self_attn.k_norm": heads}
     parallelize_module(model, mesh, {
@@ -439,7 +441,7 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
         x, y = [], []
         for window in range(first + rank * batch, first + (rank + 1) * batch):
             start = window * tokens.T
-            piece = tokens.read(start, min(tokens.T + 1, len(tokens) - start)) if start < len(tokens) - 1 else np.zeros(1, int)
+            piece = tokens.read(start, min(tokens.T + 1, len(tokens) - start)) if start < len(tokens) else np.zeros(1, int)
             padding = np.full(tokens.T + 1 - len(piece), -100)     # the last window may be shorter, or not there
             x.append(np.concatenate([piece[:-1], padding.clip(0)]))
             y.append(np.concatenate([piece[1:], padding]))
@@ -531,7 +533,8 @@ def make_optimizers(model, cfg, dtype, mesh=None):
     of equal standing: a row of the embedding moves only when its token occurs.
 
     A step of Muon changes a layer's output equally much at any width. So does AdamW on embedding and norms; but a head
-    of C inputs moves its logits by C x rate, hence its rate falls with the width (arXiv:2203.03466). Measured at ...
+    of C inputs moves its logits by C x rate, hence its rate falls with the width (arXiv:2203.03466); the recipe was
+    measured at 128. A larger batch changes no rate: it only makes the same step less noisy.
     """
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in inside)]
@@ -624,7 +627,7 @@ def save_state(out, model, optimizers, progress, rank=0, world=1):
 
 
 def load_state(out, model, optimizers, rank=0, world=1):
-    """The newest undamaged checkpoint, put into model and optimizers, however many processes wrote it. Returns Progress."""
+    """The newest undamaged checkpoint, however many processes wrote it, put into model and optimizers. Returns Progress."""
     import torch.distributed.checkpoint as dcp
     device = next(model.parameters()).device
     for folder in sorted((out / "state").glob("step-*"), reverse=True):
@@ -729,22 +732,20 @@ def trim_log(out, step):
 
 def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak):
     """What --dry_run prints: memory and disk from the formula, speed and peak memory from the steps just taken."""
-    GB = 1e9
-    state = sum(t.numel() * t.element_size() for optimizer in optimizers for s in optimizer.state.values() for t in s.values())
+    state = sum(t.numel() * t.element_size() for optimizer in optimizers
+                for tensors in optimizer.state.values() for t in tensors.values())
     weights = sum(p.numel() * p.element_size() for p in raw.parameters())
     pieces = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
-    print(f"memory per process: weights {weights / pieces / GB:.3f} GB, gradients the same, optimizer {state / pieces / GB:.3f} GB"
-          f" ({pieces} piece{'s' if pieces > 1 else ''}); the most it ever used, with activations: "
-          f"{memory_used(device) / GB:.3f} GB")
+    print(f"memory per process: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
+          f"{state / pieces / 1e9:.3f} GB (1/{pieces} of all); its peak so far, with activations: "
+          f"{memory_used(device) / 1e9:.3f} GB")
     tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
-    hours = tokens / speed / 3600
-    print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} steps: "
-          f"{hours:.1f} hours" if hours > 2 else
-          f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} steps: "
-          f"{hours * 60:.1f} minutes")
+    minutes = tokens / speed / 60
+    print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} "
+          + (f"steps: {minutes:.1f} minutes" if minutes < 120 else f"steps: {minutes / 60:.1f} hours"))
     need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(out if out.exists() else ".").free
-    print(f"disk: {need / GB:.2f} GB (two checkpoints, a third while it is written, the best model); {free / GB:.0f} GB are free"
-          + ("" if need < free else ": NOT ENOUGH"))
+    print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
+          f"are free{'' if need < free else ': NOT ENOUGH'}")
     columns = [lr_at(int(i * cfg.max_steps / 64), cfg) for i in range(64)]
     print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in columns)
           + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
@@ -809,8 +810,9 @@ def build_model(cfg, tokenizer, before):
                              f"Train with --block_size={model.config.block_size} or less")
         return model.train()
     saved = before["model"] if before else {}
-    shape = dict(vocab_size=tokenizer.vocab_size, block_size=max(cfg.block_size, saved.get("block_size", 0)), n_layer=cfg.n_layer,
-                 n_embd=cfg.n_embd, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head, head_dim=cfg.head_dim,
+    longest = max(cfg.block_size, saved.get("block_size", 0))
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=longest, n_layer=cfg.n_layer, n_embd=cfg.n_embd,
+                 n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head, head_dim=cfg.head_dim,
                  n_hidden=cfg.n_hidden, rope_theta=cfg.rope_theta, qk_norm=cfg.qk_norm, tie_embeddings=cfg.tie_embeddings,
                  eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     try:
@@ -865,9 +867,9 @@ def main(cfg):
             print(*words, flush=True)
 
     progress = Progress(loss_scale=2.0 ** 16 if dtype == torch.float16 else 1.0)
-    if cfg.resume:
+    if cfg.resume and not (restarted(out) and not any((out / "state").glob("step-*"))):
         progress = load_state(out, raw, optimizers, rank, world)
-    elif rank == 0 and not cfg.dry_run:
+    elif not cfg.resume and rank == 0 and not cfg.dry_run:
         keep_earlier_run(out)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -1038,8 +1040,9 @@ def main(cfg):
         done = step == cfg.max_steps
         evaluating = done or (cfg.eval_every and step % cfg.eval_every == 0)
         sampling = cfg.sample_every and (done or step % cfg.sample_every == 0)
-        whole_ = None
-        with torch.compiler.set_stance("force_eager") if compiled and (evaluating or sampling) else contextlib.nullcontext():
+        full = None
+        eager = compiled and (evaluating or sampling)              # other shapes, seldom: not worth compiling
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if evaluating:
                 rows = max(1, min(16384 // cfg.block_size, 4 * micro))     # without gradients four times as many fit
                 val_loss = evaluate_loss(raw, val_tokens, rows, data_rank, data_world, eos)
@@ -1050,15 +1053,16 @@ def main(cfg):
                 record({"step": step, "val_loss": val_loss, "bits_per_byte": bits})
                 if better:
                     progress.best = val_loss
-                    whole_ = whole_model(raw, rank)
+                    full = whole_model(raw, rank)
                     if rank == 0:
-                        save_model(out, whole_, tokenizer)
+                        save_model(out, full, tokenizer)
             if done or stop or (cfg.save_every and step % cfg.save_every == 0):
                 save_state(out, raw, optimizers, progress, rank, world)
             if sampling:
-                whole_ = whole_ or whole_model(raw, rank)
+                full = full or whole_model(raw, rank)
                 if rank == 0:
-                    ids = sample.generate(whole_, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed)[0]
+                    ids = sample.generate(full, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8,
+                                          seed=cfg.seed)[0]
                     say("  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | "))
         if log and (evaluating or stop or (cfg.save_every and step % cfg.save_every == 0)):
             plot_losses(out)

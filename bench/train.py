@@ -114,8 +114,8 @@ if sys.argv[2] == "nanogpt":
 else:
     import train
     from model import GPT, GPTConfig
-    config = dict(vocab_size=50304, n_kv_head=12, **{k: train.PRESETS["gpt2"][k] for k in (
-        "block_size", "n_layer", "n_embd", "n_head", "head_dim", "n_hidden", "rope_theta", "tie_embeddings")})
+    config = dict(vocab_size=50304, n_kv_head=12, head_dim=64, **{k: train.PRESETS["gpt2"][k] for k in (
+        "block_size", "n_layer", "n_embd", "n_head", "n_hidden", "rope_theta", "tie_embeddings")})
     model = forward = GPT(GPTConfig(**config)).init_weights()
     model.dtype = getattr(torch, sys.argv[2])
     for block in model.layers:

@@ -5,7 +5,7 @@ weights, put together, in params.safetensors. Targets are masked so that process
 numbers of tokens, some none at all. "fault" of an entry names something that goes wrong on purpose:
     oom     forward passes of more than two sequences do not fit
     nan A B the loss is NaN from the A-th up to before the B-th training batch
-    kill N  process 1 of the first launch dies without a word at step N
+    kill N  the same, and after the restart that follows process 1 dies without a word in its N-th forward pass
 """
 import json
 import os
@@ -50,11 +50,11 @@ def faulty(fault, *numbers):
     def wrapped(self, ids, *args, **kwargs):
         nonlocal calls
         if self.training:
-            if fault == "oom" and len(ids) > 2:
+            if fault in ("oom", "kill") and len(ids) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             calls += 1
             if fault == "kill" and calls > numbers[0] and os.environ["RANK"] == "1" \
-                    and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "nan" and numbers[0] <= calls < numbers[1]:
                 return forward(self, ids, *args, **kwargs) * float("nan")

@@ -79,6 +79,8 @@ def main():
             train.main(cfg)
         except SystemExit as stop:
             print(f"{out.name} ended: {stop}", flush=True)
+            if dist.is_initialized():                              # then it is for torchrun to act
+                raise
         print(f"{out.name} took {time.perf_counter() - start:.1f} s", flush=True)
     if dist.is_initialized():
         destroy()

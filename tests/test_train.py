@@ -206,15 +206,6 @@ def test_many_processes_equal_one(runs, name, reference, bound):
     assert all((a - b).abs().max() <= max(bound, 1e-7) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_torchrun_restarts_what_ran_out_of_memory_or_was_killed(lines, runs, tmp_path):
-    plan = [{"name": "killed", "fault": "kill 14", "save_every": 3, "micro_batch": 4}]
-    done = launch(2, lines, tmp_path, plan, "--max_restarts=2")
-    assert "With --micro_batch=2 the result is the same" in done.stdout and "resuming at step 6" in done.stdout
-    shutil.copytree(runs / "one", tmp_path / "one")
-    assert max(differences(tmp_path, "killed", "one")) < 1e-12
-
-
 @pytest.fixture(scope="session")
 def faults(lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
@@ -251,6 +242,15 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_undone_then_explained(fau
     assert "stop ended: the gradient became nan at step 7" in text and "Skipping 3 batches and going back did not help" in text
     assert load_file(folder / "stop/bad_batch_0.safetensors")["x"].shape == (8, 16)
     assert all(p.isfinite().all() for p in load_file(next((folder / "stop/state/step-0000004").glob("*.safetensors"))).values())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_torchrun_restarts_what_ran_out_of_memory_or_was_killed(lines, faults, tmp_path):
+    plan = [{"name": "killed", "fault": "kill 14", "save_every": 3, "micro_batch": 4}]
+    done = launch(2, lines, tmp_path, plan, "--max_restarts=2")
+    assert "With --micro_batch=2 the result is the same" in done.stdout and "resuming at step 6" in done.stdout
+    shutil.copytree(faults[0] / "one", tmp_path / "one")
+    assert max(differences(tmp_path, "killed", "one")) < 1e-12
 
 
 def test_float16_trains_like_float32(faults):

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# A cluster with Slurm: sbatch runs/slurm.sh --preset=gpt2-xl --dataset=NAME --out=out/xl --parallel=hsdp
+# When the time limit or a preemption nears, Slurm sends SIGTERM: train.py saves and leaves, and the job goes back into the
+# queue until the run has all its steps. torchrun ends with 1 after a signal, so its status says nothing; the run folder does.
+#SBATCH --job-name=nanopath
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+out=$(printf '%s\n' "$@" | sed -n 's/^--out=//p')
+[ -n "$out" ] || { echo "give the run a folder: sbatch runs/slurm.sh --out=out/NAME ..."; exit 2; }
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+processes=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
+unfinished() {      # are there checkpoints, but none of the last step?
+    python - "$out" <<'PY'
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+steps = [int(path.name[5:]) for path in out.glob("state/step-*")]
+last = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"]["max_steps"] if steps else 0
+sys.exit(not steps or max(steps) >= last)
+PY
+}
+resume=()
+if unfinished; then resume=(--resume); fi
+trap : TERM         # the processes of srun get it too, and they are who must act
+srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max_restarts=3 --shutdown-timeout=110 \
+    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" train.py "$@" "${resume[@]}" || true
+if unfinished; then
+    echo "stopped early: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+elif [ ! -d "$out/state" ]; then
+    exit 1
+fi

@@ -26,7 +26,6 @@ Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, 
 Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), QK-norm (2010.04245),
         gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
-import json
 import math
 import os
 import warnings
@@ -42,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.families import (ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf,
                            tensors_to_hf)
-from data.hub import find_folder, read_json, weight_files
+from data.hub import find_folder, read_json, weight_files, write_json
 
 
 @dataclass
@@ -572,8 +571,9 @@ class GPT(nn.Module):
         else:
             loss = F.cross_entropy(self.logits(flat), y, reduction=reduction, ignore_index=-100)
             loss = loss.view(targets.shape) if reduction == "none" else loss
-        if self.training and self.config.n_expert and self.config.balance_loss and reduction == "mean":
-            loss = loss + self.config.balance_loss * self.balance()
+        if self.training and self.config.n_expert and self.config.balance_loss and reduction != "none":
+            weight = self.config.balance_loss * (1 if reduction == "mean" else (y != -100).sum())
+            loss = loss + weight * self.balance()
         return loss
 
     def balance(self):
@@ -715,13 +715,6 @@ def pick_device(name="auto"):
         return torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device={name}: no such device. Use auto, cpu, cuda, cuda:0, mps") from None
-
-
-def write_json(path, value):
-    """Write JSON under a temporary name, then move it into place: a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
 
 
 def save_model(folder, model, tokenizer):

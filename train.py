@@ -17,17 +17,13 @@ Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/mu
 import argparse
 import contextlib
 import gc
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +37,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import sample
-from bpe import Tokenizer
+from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, save_state, trim_log,
+                             write_manifest)
+from data.shards import Tokens, data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
 
 
@@ -207,14 +205,6 @@ def matmul_speed(device, dtype, size=None):
     return 2 * size ** 3 / best
 
 
-def all_sum(values, device):
-    """The sum over all processes of a list of numbers, in float64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
 def memory_used(device):
     """Most bytes this process ever held: on a GPU those of its tensors, else all of it."""
     if device.type == "cuda":
@@ -351,77 +341,6 @@ def accumulate(model, x, y, segments, micro, factor):
 # ---------------------------------------------------------------------------------------------------------------------
 # The data
 
-class Tokens:
-    """One split of a prepared dataset: shards on disk that read like one long array, plus its order of training.
-
-    The text is cut into windows of T + 1 tokens that overlap by one, shuffled anew every epoch with a new offset. Any
-    sequence number maps straight to its window, so resuming, or giving each process its part, costs nothing.
-    """
-    def __init__(self, folder, split, T, seed=0):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.T, self.seed, self.epoch = T, seed, None
-        self.shards = [np.memmap(folder / shard["file"], dtype=f"<u{np.dtype(meta['dtype']).itemsize}", mode="r")
-                       for shard in meta["splits"][split]["shards"]]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        self.bytes = meta["splits"][split]["bytes"]
-        self.windows = (len(self) - 1) // T - 1                    # one fewer, so that every offset fits
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def read(self, start, count):
-        """Tokens start ... start + count - 1, across shards, as int64."""
-        parts = []
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while count > 0:
-            part = self.shards[shard][start - self.starts[shard]:][:count]
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts).astype(np.int64)
-
-    def batch(self, first, count):
-        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by one."""
-        rows = []
-        for sequence in range(first, first + count):
-            epoch, index = divmod(sequence, self.windows)
-            if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self.offset = int(torch.randint(self.T, (1,), generator=generator))
-                self.order = torch.randperm(self.windows, generator=generator)
-                self.epoch = epoch
-            rows.append(self.read(self.offset + int(self.order[index]) * self.T, self.T + 1))
-        xy = torch.from_numpy(np.stack(rows))
-        return xy[:, :-1], xy[:, 1:]
-
-
-def open_dataset(cfg):
-    """The dataset's folder and its tokenizer; a clear word where something does not fit."""
-    folder = Path(cfg.dataset) if (Path(cfg.dataset) / "meta.json").is_file() else Path("data") / cfg.dataset
-    if not (folder / "meta.json").is_file():
-        there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
-        raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there (under data/: {there}). Make one first: "
-                         "python prepare.py shakespeare, or python prepare.py PATH...")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if "tokenizer_hash" not in meta:
-        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
-                         "text: python prepare.py PATH...")
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except ValueError as error:
-        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise SystemExit(f"--dataset={cfg.dataset}: tokenizer.json is not the one its shards were made with. "
-                         f"Prepare it again: python prepare.py {cfg.dataset}")
-    size = np.dtype(meta["dtype"]).itemsize
-    for split in meta["splits"].values():
-        for shard in split["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["tokens"] * size:
-                raise SystemExit(f"--dataset={cfg.dataset}: {path} is missing or cut short. Prepare it again: "
-                                 f"python prepare.py {cfg.dataset}")
-    return folder, tokenizer
-
-
 def documents(x, eos):
     """Number of the document each token of x (B, T) belongs to. The end-of-text token before a document opens it: from it
     the first token is predicted, in training as in sampling."""
@@ -556,178 +475,6 @@ def lr_at(step, cfg):
     warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     cooldown = (cfg.max_steps - step) / (cfg.cooldown * cfg.max_steps) if cfg.cooldown else 1.0
     return min(1.0, warmup, cooldown)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints to resume from: state/step-0000250/ holds what each process had, as safetensors, and state.json
-
-@dataclass
-class Progress:
-    """What a checkpoint keeps besides tensors."""
-    step: int = 0                   # optimizer steps done; also the position in the data
-    best: float | None = None       # lowest validation loss so far
-    seconds: float = 0.0            # of training, without evaluation and saving
-    rollbacks: int = 0              # times the run went back because the gradient was not finite
-    lr_factor: float = 1.0          # on all rates; halved by a rollback
-    loss_scale: float = 1.0         # float16 only: keeps small gradients above its smallest number
-    skipped: int = 0                # steps in a row without a finite gradient; no checkpoint is written meanwhile
-
-
-def state_tensors(model, optimizers):
-    """Every tensor a run is made of, by name: weights, optimizer state, random state. Pieces of tensors stay pieces."""
-    names = {p: name for name, p in model.named_parameters()}
-    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            tensors |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
-    return tensors | {"rng": torch.get_rng_state()}
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_hash(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def save_state(out, model, optimizers, progress, rank=0, world=1):
-    """All processes write their part into a folder that gets its name only when it is complete. The two newest are kept.
-
-    The default format of torch.distributed.checkpoint is a pickle, which can run anything when loaded: hence safetensors.
-    """
-    import torch.distributed.checkpoint as dcp
-    folder = out / "state"
-    temporary = folder / "unfinished"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    device = next(model.parameters()).device
-    all_sum([0], device)                                           # all wait for process 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one process, as we say
-        dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    all_sum([0], device)                                           # all have written
-    files = sorted(path.name for path in temporary.glob("*.safetensors"))
-    digests = np.zeros((len(files), 32))                           # each process hashes its part of the files
-    for i in range(rank, len(files), world):
-        digests[i] = list(bytes.fromhex(file_hash(temporary / files[i])))
-    digests = np.array(all_sum(digests.ravel().tolist(), device)).reshape(digests.shape)
-    if rank == 0:
-        state = asdict(progress) | {"files": {name: bytes(map(int, row)).hex() for name, row in zip(files, digests)}}
-        write_json(temporary / "state.json", state | {"sha256": json_hash(state)})
-        final = folder / f"step-{progress.step:07d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
-    all_sum([0], device)
-
-
-def load_state(out, model, optimizers, rank=0, world=1):
-    """The newest undamaged checkpoint, however many processes wrote it, put into model and optimizers. Returns Progress."""
-    import torch.distributed.checkpoint as dcp
-    device = next(model.parameters()).device
-    for folder in sorted((out / "state").glob("step-*"), reverse=True):
-        problem = ""
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.pop("sha256") != json_hash(state):
-                raise ValueError("state.json differs from its hash")
-            for name in sorted(state["files"])[rank::world]:
-                if file_hash(folder / name) != state["files"][name]:
-                    raise ValueError(f"{name} differs from its hash")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            problem = str(error)
-            print(f"{folder} is damaged ({problem}); trying the one before it", flush=True)
-        if all_sum([bool(problem)], device)[0]:                    # damaged for one is damaged for all
-            continue
-        saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        ours = {f"model.{name}": p.shape for name, p in model.named_parameters()}
-        if ours != {name: meta.size for name, meta in saved.items() if name.startswith("model.")}:
-            raise SystemExit(f"--resume: {folder} holds a model of another shape. "
-                             "Leave out the flags that change the model, or choose another --out")
-        named = dict(model.named_parameters())
-        for optimizer in optimizers:                               # a fresh optimizer has no state yet: make room for it
-            optimizer.state.clear()
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                prefix = f"optimizer.{next(name for name in named if named[name] is p)}."
-                for key, meta in saved.items():
-                    if key.startswith(prefix):
-                        optimizer.state[p][key.removeprefix(prefix)] = torch.zeros_like(p.detach()) \
-                            if meta.size == p.shape else torch.zeros(meta.size, dtype=meta.properties.dtype, device=device)
-        tensors = state_tensors(model, optimizers)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-        torch.set_rng_state(tensors["rng"])
-        del state["files"]
-        return Progress(**state)
-    raise SystemExit(f"--resume: no usable checkpoint in {out / 'state'}. Start anew: python train.py --out={out}")
-
-
-def data_hashes(folder):
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}
-
-
-def write_manifest(out, cfg, dtype, tokenizer, folder, config):
-    """What made this run: settings, data, versions, commit. dtype is written as resolved: a resumed run must not
-    measure anew and decide otherwise."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)\
-        .stdout.strip() if shutil.which("git") else ""
-    write_json(out / "manifest.json", {
-        "config": asdict(cfg) | {"resume": False, "dtype": str(dtype).removeprefix("torch.")}, "model": asdict(config),
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""), "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "data": data_hashes(folder),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "processor": platform.processor() or platform.machine(), "commit": commit})
-
-
-def keep_earlier_run(out):
-    """A new run never overwrites an old one: out/name becomes out/name.1, or the first free number."""
-    if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
-        number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
-        os.replace(out, f"{out}.{number}")
-        print(f"the earlier run in {out} is kept as {out}.{number}")
-
-
-def plot_losses(out):
-    """loss.png from log.jsonl: training loss (smoothed) and validation loss over the steps."""
-    import matplotlib                                              # slow to import, needed once
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    if train:
-        steps, losses = zip(*train)
-        width = max(1, len(losses) // 50)
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
-        axes.plot(steps[width - 1:], smooth, color="tab:blue", label=f"training, mean of {width} steps")
-    if val:
-        axes.plot(*zip(*val), "o-", color="tab:orange", label=f"validation, last {val[-1][1]:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=out.name)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out / "loss.tmp.png", dpi=120)
-    plt.close(figure)
-    os.replace(out / "loss.tmp.png", out / "loss.png")
-
-
-def trim_log(out, step):
-    """Forget what log.jsonl says about steps after this one: they will be taken again. Returns it open for more."""
-    path = out / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
-    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    (out / "log.jsonl.tmp").write_text("".join(kept), encoding="utf-8", newline="\n")
-    os.replace(out / "log.jsonl.tmp", path)
-    return open(path, "a", encoding="utf-8", newline="\n")
 
 
 def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak):

@@ -159,6 +159,13 @@ def read_json(path):
     return value
 
 
+def write_json(path, value):
+    """Write JSON under a temporary name, then move it into place: a reader never sees half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
 def shards_of(index):
     """File names in a model.safetensors.index.json."""
     names = read_json(index).get("weight_map")

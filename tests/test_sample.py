@@ -507,7 +507,8 @@ CHATS = [[("user", "hi"), ("assistant", "hello")], [("user", "2+2"), ("assistant
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
     """A model that was really taught to answer: three tiny chats, by heart."""
-    folder, torch_seed = tmp_path_factory.mktemp("chat"), torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
     model = make(eos_token_id=256, block_size=64, n_embd=48).train()
     chats = [TOKENIZER.render([dict(role=role, content=content) for role, content in chat]) for chat in CHATS]
     longest = max(len(ids) for ids, _ in chats)

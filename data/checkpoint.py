@@ -1,0 +1,189 @@
+"""
+What a run leaves in its folder: checkpoints to resume from, the log, the loss curve, the manifest.
+
+A checkpoint, state/step-0000250/, holds what each process had, as safetensors, and state.json with the hash of every
+file. It can be read by any number of processes, in any way of spreading the model (train.py --parallel).
+"""
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data.hub import file_hash, write_json
+from data.shards import data_hashes
+
+
+def all_sum(values, device):
+    """The sum over all processes of a list of numbers, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps besides tensors."""
+    step: int = 0                   # optimizer steps done; also the position in the data
+    best: float | None = None       # lowest validation loss so far
+    seconds: float = 0.0            # of training, without evaluation and saving
+    rollbacks: int = 0              # times the run went back because the gradient was not finite
+    lr_factor: float = 1.0          # on all rates; halved by a rollback
+    loss_scale: float = 1.0         # float16 only: keeps small gradients above its smallest number
+    skipped: int = 0                # steps in a row without a finite gradient; no checkpoint is written meanwhile
+
+
+def state_tensors(model, optimizers):
+    """Every tensor a run is made of, by name: weights, optimizer state, random state. Pieces of tensors stay pieces."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
+    return tensors | {"rng": torch.get_rng_state()}
+
+
+def json_hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save_state(out, model, optimizers, progress, rank=0, world=1):
+    """All processes write their part into a folder that gets its name only when it is complete. The two newest are kept.
+
+    The default format of torch.distributed.checkpoint is a pickle, which can run anything when loaded: hence safetensors.
+    """
+    import torch.distributed.checkpoint as dcp
+    folder = out / "state"
+    temporary = folder / "unfinished"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    device = next(model.parameters()).device
+    all_sum([0], device)                                           # all wait for process 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one process, as we say
+        dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    all_sum([0], device)                                           # all have written
+    files = sorted(path.name for path in temporary.glob("*.safetensors"))
+    digests = np.zeros((len(files), 32))                           # each process hashes its part of the files
+    for i in range(rank, len(files), world):
+        digests[i] = list(bytes.fromhex(file_hash(temporary / files[i])))
+    digests = np.array(all_sum(digests.ravel().tolist(), device)).reshape(digests.shape)
+    if rank == 0:
+        state = asdict(progress) | {"files": {name: bytes(map(int, row)).hex() for name, row in zip(files, digests)}}
+        write_json(temporary / "state.json", state | {"sha256": json_hash(state)})
+        final = folder / f"step-{progress.step:07d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in sorted(folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+    all_sum([0], device)
+
+
+def load_state(out, model, optimizers, rank=0, world=1):
+    """The newest undamaged checkpoint, however many processes wrote it, put into model and optimizers. Returns Progress."""
+    import torch.distributed.checkpoint as dcp
+    device = next(model.parameters()).device
+    for folder in sorted((out / "state").glob("step-*"), reverse=True):
+        problem = ""
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.pop("sha256") != json_hash(state):
+                raise ValueError("state.json differs from its hash")
+            for name in sorted(state["files"])[rank::world]:
+                if file_hash(folder / name) != state["files"][name]:
+                    raise ValueError(f"{name} differs from its hash")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            problem = str(error)
+            print(f"{folder} is damaged ({problem}); trying the one before it", flush=True)
+        if all_sum([bool(problem)], device)[0]:                    # damaged for one is damaged for all
+            continue
+        saved = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        ours = {f"model.{name}": p.shape for name, p in model.named_parameters()}
+        if ours != {name: meta.size for name, meta in saved.items() if name.startswith("model.")}:
+            raise SystemExit(f"--resume: {folder} holds a model of another shape. "
+                             "Leave out the flags that change the model, or choose another --out")
+        named = dict(model.named_parameters())
+        for optimizer in optimizers:                               # a fresh optimizer has no state yet: make room for it
+            optimizer.state.clear()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                prefix = f"optimizer.{next(name for name in named if named[name] is p)}."
+                for key, meta in saved.items():
+                    if key.startswith(prefix):
+                        optimizer.state[p][key.removeprefix(prefix)] = torch.zeros_like(p.detach()) \
+                            if meta.size == p.shape else torch.zeros(meta.size, dtype=meta.properties.dtype, device=device)
+        tensors = state_tensors(model, optimizers)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        torch.set_rng_state(tensors["rng"])
+        del state["files"]
+        return Progress(**state)
+    raise SystemExit(f"--resume: no usable checkpoint in {out / 'state'}. Start anew: python train.py --out={out}")
+
+
+def write_manifest(out, cfg, dtype, tokenizer, folder, config):
+    """What made this run: settings, data, versions, commit. dtype is written as resolved: a resumed run must not
+    measure anew and decide otherwise."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)\
+        .stdout.strip() if shutil.which("git") else ""
+    write_json(out / "manifest.json", {
+        "config": asdict(cfg) | {"resume": False, "dtype": str(dtype).removeprefix("torch.")}, "model": asdict(config),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "data": data_hashes(folder),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "processor": platform.processor() or platform.machine(), "commit": commit})
+
+
+def keep_earlier_run(out):
+    """A new run never overwrites an old one: out/name becomes out/name.1, or the first free number."""
+    if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
+        number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
+        os.replace(out, f"{out}.{number}")
+        print(f"the earlier run in {out} is kept as {out}.{number}")
+
+
+def plot_losses(out):
+    """loss.png from log.jsonl: training loss (smoothed) and validation loss over the steps."""
+    import matplotlib                                              # slow to import, needed once
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    if train:
+        steps, losses = zip(*train)
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+        axes.plot(steps[width - 1:], smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    if val:
+        axes.plot(*zip(*val), "o-", color="tab:orange", label=f"validation, last {val[-1][1]:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=out.name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "loss.tmp.png", dpi=120)
+    plt.close(figure)
+    os.replace(out / "loss.tmp.png", out / "loss.png")
+
+
+def trim_log(out, step):
+    """Forget what log.jsonl says about steps after this one: they will be taken again. Returns it open for more."""
+    path = out / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
+    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    (out / "log.jsonl.tmp").write_text("".join(kept), encoding="utf-8", newline="\n")
+    os.replace(out / "log.jsonl.tmp", path)
+    return open(path, "a", encoding="utf-8", newline="\n")

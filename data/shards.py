@@ -1,0 +1,87 @@
+"""
+Reading what prepare.py wrote: shards of token ids on disk that look like one long text, and the order in which a run
+meets them. train.py learns from it; a folder that is incomplete, or has another tokenizer than it was made with, is refused.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bpe import Tokenizer
+
+
+class Tokens:
+    """One split of a prepared dataset: shards on disk that read like one long array, plus its order of training.
+
+    The text is cut into windows of T + 1 tokens that overlap by one, shuffled anew every epoch with a new offset. Any
+    sequence number maps straight to its window, so resuming, or giving each process its part, costs nothing.
+    """
+    def __init__(self, folder, split, T, seed=0):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.T, self.seed, self.epoch = T, seed, None
+        self.shards = [np.memmap(folder / shard["file"], dtype=f"<u{np.dtype(meta['dtype']).itemsize}", mode="r")
+                       for shard in meta["splits"][split]["shards"]]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.bytes = meta["splits"][split]["bytes"]
+        self.windows = (len(self) - 1) // T - 1                    # one fewer, so that every offset fits
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, count):
+        """Tokens start ... start + count - 1, across shards, as int64."""
+        parts = []
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while count > 0:
+            part = self.shards[shard][start - self.starts[shard]:][:count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+    def batch(self, first, count):
+        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by one."""
+        rows = []
+        for sequence in range(first, first + count):
+            epoch, index = divmod(sequence, self.windows)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.offset = int(torch.randint(self.T, (1,), generator=generator))
+                self.order = torch.randperm(self.windows, generator=generator)
+                self.epoch = epoch
+            rows.append(self.read(self.offset + int(self.order[index]) * self.T, self.T + 1))
+        xy = torch.from_numpy(np.stack(rows))
+        return xy[:, :-1], xy[:, 1:]
+
+
+def open_dataset(cfg):
+    """The dataset's folder and its tokenizer; a clear word where something does not fit."""
+    folder = Path(cfg.dataset) if (Path(cfg.dataset) / "meta.json").is_file() else Path("data") / cfg.dataset
+    if not (folder / "meta.json").is_file():
+        there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
+        raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there (under data/: {there}). Make one first: "
+                         "python prepare.py shakespeare, or python prepare.py PATH...")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if "tokenizer_hash" not in meta:
+        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
+                         "text: python prepare.py PATH...")
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ValueError as error:
+        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise SystemExit(f"--dataset={cfg.dataset}: tokenizer.json is not the one its shards were made with. "
+                         f"Prepare it again: python prepare.py {cfg.dataset}")
+    size = np.dtype(meta["dtype"]).itemsize
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["tokens"] * size:
+                raise SystemExit(f"--dataset={cfg.dataset}: {path} is missing or cut short. Prepare it again: "
+                                 f"python prepare.py {cfg.dataset}")
+    return folder, tokenizer
+
+
+def data_hashes(folder):
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}

@@ -252,7 +252,7 @@ def test_balance_loss_equals_transformers(tmp_path):
         loss = ours(ids[:, :-1], ids[:, 1:])
         want_aux = theirs(ids[:, :-1], output_router_logits=True).aux_loss
         assert abs(ours.balance() - want_aux) < 1e-5
-        assert ours(ids[:, :-1], ids[:, 1:], reduction="sum") / 64 == pytest.approx(loss.item(), rel=1e-5)
+        assert ours(ids[:, :-1], ids[:, 1:], reduction="sum").item() / 64 == pytest.approx(loss.item(), rel=1e-5)
         plain = ours.eval()(ids[:, :-1], ids[:, 1:])
         assert abs(loss - plain - ours.config.balance_loss * want_aux) < 1e-5 and want.loss > plain
 

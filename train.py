@@ -787,7 +787,7 @@ def main(cfg):
         done = step == cfg.max_steps
         evaluating = done or (cfg.eval_every and step % cfg.eval_every == 0)
         sampling = cfg.sample_every and (done or step % cfg.sample_every == 0)
-        full = None
+        better, full = False, None
         eager = compiled and (evaluating or sampling)              # other shapes, seldom: not worth compiling
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if evaluating:
@@ -806,7 +806,7 @@ def main(cfg):
             if done or stop or (cfg.save_every and step % cfg.save_every == 0):
                 save_state(out, raw, optimizers, progress, rank, world)
             if sampling:
-                full = full or whole_model(raw, rank)
+                full = full if better else whole_model(raw, rank)  # asked of all or of none: only process 0 gets one
                 if rank == 0:
                     ids = sample.generate(full, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8,
                                           seed=cfg.seed)[0]
@@ -817,7 +817,7 @@ def main(cfg):
     # the end
     reader.shutdown(cancel_futures=True)
     if not cfg.dry_run:
-        if not (out / "model.safetensors").is_file():              # stopped before the first evaluation
+        if all_sum([rank == 0 and not (out / "model.safetensors").is_file()], device)[0]:   # stopped before an evaluation
             final = whole_model(raw, rank)
             if rank == 0:
                 save_model(out, final, tokenizer)

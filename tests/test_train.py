@@ -253,6 +253,16 @@ def test_torchrun_restarts_what_ran_out_of_memory_or_was_killed(lines, faults, t
     assert max(differences(tmp_path, "killed", "one")) < 1e-12
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
+def test_sharded_processes_evaluate_sample_and_save_together(tiny, tmp_path):
+    """Only process 0 gets the whole model, yet all must be asked for their pieces equally often."""
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", f"--dataset={tiny}",
+               f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=4", "--eval_every=3", "--sample_every=2", "--sample_tokens=5",
+               "--parallel=fsdp")
+    assert done.stdout.count("  | ") >= 2 and "Next: python sample.py" in done.stdout
+    assert load_model(tmp_path / "run", device="cpu")[0].num_params() > 0
+
+
 def test_float16_trains_like_float32(faults):
     loss, weights = differences(faults[0], "half", "single")
     assert loss < 0.01 and weights < 0.02

@@ -31,7 +31,6 @@ from typing import Literal
 import tyro
 
 from data.dedup import NearDuplicates, Overlap
-from data.hub import DOWNLOADS
 from data.presets import locate
 from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text,
                           pieces, plain_errors, refuse, rows, text_columns)
@@ -117,12 +116,12 @@ def documents(sources, cfg, report):
         except SystemExit as error:       # a whole file, from where the damage begins
             if not cfg.skip_bad:
                 raise
-            report.note(report.dropped, "bad file", str(source.path), str(error))
+            report.note(report.dropped, "bad file", source.name, str(error))
 
 
 def bad(source, problem, cfg, report):
     refuse(source.path, problem, cfg.skip_bad)
-    report.note(report.dropped, "bad row or page", str(source.path), problem)
+    report.note(report.dropped, "bad row or page", source.name, problem)
 
 
 def read_text(source, cfg, report):
@@ -130,17 +129,17 @@ def read_text(source, cfg, report):
         return bad(source, problem, cfg, report)
     with open_text(source.path, cfg.encoding) as file:
         for piece in pieces(iter(lambda: file.read(1 << 20), ""), cfg.separator):
-            yield str(source.path), piece.text, {"source": str(source.path)}
+            yield source.name, piece.text, {"source": source.name}
 
 
 def read_rows(source, cfg, report):
     label = "row" if source.kind == "parquet" else "line"
     columns = cfg.columns.split(",") if cfg.columns else None
-    for number, row in rows(source, cfg.encoding):
+    for at, (number, row) in enumerate(rows(source, cfg.encoding)):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
-            names = text_columns(row, columns, source.path)
+            names = text_columns(row, columns, source.name, first=at == 0)
             text = "\n".join(row[name] for name in names)
             fields = {name: value for name, value in row.items() if name not in names and name != "text"}
             if found := fault(text):
@@ -149,7 +148,7 @@ def read_rows(source, cfg, report):
             bad(source, f"{label} {number}: {error}", cfg, report)
             continue
         for piece in pieces(blocks_of(text)):
-            yield f"{source.path} {label} {number}", piece.text, fields
+            yield f"{source.name} {label} {number}", piece.text, fields
 
 
 def read_page(source, cfg, report):
@@ -158,7 +157,7 @@ def read_page(source, cfg, report):
     if len(data) > LARGEST:
         return bad(source, f"a page of more than {LARGEST >> 20} MB", cfg, report)
     title, text = page_text(decode_page(data))
-    yield from page_pieces(str(source.path), title, text, {"source": str(source.path)})
+    yield from page_pieces(source.name, title, text, {"source": source.name})
 
 
 def read_warc(source, cfg, report):
@@ -364,7 +363,7 @@ def main(cfg):
     out = sys.stdout.buffer
     with contextlib.redirect_stdout(sys.stderr):   # standard output carries the data alone
         try:
-            sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB, DOWNLOADS / "stdin.raw")
+            sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB)
             inside = [source.path for source in sources if cfg.out and source.path.resolve() == Path(cfg.out).resolve()]
             if inside:
                 raise SystemExit(f"--out={cfg.out} is to be read too; choose another")

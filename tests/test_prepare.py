@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -491,6 +492,75 @@ def test_a_huge_single_line_needs_little_memory():
     assert int(done.stdout.split()[-1]) < 300, "MB"
     meta = json.loads(Path("data/x/meta.json").read_text(encoding="utf-8"))
     assert sum(split["bytes"] for split in meta["splits"].values()) == size > 200e6
+
+
+def test_many_distinct_words_need_little_memory_to_learn_from():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("measures memory the Linux way")
+    pick = random.Random(0)
+    syllables = [a + b + c for a in "bcdfglmnprst" for b in "aeiou" for c in ("", "n", "r", "s")]
+    with open("words.txt", "w", encoding="utf-8", newline="\n") as file:
+        for _ in range(500_000):
+            file.write("".join(pick.choices(syllables, k=4)) + " \n"[pick.random() < 0.1])
+    script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import prepare;"
+              "prepare.main(prepare.Config(sources=('words.txt',), vocab_size=2048, out='data/x'));"
+              "status = open('/proc/self/status', encoding='utf-8').read();"
+              "print(int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) // 1024)")
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 320, "MB"
+
+
+def test_a_resume_asks_only_for_the_space_that_is_missing_and_keeps_what_is_there(monkeypatch):
+    jsonl("in.jsonl", make_texts(3000))
+    append, clock, usage = prepare.append, itertools.count(), type("usage", (), {"free": 10})
+    monkeypatch.setattr(prepare, "PIECE", 1 << 14)
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))      # note progress after every batch
+
+    def full(folder, split, sizes, data, *rest):
+        if sum(sizes) > 100_000:
+            raise OSError(28, "No space left on device")
+        append(folder, split, sizes, data, *rest)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
+        broken.setattr(prepare, "append", full)
+        run("in.jsonl")
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
+        broken.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+        run("in.jsonl")
+    there = sum(path.stat().st_size for path in Path("data/x.partial").glob("*.bin"))
+    assert there > 100_000
+    usage.free = 2 * Path("in.jsonl").stat().st_size - there + 10_000        # too little for the whole
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+    run("in.jsonl")
+    assert len(documents("data/x", "train") + documents("data/x", "val")) == 3000
+
+
+def test_texts_are_no_chats():
+    Path("notes.txt").write_text("just words\n" * 30, encoding="utf-8")
+    for kind in ("chat", "preference"):
+        message = refused("notes.txt", kind=kind)
+        assert f"--kind={kind}" in message and "notes.txt" in message
+
+
+def test_rows_with_other_columns_are_skipped_after_the_first():
+    text = "".join(json.dumps(row) + "\n" for row in [{"text": "one"}, {"a": "x", "b": "y"}, {"text": "two"}])
+    Path("mixed.jsonl").write_text(text, encoding="utf-8")
+    assert "line 2" in refused("mixed.jsonl") and "which is the text" in refused("mixed.jsonl")
+    assert run("mixed.jsonl", skip_bad=True)["dropped"] == {"bad": 1}
+    Path("mixed.jsonl").write_text("".join(text.splitlines(True)[1:]), encoding="utf-8")
+    assert "--columns" in refused("mixed.jsonl", skip_bad=True)
+
+
+def test_stdin_is_a_private_file_and_its_kind_is_seen(monkeypatch):
+    Path("stdin_notes.csv").write_text("text\nfrom a table\nand another\n", encoding="utf-8")
+    run("stdin_notes.csv")
+    assert sorted(documents("data/x", "train") + documents("data/x", "val")) == ["and another", "from a table"]
+    for given in ('\n {"text": "one"}\n{"text": "two"}\n', ' [{"text": "one"}, {"text": "two"}]'):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+        meta = run("-", out="data/y")
+        assert sorted(documents("data/y", "train") + documents("data/y", "val")) == ["one", "two"]
+        assert meta["source"]["first"][0][0] == "-"
+    assert not Path("data/downloads").exists()
 
 
 # ---- chat and preference data ----

@@ -290,12 +290,16 @@ def pieces(blocks, separator=None):
         documents = buffer.split(separator) if separator else [buffer]
         buffer = "" if block is None else documents.pop()
         for text in documents:
-            if separator and not begun:
-                text = text.strip("\n")   # the line ends around a separator go with it
+            if separator:              # the line ends around a separator go with it
+                text = (text if begun else text.lstrip("\n")).rstrip("\n")
             yield Piece(text, True, dropped=None if text or begun else "empty")
             begun = False
+        if separator and not begun:
+            buffer = buffer.lstrip("\n")
         while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
             at = cut_point(buffer)
+            if separator:              # line ends that may stand before a separator stay in the buffer too
+                at = len(buffer[:at].rstrip("\n")) or at
             yield Piece(buffer[:at], False)
             buffer, begun = buffer[at:], True
 

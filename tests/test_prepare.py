@@ -548,7 +548,7 @@ def test_rows_with_other_columns_are_skipped_after_the_first():
     assert "line 2" in refused("mixed.jsonl") and "which is the text" in refused("mixed.jsonl")
     assert run("mixed.jsonl", skip_bad=True)["dropped"] == {"bad": 1}
     Path("mixed.jsonl").write_text("".join(text.splitlines(True)[1:]), encoding="utf-8")
-    assert "--columns" in refused("mixed.jsonl", skip_bad=True)
+    assert "--columns" in refused("mixed.jsonl", skip_bad=True, out="data/y")
 
 
 def test_stdin_is_a_private_file_and_its_kind_is_seen(monkeypatch):
@@ -620,6 +620,44 @@ def test_bad_records_are_named_by_file_and_line(kind, row, words):
     Path("in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (CHATS[0], row)) if kind == "chat" else
                                 "\n" + json.dumps(row) + "\n", encoding="utf-8")
     assert re.search(rf"in\.jsonl line 2: .*{words}", refused("in.jsonl", kind=kind))
+
+
+def test_the_rows_own_prompt_and_system_message_stay():
+    user, system = {"role": "user", "content": "Q"}, {"role": "system", "content": "S"}
+    def answer(text):
+        return {"role": "assistant", "content": text}
+    def preference(**row):
+        found = prepare.to_preference(row)[0]
+        return found["prompt"], found["chosen"], found["rejected"]
+    ends = [answer("A")], [answer("B")]
+    assert preference(prompt="Q", chosen=[user, answer("A")], rejected=[user, answer("B")]) == ([user], *ends)
+    assert preference(prompt=[user], chosen=[answer("Hi"), user, answer("A")], rejected=[answer("Hi"), user, answer("B")]) == (
+        [answer("Hi"), user], *ends)      # said in it
+    hello = [answer("Hi"), {"role": "user", "content": "more"}]
+    assert preference(prompt="Q", chosen=[*hello, answer("A")], rejected=[*hello, answer("B")]) == ([user, *hello], *ends)
+    assert preference(prompt="Q", chosen=[system, answer("A")], rejected=[system, answer("B")]) == ([system, user], *ends)
+    assert preference(prompt=[system, user], chosen="A", rejected="B") == ([system, user], *ends)
+    assert preference(system="S", question="Q", chosen="A", rejected="B") == ([system, user], *ends)
+    assert preference(prompt="Q", chosen="A", rejected="B") == ("Q", "A", "B")
+    with pytest.raises(ValueError, match="prompt"):
+        preference(prompt="other", chosen=[user, answer("A")], rejected=[user, answer("B")])
+    for row in ({"system": "S", "prompt": "Q", "completion": "A"}, {"prompt": [system, user], "completion": [answer("A")]},
+                {"system_prompt": "S", "question": "Q", "response": "A"}, {"system": "S", "conversations": [user, answer("A")]}):
+        assert prepare.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
+    with pytest.raises(ValueError, match="role"):
+        prepare.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
+
+
+def test_line_ends_around_a_separator_go_in_long_documents_too(monkeypatch):
+    monkeypatch.setattr(prepare.sys.modules["data.readers"], "PIECE", 50)
+    texts = ["\n".join(["words " * 20] * 3), "x\n\n\ny" * 30, "short"]
+    found, text = [], ""
+    for piece in prepare.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
+        text += piece.text
+        if piece.last:
+            found.append(text)
+            text = ""
+    assert found == texts
 
 
 @pytest.mark.skipif(not (DATA / "preference_data_1100.json").is_file(), reason="no NANOPATH_DATA here")

@@ -12,7 +12,7 @@ import re
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "bot": "assistant", "tool": "tool"}
 PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
-         ("prompt", "response"), ("question", "answer"), ("question", "response")]   # Alpaca, Dolly, FLAN, completions, OpenOrca
+         ("prompt", "response"), ("question", "answer"), ("question", "response")]   # Alpaca, Dolly, FLAN, ..., OpenOrca
 
 
 def filled(row, name):

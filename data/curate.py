@@ -8,8 +8,9 @@ Run     python -m data.curate pages/ crawl.warc.gz > clean.jsonl            # on
 You see on the error output what each rule dropped or changed, how often, and a sample of it
 Reads   .html .warc .wet and all that prepare.py reads (.txt .md .csv .tsv .json .jsonl .parquet, .gz, .zst, folders,
         'globs', URLs, - for stdin). A text longer than 2^20 characters becomes several documents.
-Writes  one line {"text": ...} per document, with the other columns of its row, or url, date, title, source; in the order
-        of the input, the same on every run. With --out all of it or nothing.
+Writes  one line {"text": ...} per document, with the other columns of its row (original_text is its own text where
+        --columns chose others), or url, date, title, source; in the order of the input, the same on every run. With --out
+        all of it or nothing.
 Memory  that of the longest document (a megabyte; a row or a page can be longer). --exact keeps about 90 bytes per
         document; --near about 50, and on disk the text and 8 bytes times 21 bands per document (21 at J = 0.8).
 Next    python prepare.py clean.jsonl

@@ -136,7 +136,7 @@ def known_encoding(name):
     try:
         "a".encode(name)
     except (LookupError, UnicodeError):
-        raise SystemExit(f"--encoding={name} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
+        raise SystemExit(f"--encoding={name} is no encoding of text that Python knows; try latin-1, cp1252 or utf-16-le") from None
 
 
 def check_zst(path):

@@ -156,7 +156,7 @@ def tasks(sources, safe):
 
 
 def count_task(data, pattern):
-    """Counter of the words of one task."""
+    """How often each word of one task occurs, the words as bytes."""
     safe, pieces, at = safe_cuts(pattern), Counter(), 0
     while at < len(data):
         end = data.find(b"\xff", at + CHUNK) % (len(data) + 1)     # -1, not found, is the end
@@ -167,7 +167,7 @@ def count_task(data, pattern):
     for piece, count in pieces.items():
         for word in find(piece.decode("utf-8")):
             words[word] += count
-    return words
+    return {word.encode("utf-8"): count for word, count in words.items()}
 
 
 def count_words(sources, pattern, workers=1, progress=False):
@@ -197,7 +197,8 @@ def count_words(sources, pattern, workers=1, progress=False):
         done += size
         if progress:
             print(f"counted {done / 1e6:,.0f} MB: {len(words):,} distinct words", file=sys.stderr, flush=True)
-    return {word.encode("utf-8"): count for word, count in words.items() if word}
+    words.pop(b"", None)
+    return words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,38 +220,46 @@ def learn_merges(words, min_count=1):
     order = np.argsort(np.array(BYTE_ORDER)).astype(np.int32)
     lengths = np.array([len(word) + 1 for word in words])
     row = np.frombuffer(b"\xff".join(words) + b"\xff", dtype=np.uint8)      # 255 is in no UTF-8 text
-    tok = np.where(row == 255, -1, order[row]).astype(np.int32)
+    if len(row) >= 2 ** 31:                                        # places are kept in 4 bytes
+        raise ValueError(f"{len(row) / 1e9:.1f} GB of distinct words are too many to learn from, 2.1 GB are the most. "
+                         "Learn from less of this text, then prepare.py --tokenizer=FOLDER")
     weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
-    nxt = np.arange(1, len(tok) + 1)                               # where the next token starts, and the one before;
-    prv = np.arange(-1, len(tok) - 1)                              # prv[0] = -1 is the last place, which holds a -1
+    weight = weight if weight.max() >= 2 ** 31 else weight.astype(np.int32)
+    del words, lengths
+    order[255] = -1
+    tok = order[row]
+    del row
+    nxt = np.arange(1, len(tok) + 1, dtype=np.int32)               # where the next token starts, and the one before;
+    prv = np.arange(-1, len(tok) - 1, dtype=np.int32)              # prv[0] = -1 is the last place, which holds a -1
     tokens = [bytes([b]) for b in BYTE_ORDER]
     where, heap = {}, []                                           # pair -> its places; (-count, pair)
 
     def born(places):
         """Index all pairs that start at these places: their places and their count, once and for all."""
         keys = tok[places].astype(np.int64) << 32 | tok[nxt[places]]        # one number for both tokens
-        by_key = np.argsort(keys, kind="stable")                   # stable: the places of a pair stay in order
+        short = keys if len(tokens) > 256 else (keys >> 24 | keys & 255).astype(np.uint16)    # sorted by radix
+        by_key = np.argsort(short, kind="stable")                  # stable: the places of a pair stay in order
         keys, places = keys[by_key], places[by_key]
         first = np.ones(len(keys), dtype=bool)
         first[1:] = keys[1:] != keys[:-1]
         starts = first.nonzero()[0]
-        counts = np.add.reduceat(weight[places], starts).tolist()
+        counts = np.add.reduceat(weight[places], starts, dtype=np.int64).tolist()
         pairs, starts = keys[starts].tolist(), starts.tolist()
         for key, count, start, end in zip(pairs, counts, starts, [*starts[1:], len(keys)]):
             if count >= min_count:
                 where[key] = places[start:end]
                 heapq.heappush(heap, (-count, key))
 
-    starts = np.flatnonzero(tok >= 0)
-    starts = starts[tok[nxt[starts]] >= 0]
-    if len(starts):
-        born(starts)
+    for first in range(0, 256, 8):                                 # some left bytes at a time: less memory to sort
+        starts = np.flatnonzero((tok[:-1] >= first) & (tok[:-1] < first + 8) & (tok[1:] >= 0)).astype(np.int32)
+        if len(starts):
+            born(starts)
     while heap:
         bound, key = heapq.heappop(heap)
         a, b = key >> 32, key & 0xFFFFFFFF
         places = where.pop(key)
         live = places[(tok[places] == a) & (tok[nxt[places]] == b)]
-        count = int(weight[live].sum()) if len(live) < len(places) else -bound
+        count = int(weight[live].sum(dtype=np.int64)) if len(live) < len(places) else -bound
         if count < -bound:                                         # some were taken by other merges: try again later
             if count >= min_count:
                 where[key] = live
@@ -336,9 +345,9 @@ class Tokenizer:
         sources = [paths_or_texts] if isinstance(paths_or_texts, (str, Path)) else paths_or_texts
         merges, tokens = [], [bytes([b]) for b in range(256)]
         cls(zip(tokens, range(256)), {}, pattern)                  # refuse a bad pattern before the long work
-        words = count_words(sources, pattern, workers, progress) if count else {}
         shown = time.monotonic()
-        for left, right, occurrences in islice(learn_merges(words, min_count), count):
+        found = learn_merges(count_words(sources, pattern, workers, progress) if count else {}, min_count)
+        for left, right, occurrences in islice(found, count):      # nobody else holds the words: it can free them
             merges.append((left, right))
             tokens.append(left + right)
             if on_merge:

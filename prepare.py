@@ -9,11 +9,13 @@ Run     python prepare.py shakespeare               # 1 MB, one token per byte
         cat book.txt | python prepare.py - --out=data/book       # also URLs, and hf://datasets/OWNER/NAME/FILE
 You see documents, bytes, tokens and bytes per token of each split, MB/s, and the next command. One core (2026-11):
         shakespeare 0.1 s; stdlib --vocab_size=4096 3.5 s, 3.4 bytes per token; 1 GB of JSONL as bytes 18 s in 60 MB of
-        memory; 105 MB of code as JSONL with a new BPE of 16,384 tokens 17 s in 341 MB.
+        memory; 105 MB of code as JSONL with a new BPE of 16,384 tokens 17 s in 229 MB; 19 MB of nothing but distinct
+        words (1.6 million, each costs about 400 bytes) 19 s in 715 MB.
 Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst, and the presets named below
 Writes  data/<name>/: train_00000.bin ... val_00000.bin (little-endian uint16 or uint32 ids, an end-of-text id
         after each document), tokenizer.json, tokenizer_config.json, meta.json. For chat: train.jsonl, val.jsonl.
-        All of it is made in data/<name>.partial and renamed at the end; a killed run goes on where it stopped.
+        All of it is made in data/<name>.partial and renamed at the end; a killed run goes on where it stopped (what came
+        by stdin, a copy in TMPDIR, must be piped again).
 Next    python train.py --dataset=<name>
 """
 import errno
@@ -114,12 +116,12 @@ def read(source, cfg):
 def read_rows(source, cfg):
     label = "row" if source.kind == "parquet" else "line"
     columns = cfg.columns.split(",") if cfg.columns else None
-    for number, row in rows(source, cfg.encoding, columns, text_only=cfg.kind == "text"):
+    for at, (number, row) in enumerate(rows(source, cfg.encoding, columns, text_only=cfg.kind == "text")):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
             if cfg.kind == "text":
-                text, key = "\n".join(row[name] for name in text_columns(row, columns, source.path)), None
+                text, key = "\n".join(row[name] for name in text_columns(row, columns, source.name, at == 0)), None
             else:
                 row, key = to_chat(row) if cfg.kind == "chat" else to_preference(row)
                 text = json.dumps(row, ensure_ascii=False)
@@ -251,6 +253,8 @@ class Pieces(dict):
     """
     Encodes by looking up. Text repeats itself: it is cut wherever that cannot change its tokens (see bpe.safe_cuts), and
     each distinct piece, a word or a few, is encoded once. bytes of the piece -> its number; ids and where each ends.
+    Against a plain loop over tiktoken, one core, vocabulary 16,384 (2026-11-25): 30 MB of Python's library 14.1 against
+    12.2 MB/s (1.16 times), wikitext-2 17.8 against 12.6 (1.41 times).
     """
     LIMIT = 1 << 19   # pieces; then it starts afresh: about 100 MB
 
@@ -342,7 +346,7 @@ def load_tokenizer(folder):
         raise SystemExit(f"--tokenizer={folder} cannot be used: {error}") from None
 
 
-def make_tokenizer(cfg, given, stream):
+def make_tokenizer(cfg, given, stream, workers):
     """The tokenizer of --tokenizer, or a new one: bytes only, or a BPE learnt from the train split."""
     if cfg.tokenizer:
         tokenizer = given
@@ -351,7 +355,7 @@ def make_tokenizer(cfg, given, stream):
     else:
         texts = (text for _, found, _ in stream for split, text, _ in found if split == "train")
         try:
-            tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern)
+            tokenizer = Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern, workers=workers)
         except ValueError as error:
             raise SystemExit(str(error)) from None   # it names the flag and what the text allows
     if tokenizer.eos_id is None:
@@ -460,7 +464,7 @@ def examine(sources, cfg):
         with plain_errors(source.path):
             if source.path.suffix == ".zst":
                 check_zst(source.path)
-        listed.append([source.path.as_posix(), source.path.stat().st_size, sha256])
+        listed.append([source.name, source.path.stat().st_size, sha256])
         digest.update(bytes.fromhex(sha256))
         if source.kind == "text" and (problem := check_text(source.path, cfg.encoding)):
             refuse(source.path, problem, cfg.skip_bad)
@@ -500,9 +504,17 @@ def build(cfg, out, partial, recipe, given):
     sources = find_sources(cfg)
     if inside := [source.path for source in sources if out.resolve() in source.path.resolve().parents]:
         raise SystemExit(f"--out={out} would replace {inside[0]}, which is to be read; choose another --out")
+    if cfg.kind != "text" and (prose := [source.name for source in sources if source.kind in ("text", "topics")]):
+        raise SystemExit(f"--kind={cfg.kind}: {prose[0]} is plain text; records stand in .jsonl, .json, .csv or .parquet. "
+                         f"Leave it out, or --kind=text")
     found, sources, unreadable = examine(sources, cfg)
     if ready(out, recipe, found):
         return None
+    packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
+    size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
+    simple = cfg.vocab_size == 0 and not cfg.tokenizer
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes: encoded sooner than sent elsewhere
 
     saved, tokenizer = load_json(progress), None
     if saved.get("recipe") == recipe and saved.get("source") == found:
@@ -516,21 +528,19 @@ def build(cfg, out, partial, recipe, given):
         for split in ("train", "val"):
             state[split] = {"documents": 0, "bytes": 0, "tokens": 0, "sizes": []}
         if cfg.kind == "text":
-            tokenizer = make_tokenizer(cfg, given, parts(sources, cfg, state["plan"]))
+            tokenizer = make_tokenizer(cfg, given, parts(sources, cfg, state["plan"]), workers)
             tokenizer.save(partial)
         save_json(progress, {"recipe": recipe, "source": found, "state": state})
 
     width = np.dtype(id_type(tokenizer)).itemsize if tokenizer else 1
     limit = cfg.shard_tokens * width if tokenizer else sys.maxsize
-    packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # how many times larger the text is, roughly
-    size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
-    simple = cfg.vocab_size == 0 and not cfg.tokenizer
+    there = sum(sum(state[split]["sizes"]) for split in ("train", "val"))
     try:
-        need_space(partial, size * width if simple else size * width // 4, "dataset")
+        need_space(partial, max(0, (size * width if simple else size * width // 4) - there), "dataset")
     except OSError as error:
+        if there:
+            raise                       # main keeps what is there
         raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = cfg.workers or (1 if simple or size < 32e6 else cores)   # bytes: encoded sooner than sent elsewhere
 
     noted = time.monotonic()
     stream = batches(parts(sources, cfg, state["plan"], state["next"]))
@@ -589,11 +599,13 @@ def main(cfg):
         return report(out, meta, cfg)
     before = load_json(out / "meta.json").get("recipe", {}) if (out / "meta.json").is_file() else {}
     changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
+    resumes = load_json(partial / "progress.json").get("recipe") == recipe
     try:
         partial.mkdir(parents=True, exist_ok=True)
         meta = build(cfg, out, partial, recipe, given)
     except SystemExit:
-        shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth going on with
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth going on with
         raise
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; the same command goes on from {partial}") from None

@@ -12,7 +12,7 @@ import re
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "bot": "assistant", "tool": "tool"}
 PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
-         ("prompt", "response"), ("question", "answer")]   # Alpaca, Dolly, FLAN, completions, question and answer
+         ("prompt", "response"), ("question", "answer"), ("question", "response")]   # Alpaca, Dolly, FLAN, ..., OpenOrca
 
 
 def filled(row, name):
@@ -27,6 +27,19 @@ def question_of(row, name):
     return filled(row, name) + (f"\n\n{extra}" if extra else "")
 
 
+def system_of(row):
+    """[its system message], where it stands in a column of its own (OpenOrca, and preference data made of it)."""
+    text = row.get("system") or row.get("system_prompt")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+
+
+def turns_of(row, name, role):
+    """A column that holds one message of this role as a string, or a list of messages."""
+    if isinstance(row[name], list):
+        return clean_messages(row[name])
+    return [{"role": role, "content": question_of(row, name) if role == "user" else filled(row, name)}]
+
+
 def clean_messages(turns):
     """Check a list of turns, in OpenAI's or ShareGPT's spelling."""
     if not isinstance(turns, list) or not turns:
@@ -35,7 +48,7 @@ def clean_messages(turns):
     for number, turn in enumerate(turns, 1):
         turn = turn if isinstance(turn, dict) else {}
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"message {number} ({role}) has no content")
@@ -50,12 +63,12 @@ def to_chat(row):
     else:
         for ask, answer in PAIRS:
             if ask in row and answer in row:
-                messages = [{"role": "user", "content": question_of(row, ask)},
-                            {"role": "assistant", "content": filled(row, answer)}]
+                messages = turns_of(row, ask, "user") + turns_of(row, answer, "assistant")
                 break
         else:
             raise ValueError(f"no messages, conversations or {' or '.join('+'.join(pair) for pair in PAIRS)} among "
                              f"its fields {', '.join(row)}")
+    messages = (system_of(row) if messages[0]["role"] != "system" else []) + messages
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     return {"messages": messages}, json.dumps(messages[:1 + (messages[0]["role"] == "system")])
@@ -72,20 +85,37 @@ def to_preference(row):
         while chosen[same:same + 1] == rejected[same:same + 1] != []:
             same += 1
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        if isinstance(row.get("prompt"), list) and not prompt:
-            prompt = clean_messages(row["prompt"])
-        elif isinstance(row.get("prompt"), str) and not prompt:
-            prompt = [{"role": "user", "content": filled(row, "prompt")}]
+        prompt = with_given(turns_of(row, "prompt", "user") if row.get("prompt") else [], prompt)
         if not prompt:
             raise ValueError("chosen and rejected do not begin with the same prompt")
+        prompt = (system_of(row) if prompt[0]["role"] != "system" else []) + prompt
         if not chosen or not rejected:
             raise ValueError("chosen and rejected are the same, or one of them ends with the prompt")
     else:
         name = next((name for name in ("prompt", "instruction", "question") if name in row), "prompt")
-        prompt, chosen, rejected = question_of(row, name), filled(row, "chosen"), filled(row, "rejected")
+        system, chosen, rejected = system_of(row), filled(row, "chosen"), filled(row, "rejected")
         if chosen == rejected:
             raise ValueError("chosen and rejected are the same")
+        if system or isinstance(row.get(name), list):
+            prompt = turns_of(row, name, "user")
+            prompt = (system if prompt[0]["role"] != "system" else []) + prompt
+            chosen, rejected = turns_of(row, "chosen", "assistant"), turns_of(row, "rejected", "assistant")
+        else:
+            prompt = question_of(row, name)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, json.dumps(prompt)
+
+
+def with_given(given, shared):
+    """The prompt, from the row's own and from the messages with which chosen and rejected begin: those often repeat it."""
+    said = [message["content"].strip() for message in shared]
+    if all(message["content"].strip() in said for message in given):
+        return shared
+    if shared and shared[0]["role"] == "system":     # it comes first, once
+        given = given if given[0]["role"] == "system" else shared[:1] + given
+        shared = shared[1:]
+    if shared and shared[0]["role"] == given[-1]["role"]:
+        raise ValueError("the prompt is not the one with which chosen and rejected begin")
+    return given + shared
 
 
 def hh_messages(transcript):

@@ -8,8 +8,9 @@ Run     python -m data.curate pages/ crawl.warc.gz > clean.jsonl            # on
 You see on the error output what each rule dropped or changed, how often, and a sample of it
 Reads   .html .warc .wet and all that prepare.py reads (.txt .md .csv .tsv .json .jsonl .parquet, .gz, .zst, folders,
         'globs', URLs, - for stdin). A text longer than 2^20 characters becomes several documents.
-Writes  one line {"text": ...} per document, with the other columns of its row, or url, date, title, source; in the order
-        of the input, the same on every run. With --out all of it or nothing.
+Writes  one line {"text": ...} per document, with the other columns of its row (original_text is its own text where
+        --columns chose others), or url, date, title, source; in the order of the input, the same on every run. With --out
+        all of it or nothing.
 Memory  that of the longest document (a megabyte; a row or a page can be longer). --exact keeps about 90 bytes per
         document; --near about 50, and on disk the text and 8 bytes times 21 bands per document (21 at J = 0.8).
 Next    python prepare.py clean.jsonl
@@ -31,7 +32,6 @@ from typing import Literal
 import tyro
 
 from data.dedup import NearDuplicates, Overlap
-from data.hub import DOWNLOADS
 from data.presets import locate
 from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text,
                           pieces, plain_errors, refuse, rows, text_columns)
@@ -117,12 +117,12 @@ def documents(sources, cfg, report):
         except SystemExit as error:       # a whole file, from where the damage begins
             if not cfg.skip_bad:
                 raise
-            report.note(report.dropped, "bad file", str(source.path), str(error))
+            report.note(report.dropped, "bad file", source.name, str(error))
 
 
 def bad(source, problem, cfg, report):
     refuse(source.path, problem, cfg.skip_bad)
-    report.note(report.dropped, "bad row or page", str(source.path), problem)
+    report.note(report.dropped, "bad row or page", source.name, problem)
 
 
 def read_text(source, cfg, report):
@@ -130,26 +130,28 @@ def read_text(source, cfg, report):
         return bad(source, problem, cfg, report)
     with open_text(source.path, cfg.encoding) as file:
         for piece in pieces(iter(lambda: file.read(1 << 20), ""), cfg.separator):
-            yield str(source.path), piece.text, {"source": str(source.path)}
+            yield source.name, piece.text, {"source": source.name}
 
 
 def read_rows(source, cfg, report):
     label = "row" if source.kind == "parquet" else "line"
     columns = cfg.columns.split(",") if cfg.columns else None
-    for number, row in rows(source, cfg.encoding):
+    for at, (number, row) in enumerate(rows(source, cfg.encoding)):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
-            names = text_columns(row, columns, source.path)
+            names = text_columns(row, columns, source.name, first=at == 0)
             text = "\n".join(row[name] for name in names)
-            fields = {name: value for name, value in row.items() if name not in names and name != "text"}
+            fields = {name: value for name, value in row.items() if name not in names}
+            if "text" in fields:         # the name is taken by what --columns chose
+                fields["original_text"] = fields.pop("text")
             if found := fault(text):
                 raise ValueError(found[0])
         except ValueError as error:
             bad(source, f"{label} {number}: {error}", cfg, report)
             continue
         for piece in pieces(blocks_of(text)):
-            yield f"{source.path} {label} {number}", piece.text, fields
+            yield f"{source.name} {label} {number}", piece.text, fields
 
 
 def read_page(source, cfg, report):
@@ -158,7 +160,7 @@ def read_page(source, cfg, report):
     if len(data) > LARGEST:
         return bad(source, f"a page of more than {LARGEST >> 20} MB", cfg, report)
     title, text = page_text(decode_page(data))
-    yield from page_pieces(str(source.path), title, text, {"source": str(source.path)})
+    yield from page_pieces(source.name, title, text, {"source": source.name})
 
 
 def read_warc(source, cfg, report):
@@ -238,24 +240,44 @@ def seen_before():
 def toxic_words(cfg):
     if cfg.toxic == "built-in":
         return RUDE
-    return Path(cfg.toxic).read_text(encoding="utf-8").splitlines()
+    try:
+        words = Path(cfg.toxic).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeError as error:
+        raise SystemExit(f"--toxic={cfg.toxic}: {error}; save it as UTF-8") from None
+    if not any(word.strip() for word in words):
+        raise SystemExit(f"--toxic={cfg.toxic}: there is no word in it; one word a line, or --toxic=built-in")
+    return words
+
+
+def strings_in(value):
+    """Every string of a row, however deep: those of messages, of choices, of answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
 
 
 def evaluation_overlap(cfg):
-    """The rule against the texts of --decontaminate: every string of a row of JSON or a table, or a whole text file."""
+    """The rule against the texts of --decontaminate: every string in a row of JSON or a table, or a whole text file."""
     texts = []
     for source in find_files(cfg.decontaminate, lambda url: locate(url, tries=cfg.tries)):
+        before = len(texts)
         with plain_errors(source.path):
             if source.kind == "text":
                 with open_text(source.path, cfg.encoding) as file:
-                    texts.append(file.read())
-                continue
-            for number, row in rows(source, cfg.encoding):
-                if isinstance(row, str):
-                    raise SystemExit(f"--decontaminate: {source.path} {number}: {row}")
-                for value in row.values():
-                    texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    overlap = Overlap(text for text in texts if text.strip())
+                    found = [(1, file.read())]
+            else:
+                found = rows(source, cfg.encoding)
+            for number, row in found:
+                strings = [text for text in strings_in(row) if text.strip()]
+                wrong = [row] if isinstance(row, str) and source.kind != "text" else []
+                if problem := next(filter(None, [*wrong, *(problem[0] for problem in map(fault, strings) if problem)]), None):
+                    raise SystemExit(f"--decontaminate: {source.name} {number}: {problem}")
+                texts += strings
+        if len(texts) == before:
+            raise SystemExit(f"--decontaminate={source.name}: there is no text in it")
+    overlap = Overlap(texts)
     print(f"decontaminate: {overlap.texts:,} evaluation texts; {overlap.ignored:,} of fewer than {overlap.SHORTEST} words "
           f"are too short to look for", file=sys.stderr)
 
@@ -286,7 +308,11 @@ def clean(sources, todo, cfg, report):
 # ---- 3. write
 
 def encode(text, fields):
-    return json.dumps({"text": text, **fields}, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+    row = {"text": text, **fields}
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:       # a lone surrogate in another column: it stays what it is, as \ud83d
+        return json.dumps(row, default=str).encode("utf-8") + b"\n"
 
 
 def write(sources, todo, cfg, report, file):
@@ -327,17 +353,40 @@ def write_without_near(sources, todo, cfg, report, file):
 def write_whole(path, write):
     """Call write(file) on a temporary file, then put it in place: it is whole, or as it was before."""
     path = Path(path)
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(new, "wb") as file:
-            write(file)
-        os.replace(new, path)
+        try:
+            with open(new, "wb") as file:
+                write(file)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
         raise SystemExit(f"{error.filename or path}: {error.strerror or error}; nothing was written. Another place for "
                          f"what is written: --out=FILE, --report=FILE") from None
-    finally:
-        new.unlink(missing_ok=True)
+
+
+def check_places(cfg, sources):
+    """Refuse to write where it cannot be done, or over what is read, before the long work."""
+    given = [Path(name) for name in (*cfg.decontaminate, *([cfg.toxic] if cfg.toxic else []))]
+    read = {path.resolve() for path in [*given, *(source.path for source in sources)]}
+    for flag, name in (("out", cfg.out), ("report", cfg.report)):
+        if not name:
+            continue
+        path = Path(name)
+        if path.resolve() in read:
+            raise SystemExit(f"--{flag}={name} is to be read too; choose another")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                problem = "it is a folder" if path.is_dir() else None
+        except OSError as error:
+            problem = error.strerror or error
+        if problem:
+            raise SystemExit(f"--{flag}={name}: {problem}; nothing was written. Choose another --{flag}=FILE")
+    if cfg.out and cfg.report and Path(cfg.out).resolve() == Path(cfg.report).resolve():
+        raise SystemExit(f"--report={cfg.report} is the file of --out too; choose another")
 
 
 def checked(cfg):
@@ -364,10 +413,8 @@ def main(cfg):
     out = sys.stdout.buffer
     with contextlib.redirect_stdout(sys.stderr):   # standard output carries the data alone
         try:
-            sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB, DOWNLOADS / "stdin.raw")
-            inside = [source.path for source in sources if cfg.out and source.path.resolve() == Path(cfg.out).resolve()]
-            if inside:
-                raise SystemExit(f"--out={cfg.out} is to be read too; choose another")
+            sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB)
+            check_places(cfg, sources)
             action, todo = write_without_near if cfg.near else write, steps(cfg)
             if cfg.out:
                 write_whole(cfg.out, lambda file: action(sources, todo, cfg, report, file))

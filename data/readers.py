@@ -5,6 +5,7 @@ data/curate.py. Damaged files and broken rows are named by file and line; nothin
 Reads   .txt .md .csv .tsv .json .jsonl .parquet, also .gz and .zst. A byte order mark outranks the encoding asked for.
         pyarrow and zstandard are imported only where they are needed.
 """
+import atexit
 import codecs
 import contextlib
 import csv
@@ -14,24 +15,29 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-
-from data.hub import DOWNLOADS
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
          ".parquet": "parquet"}
 PROSE = {".txt", ".text", ".md", ".rst"}  # what a folder is searched for, besides KINDS; a glob can name anything
 PIECE = 1 << 20                           # characters handled at a time
+SPOOLED = set()                           # files that hold what came by standard input
 
 
 class Source(NamedTuple):
     path: Path
     kind: str                  # text, csv, json, parquet, or topics (pydoc's); for curate.py also html, warc
     split: str | None = None   # train or val where the data set has its own split, else decided per document
+
+    @property
+    def name(self):
+        return "-" if self.path in SPOOLED else self.path.as_posix()
 
 
 class Piece(NamedTuple):
@@ -43,7 +49,17 @@ class Piece(NamedTuple):
 
 # ---- which files
 
-def find_files(names, fetch, kinds=KINDS, spool=DOWNLOADS / "stdin"):
+def spooled():
+    """Standard input as a file: it can be read only once, and is needed more often. Removed when the process ends."""
+    with tempfile.NamedTemporaryFile(prefix="stdin", delete=False) as file:    # in TMPDIR
+        path = Path(file.name)
+        atexit.register(path.unlink, missing_ok=True)
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    SPOOLED.add(path)
+    return path
+
+
+def find_files(names, fetch, kinds=KINDS):
     """
     The Sources behind the command line: files, folders, 'globs', URLs (fetched by `fetch`), - for stdin. In a fixed
     order, each once. FileNotFoundError holds the name that is nothing of these.
@@ -52,10 +68,7 @@ def find_files(names, fetch, kinds=KINDS, spool=DOWNLOADS / "stdin"):
     for text in names:
         path = Path(text).expanduser()
         if text == "-":
-            spool.parent.mkdir(parents=True, exist_ok=True)
-            with open(spool, "wb") as file:  # on disk: stdin can be read once, and it is needed more often
-                shutil.copyfileobj(sys.stdin.buffer, file)
-            paths.append(spool)
+            paths.append(spooled())
         elif "://" in text:
             paths.append(fetch(text))
         elif path.is_dir():
@@ -72,9 +85,9 @@ def find_files(names, fetch, kinds=KINDS, spool=DOWNLOADS / "stdin"):
 
 def kind_of(path, kinds=KINDS):
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
-    if path.name.startswith("stdin"):
+    if path in SPOOLED:        # JSON begins with an object or an array of objects
         with open(path, "rb") as file:
-            return "json" if file.read(1) == b"{" else "text"
+            return "json" if re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{", file.read(1 << 16)) else "text"
     return kinds.get(suffixes[-1], "text") if suffixes else "text"
 
 
@@ -119,11 +132,11 @@ def open_text(path, encoding="utf-8", newline=None):
 
 
 def known_encoding(name):
-    """Refuse an --encoding that Python does not know."""
+    """Refuse an --encoding that Python does not know, and hex, zip and the like, which are no encodings of text."""
     try:
-        codecs.lookup(name)
-    except LookupError:
-        raise SystemExit(f"--encoding={name} is unknown to Python; try latin-1, cp1252 or utf-16-le") from None
+        "a".encode(name)
+    except (LookupError, UnicodeError):
+        raise SystemExit(f"--encoding={name} is no encoding of text that Python knows; try latin-1, cp1252 or utf-16-le") from None
 
 
 def check_zst(path):
@@ -215,28 +228,41 @@ def rows(source, encoding="utf-8", columns=None, text_only=False):
                     yield table.line_num, (dict(zip(header, row)) if len(row) == len(header) else
                                            f"{len(row)} fields where the header has {len(header)}")
         else:
-            start = file.read(1)
+            blank = ""
+            while (start := file.read(1)).isspace():
+                blank += start
+            above = blank.count("\n")
             if start == "[":       # one JSON array: the whole file is read at once
                 try:
-                    yield from enumerate(json.loads(start + file.read()), 1)
-                except json.JSONDecodeError as error:
-                    raise SystemExit(f"{path} line {error.lineno}: broken JSON ({error.msg})") from None
+                    array = json.loads(start + file.read())
+                except (ValueError, RecursionError) as error:
+                    line = above + getattr(error, "lineno", 1)
+                    raise SystemExit(f"{path} line {line}: {broken(error)}") from None
+                yield from enumerate((row if isinstance(row, dict) else "not a JSON object" for row in array), 1)
                 return
-            first = start if start == "\n" else start + file.readline()
-            for number, line in enumerate(itertools.chain([first], file), 1):
+            first = start + (file.readline() if start else "")
+            for number, line in enumerate(itertools.chain([first], file), above + 1):
                 if line.strip():
                     try:
                         row = json.loads(line)
                         yield number, row if isinstance(row, dict) else "not a JSON object"
-                    except (json.JSONDecodeError, RecursionError) as error:
-                        yield number, f"broken JSON ({getattr(error, 'msg', 'nested too deep')})"
+                    except (ValueError, RecursionError) as error:
+                        yield number, broken(error)
 
 
-def text_columns(row, columns, path):
-    """Names of the columns that hold the text of a row: those asked for, or `text`, `content`, or its only one."""
+def broken(error):
+    """What json.loads found: JSONDecodeError, ValueError for a number of thousands of digits, RecursionError."""
+    usual = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+    return f"broken JSON ({getattr(error, 'msg', usual)})"
+
+
+def text_columns(row, columns, path, first=True):
+    """Names of the columns that hold the text of a row: those asked for, or `text`, `content`, or its only one. Not to
+    know ends the run at the first row of a file; a later one is a bad row."""
     names = columns or [name for name in ("text", "content") if name in row][:1] or list(row)
     if not columns and len(names) > 1:
-        raise SystemExit(f"{path}: which is the text? --columns=NAME, one or more of: {', '.join(row)}")
+        problem = f"which is the text? --columns=NAME, one or more of: {', '.join(row)}"
+        raise SystemExit(f"{path}: {problem}") if first else ValueError(problem)
     if missing := [name for name in names if not isinstance(row.get(name), str)]:
         raise ValueError(f"no text in column {missing[0]!r} (columns: {', '.join(row)})")
     return names
@@ -264,12 +290,16 @@ def pieces(blocks, separator=None):
         documents = buffer.split(separator) if separator else [buffer]
         buffer = "" if block is None else documents.pop()
         for text in documents:
-            if separator and not begun:
-                text = text.strip("\n")   # the line ends around a separator go with it
+            if separator:              # the line ends around a separator go with it
+                text = (text if begun else text.lstrip("\n")).rstrip("\n")
             yield Piece(text, True, dropped=None if text or begun else "empty")
             begun = False
+        if separator and not begun:
+            buffer = buffer.lstrip("\n")
         while len(buffer) > PIECE + len(separator or ""):   # so that half a separator stays in the buffer
             at = cut_point(buffer)
+            if separator:              # line ends that may stand before a separator stay in the buffer too
+                at = len(buffer[:at].rstrip("\n")) or at
             yield Piece(buffer[:at], False)
             buffer, begun = buffer[at:], True
 

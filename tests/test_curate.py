@@ -324,15 +324,25 @@ def test_crawls_written_by_warcio():
 
 # ---- normalization, language
 
+VOICED = re.compile("[\u3099\u309a]")
+
+
+def test_accents_of_hangul_and_kana():
+    assert rules.strip_accents("한국어 がぱ ガ é ü") == "한국어 がぱ ガ e u"
+
+
 def test_normalization_equals_huggingfaces_bert_normalizer():
     normalizers = pytest.importorskip("tokenizers").normalizers
     texts = real_texts()[::5] + ["Élan ÅNGSTRÖM naïve Straße İstanbul ŒUVRE Việt ﬁ ²"]
     texts += [c for c in map(chr, range(0x20, 0x20000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs", "Co")]
     for lower, accents in ((True, False), (False, True), (True, True)):
         theirs = normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=False, strip_accents=accents, lowercase=lower)
+        theirs = normalizers.Sequence([theirs, normalizers.NFC()])       # it leaves Hangul in parts
         ours = [rules.strip_accents(text) if accents else text for text in texts]
         ours = [text.lower() if lower else text for text in ours]
-        different = [(a, b) for a, b in zip(ours, map(theirs.normalize_str, texts)) if a != b]
+        ours = [unicodedata.normalize("NFC", text) for text in ours]
+        different = [(a, b) for a, b in zip(ours, map(theirs.normalize_str, texts)) if a != b and not VOICED.search(
+            unicodedata.normalize("NFD", a))]
         assert len(different) <= 30, different[:40]     # letters whose case or marks came with a later Unicode
     text = "e\u0301 ﬁ ²\r\n\x07a\u200bb\ufeffc\u200dd\te"
     assert run(jsonl("in.jsonl", [text]), normalize="NFC")[0][0]["text"] == unicodedata.normalize("NFC", text)
@@ -446,7 +456,7 @@ def datatrove_filters(monkeypatch):
             return (verdict if isinstance(verdict, bool) else verdict[0]), document.text
         return judge
     return [passes(made) for made in (gopher_quality_filter.GopherQualityFilter(), gopher_repetition_filter.GopherRepetitionFilter(),
-                                      c4_filters.C4QualityFilter())]
+                                      c4_filters.C4QualityFilter(min_words_per_line=5, min_num_sentences=3))]
 
 
 def test_verdicts_equal_datatroves(monkeypatch):
@@ -474,7 +484,8 @@ def test_c4_by_hand():
            "It goes on and on...\nIt is a fact.[1][citation needed]\nNo full stop here\n" + "x" * 1001 + " two three.\n"
     kept, why = rules.c4(page)
     assert why is None and kept == good + "It is a fact."
-    assert rules.c4("One two three. Four five six.\n")[1] == "fewer than 5 sentences"
+    assert rules.c4("One two three. Four five six.\n")[1] == "fewer than 3 sentences"
+    assert rules.c4("One two three four five. Another. A third.\nOnly four words here.")[0] == "One two three four five. Another. A third."
     assert rules.c4(good + "And Lorem ipsum dolor sit amet.")[1] == "lorem ipsum"
     assert rules.c4(good + "int main() { return 0; } is code.")[1] == "a curly bracket"
     assert [rules.sentences(line) for line in ("A. B? C!", "No end", "Mr. X went.", "3.14 is pi.", "")] == [3, 1, 2, 1, 0]
@@ -487,7 +498,7 @@ def test_personal_data_is_hidden_and_other_numbers_stay():
         "write to Jane.Doe+x@mail.example.co.uk today": "write to <EMAIL> today",
         "card 4111 1111 1111 1111, or 5500-0000-0000-0004.": "card <CARD>, or <CARD>.",
         "IBAN GB82 WEST 1234 5698 7654 32 please": "IBAN <IBAN> please", "DE89370400440532013000": "<IBAN>",
-        "SSN 123-45-6789": "SSN <SSN>", "from 8.8.8.80:443 and 2001:4860:4860::8888": "from 8.8.8.80:443 and <IP>",
+        "SSN 123-45-6789": "SSN <SSN>", "from 8.8.8.80:443 and 2001:4860:4860::8888": "from <IP>:443 and <IP>",
         "host 93.184.216.34 answered": "host <IP> answered",
         "call (415) 555-2671 or 415-555-2671 or +49 30 1234567 or +1-800-555-0199": "call <PHONE> or <PHONE> or <PHONE> or <PHONE>",
     }
@@ -682,3 +693,94 @@ def test_decontamination_by_plain_text_and_short_questions():
     assert [row["text"] for row in rows] == [texts[1], "Too short", PROSE]
     assert report["dropped"] == {"decontaminate: in an evaluation text": 3}
     assert report["samples"]["decontaminate: in an evaluation text"][1]["text"] == "what is the capital of the small country"
+
+
+# ---- what a review found
+
+def test_pages_inside_a_form_long_links_and_blank_lines_of_pre():
+    body = "<p>" + "A whole page of ASP.NET stands in one form. " * 10 + "</p>"
+    assert web.page_text(f"<form>{body}<input></form>")[1].startswith("A whole page")
+    assert web.page_text(f"<form>Search <input></form>{body}")[1].startswith("A whole page")
+    headlines = "".join(f"<li><a href=x>{i} {'a headline that tells all of the story ' * 4}</a></li>" for i in range(4))
+    assert len(web.page_text(f"<ul>{headlines}</ul>")[1].splitlines()) == 4
+    assert web.page_text("<pre>a\n\n\n\n  b<br><br>c</pre>")[1] == "a\n\n\n\n  b\n\nc"
+
+
+def test_compressed_bodies_whole_cut_and_damaged():
+    page = b"<p>" + os.urandom(2000).hex().encode()
+    raw = zlib.compressobj(wbits=-15)
+    raw = raw.compress(page) + raw.flush()
+    packed = gzip.compress(page)
+    for encoding, body in (("gzip", packed), ("gzip", packed + bytes(9)), ("gzip", page), ("deflate", zlib.compress(page)),
+                           ("deflate", raw), ("deflate", page), ("identity", page), ("deflate, gzip", gzip.compress(raw))):
+        assert web.http_body({"content-encoding": encoding}, body) == page, encoding
+    assert web.http_body({"content-encoding": "gzip"}, packed + packed) == page * 2
+    damaged = packed[:300] + bytes(50) + packed[350:]
+    for encoding, body in (("gzip", packed[:-9]), ("gzip", damaged), ("deflate", raw[:-9]), ("br", page), ("lzma", page)):
+        with pytest.raises(ValueError, match="a page"):
+            web.http_body({"content-encoding": encoding}, body)
+    for body in (b"5\r\nhello\r\n-5\r\n", b"5\r\nhel"):
+        with pytest.raises(ValueError, match="chunks"):
+            web.http_body({"transfer-encoding": "chunked"}, body)
+    good = http(b"<p>good")
+    Path("a.warc").write_bytes(record("response", http(damaged, **{"Content-Encoding": "gzip"})) + record("response", good))
+    rows, report = run("a.warc", skip_bad=True)
+    assert [row["text"] for row in rows] == ["good"] and report["dropped"] == {"bad row or page": 1}
+
+
+def test_records_that_are_too_large_cut_or_without_a_length(monkeypatch):
+    good = record("response", http(b"<p>good"))
+    monkeypatch.setattr(web, "LARGEST", 1 << 16)
+    Path("a.warc").write_bytes(record("response", http(bytes(1 << 17))) + good)
+    rows, report = run("a.warc", skip_bad=True)
+    assert [row["text"] for row in rows] == ["good"] and report["dropped"] == {"bad row or page": 1}
+    for name, tail, words in (("b.warc", good[:30], "header"), ("c.warc", b"WARC/1.0\r\nWARC-Type: response\r\n\r\n", "Content-Length"),
+                              ("d.warc", b"WARC/1.0\r\nContent-Length: -3\r\n\r\n", "Content-Length")):
+        Path(name).write_bytes(good + tail)
+        Path("clean.jsonl").unlink(missing_ok=True)
+        assert words in refused(name)
+
+
+def test_decontamination_finds_nested_texts_and_refuses_empty_files():
+    question = "What is the name of the seventh river that flows into the old harbour of the city?"
+    rows = [{"messages": [{"role": "user", "content": question}]}, {"choices": {"text": [PROSE]}}]
+    jsonl("in.jsonl", [f"Before it: {question} Yes.", "x " + PROSE, "nothing of it"])
+    for row in rows:
+        Path("eval.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        kept, report = run("in.jsonl", decontaminate=("eval.jsonl",))
+        assert len(kept) == 2
+    Path("clean.jsonl").unlink()
+    for content, words in (('{"n": 1}\n', "no text"), ('{"a": "\\ud800"}\n', "lone surrogate"), ("", "no text")):
+        Path("eval.jsonl").write_text(content, encoding="utf-8")
+        assert words in refused("in.jsonl", decontaminate=("eval.jsonl",))
+    for content, words in ((b"\n \n", "no word"), (b"caf\xe9\n", "UTF-8")):
+        Path("words.txt").write_bytes(content)
+        assert words in refused("in.jsonl", toxic="words.txt")
+
+
+def test_what_is_written_where_is_checked_first():
+    jsonl("in.jsonl", ["a"])
+    Path("ok.txt").write_text("mine", encoding="utf-8")
+    for flags in (dict(report="in.jsonl"), dict(report="clean.jsonl"), dict(report="ok.txt/x.json"), dict(report=".")):
+        assert "--report=" in refused("in.jsonl", **flags)
+    with pytest.raises(SystemExit, match="--out=ok.txt/x.jsonl"):
+        curate.main(Config(("in.jsonl",), out="ok.txt/x.jsonl"))
+    Path("clean.jsonl.new").write_text("mine", encoding="utf-8")
+    run("in.jsonl")
+    assert Path("clean.jsonl.new").read_text(encoding="utf-8") == "mine"
+
+
+def test_other_columns_stay_what_they_were():
+    Path("in.jsonl").write_text('{"title": "T", "text": "own", "odd": "\\ud83d"}\n', encoding="utf-8")
+    assert run("in.jsonl")[0] == [{"text": "own", "title": "T", "odd": "\ud83d"}]
+    assert run("in.jsonl", columns="title")[0] == [{"text": "T", "original_text": "own", "odd": "\ud83d"}]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'[1, {"text": "a"}]', "line 1: not a JSON object"), (b"[" * 100_000, "nested too deep"),
+    (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "too many digits"), (b'[{"n": ' + b"1" * 5000 + b"}]", "too many digits"),
+])
+def test_odd_json_gives_one_line(content, words):
+    Path("a.json").write_bytes(content)
+    assert words in refused("a.json")
+    assert "--encoding=hex" in refused("a.json", encoding="hex")

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -493,6 +494,75 @@ def test_a_huge_single_line_needs_little_memory():
     assert sum(split["bytes"] for split in meta["splits"].values()) == size > 200e6
 
 
+def test_many_distinct_words_need_little_memory_to_learn_from():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("measures memory the Linux way")
+    pick = random.Random(0)
+    syllables = [a + b + c for a in "bcdfglmnprst" for b in "aeiou" for c in ("", "n", "r", "s")]
+    with open("words.txt", "w", encoding="utf-8", newline="\n") as file:
+        for _ in range(500_000):
+            file.write("".join(pick.choices(syllables, k=4)) + " \n"[pick.random() < 0.1])
+    script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import prepare;"
+              "prepare.main(prepare.Config(sources=('words.txt',), vocab_size=2048, out='data/x'));"
+              "status = open('/proc/self/status', encoding='utf-8').read();"
+              "print(int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) // 1024)")
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 320, "MB"
+
+
+def test_a_resume_asks_only_for_the_space_that_is_missing_and_keeps_what_is_there(monkeypatch):
+    jsonl("in.jsonl", make_texts(3000))
+    append, clock, usage = prepare.append, itertools.count(), type("usage", (), {"free": 10})
+    monkeypatch.setattr(prepare, "PIECE", 1 << 14)
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))      # note progress after every batch
+
+    def full(folder, split, sizes, data, *rest):
+        if sum(sizes) > 100_000:
+            raise OSError(28, "No space left on device")
+        append(folder, split, sizes, data, *rest)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
+        broken.setattr(prepare, "append", full)
+        run("in.jsonl")
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
+        broken.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+        run("in.jsonl")
+    there = sum(path.stat().st_size for path in Path("data/x.partial").glob("*.bin"))
+    assert there > 100_000
+    usage.free = 2 * Path("in.jsonl").stat().st_size - there + 10_000        # too little for the whole
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+    run("in.jsonl")
+    assert len(documents("data/x", "train") + documents("data/x", "val")) == 3000
+
+
+def test_texts_are_no_chats():
+    Path("notes.txt").write_text("just words\n" * 30, encoding="utf-8")
+    for kind in ("chat", "preference"):
+        message = refused("notes.txt", kind=kind)
+        assert f"--kind={kind}" in message and "notes.txt" in message
+
+
+def test_rows_with_other_columns_are_skipped_after_the_first():
+    text = "".join(json.dumps(row) + "\n" for row in [{"text": "one"}, {"a": "x", "b": "y"}, {"text": "two"}])
+    Path("mixed.jsonl").write_text(text, encoding="utf-8")
+    assert "line 2" in refused("mixed.jsonl") and "which is the text" in refused("mixed.jsonl")
+    assert run("mixed.jsonl", skip_bad=True)["dropped"] == {"bad": 1}
+    Path("mixed.jsonl").write_text("".join(text.splitlines(True)[1:]), encoding="utf-8")
+    assert "--columns" in refused("mixed.jsonl", skip_bad=True, out="data/y")
+
+
+def test_stdin_is_a_private_file_and_its_kind_is_seen(monkeypatch):
+    Path("stdin_notes.csv").write_text("text\nfrom a table\nand another\n", encoding="utf-8")
+    run("stdin_notes.csv")
+    assert sorted(documents("data/x", "train") + documents("data/x", "val")) == ["and another", "from a table"]
+    for given in ('\n {"text": "one"}\n{"text": "two"}\n', ' [{"text": "one"}, {"text": "two"}]'):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+        meta = run("-", out="data/y")
+        assert sorted(documents("data/y", "train") + documents("data/y", "val")) == ["one", "two"]
+        assert meta["source"]["first"][0][0] == "-"
+    assert not Path("data/downloads").exists()
+
+
 # ---- chat and preference data ----
 
 CHATS = [
@@ -550,6 +620,44 @@ def test_bad_records_are_named_by_file_and_line(kind, row, words):
     Path("in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (CHATS[0], row)) if kind == "chat" else
                                 "\n" + json.dumps(row) + "\n", encoding="utf-8")
     assert re.search(rf"in\.jsonl line 2: .*{words}", refused("in.jsonl", kind=kind))
+
+
+def test_the_rows_own_prompt_and_system_message_stay():
+    user, system = {"role": "user", "content": "Q"}, {"role": "system", "content": "S"}
+    def answer(text):
+        return {"role": "assistant", "content": text}
+    def preference(**row):
+        found = prepare.to_preference(row)[0]
+        return found["prompt"], found["chosen"], found["rejected"]
+    ends = [answer("A")], [answer("B")]
+    assert preference(prompt="Q", chosen=[user, answer("A")], rejected=[user, answer("B")]) == ([user], *ends)
+    assert preference(prompt=[user], chosen=[answer("Hi"), user, answer("A")], rejected=[answer("Hi"), user, answer("B")]) == (
+        [answer("Hi"), user], *ends)      # said in it
+    hello = [answer("Hi"), {"role": "user", "content": "more"}]
+    assert preference(prompt="Q", chosen=[*hello, answer("A")], rejected=[*hello, answer("B")]) == ([user, *hello], *ends)
+    assert preference(prompt="Q", chosen=[system, answer("A")], rejected=[system, answer("B")]) == ([system, user], *ends)
+    assert preference(prompt=[system, user], chosen="A", rejected="B") == ([system, user], *ends)
+    assert preference(system="S", question="Q", chosen="A", rejected="B") == ([system, user], *ends)
+    assert preference(prompt="Q", chosen="A", rejected="B") == ("Q", "A", "B")
+    with pytest.raises(ValueError, match="prompt"):
+        preference(prompt="other", chosen=[user, answer("A")], rejected=[user, answer("B")])
+    for row in ({"system": "S", "prompt": "Q", "completion": "A"}, {"prompt": [system, user], "completion": [answer("A")]},
+                {"system_prompt": "S", "question": "Q", "response": "A"}, {"system": "S", "conversations": [user, answer("A")]}):
+        assert prepare.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
+    with pytest.raises(ValueError, match="role"):
+        prepare.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
+
+
+def test_line_ends_around_a_separator_go_in_long_documents_too(monkeypatch):
+    monkeypatch.setattr(prepare.sys.modules["data.readers"], "PIECE", 50)
+    texts = ["\n".join(["words " * 20] * 3), "x\n\n\ny" * 30, "short"]
+    found, text = [], ""
+    for piece in prepare.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
+        text += piece.text
+        if piece.last:
+            found.append(text)
+            text = ""
+    assert found == texts
 
 
 @pytest.mark.skipif(not (DATA / "preference_data_1100.json").is_file(), reason="no NANOPATH_DATA here")

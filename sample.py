@@ -191,7 +191,12 @@ class Row:
         self.stop_ids, self.tail = stop_ids, b""
         self.surprise = 2 * o.mirostat                             # the cut of Mirostat, in bits
         self.state = o.constraint.start if o.constraint else None
-        self.done = False
+        self.done = self.full()
+
+    def full(self):
+        """Is the constraint satisfied, and no token left that could follow?"""
+        c = self.o.constraint
+        return bool(c) and c.ends(self.state) and not len(c.allowed(self.state, self.left))
 
     def uniform(self):
         if not self.numbers:                                       # 64 at a time: a call costs more than a number
@@ -209,7 +214,7 @@ class Row:
         self.done = not self.left
         if o.constraint:
             self.state = o.constraint.step(self.state, token)
-            self.done |= o.constraint.complete(self.state)
+            self.done |= self.full()
         if o.stop:
             self.tail += o.tokenizer.bytes_of.get(token, b"")      # a longer token may hold all of a stop string
             self.done |= any(stop.encode("utf-8") in self.tail for stop in o.stop)
@@ -275,7 +280,7 @@ def check(model, prompts, max_new_tokens, o=None, fits=False, num_beams=1, lengt
     if fits and longest + max_new_tokens > T:
         raise ValueError(f"--max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens, this method has room for "
                          f"{T - longest}, the context is {T}")
-    need("temperature", o.temperature, lambda t: t >= 0, "0 (greedy) or a positive number")
+    need("temperature", o.temperature, lambda t: t == 0 or t >= 1e-4, "0 (greedy) or at least 0.0001")
     need("top_k", o.top_k, lambda k: whole(k) and k >= 0, "0 (off) or a positive number of tokens")
     need("no_repeat_ngram", o.no_repeat_ngram, lambda n: whole(n) and n >= 0, "0 (off) or a positive number of tokens")
     need("alternatives", o.alternatives, lambda n: whole(n) and n >= 0, "0 (off) or a positive number of tokens")
@@ -335,7 +340,7 @@ class Context:
         unread = [text[begin + length:] for text, begin, length in zip(self.texts, self.begin, lengths)]
         self.fed = list(map(len, unread))
         T = max(self.fed)
-        if max(lengths) + T > self.size:                           # only a full row forgets: its own length decides
+        if max(map(sum, zip(lengths, self.fed))) > self.size:      # only a full row forgets: its own length decides
             for row, (text, length, new) in enumerate(zip(self.texts, lengths, unread)):
                 if length + len(new) > self.size:
                     self.begin[row] = len(text) - max(1, self.size // 2)
@@ -366,10 +371,11 @@ class Context:
 
     def forget(self, row, length):
         """Unread what lies behind the first `length` ids of a text."""
-        if self.begin[row] > length:                               # a short context, which had moved on
-            self.begin[row] = max(0, length - self.size // 2)
+        kept = length - self.begin[row]
+        if kept < 0:                                               # a short context, which had moved on
+            self.begin[row], kept = max(0, length - self.size // 2), 0
         if self.cache:
-            self.cache.truncate(row, min(self.cache.lengths[row], length - self.begin[row]))
+            self.cache.truncate(row, min(self.cache.lengths[row], kept))
 
 
 def finite(totals):
@@ -419,6 +425,9 @@ def stream(model, prompts, max_new_tokens, *args, **options):
 @torch.inference_mode()
 def write(model, rows, o, logprobs=True):
     """The loop of stream. Without logprobs, which are then given as 0, a tiny model's step is a twentieth shorter."""
+    rows = [row for row in rows if not row.done]
+    if not rows:
+        return
     longest = max(len(row.text) for row in rows)
     models = [model] if o.amateur is None else [model, o.amateur]
     contexts = [Context(each, [row.text for row in rows], longest + rows[0].left) for each in models]
@@ -540,23 +549,29 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
     counts = [min(4, draft_tokens)] * len(rows)                    # how many guesses a row deserves next time
     stats.update(readings=1, guessed=0, accepted=0)
 
-    def guesses(limit):
-        """For each row a list of guesses, and (with a draft, sampling) the distributions they were drawn from."""
-        wanted = [min(limit, count, row.left - 1) for count, row in zip(counts, rows)]
+    def guesses():
+        """For each row a list of guesses, and (with a draft, sampling) the distributions they were drawn from. Nothing
+        here may depend on the neighbours: a row that has enough reads its last id again and draws no number."""
+        wanted = [max(0, min(context.size - length - 1, count, row.left - 1))
+                  for length, count, row in zip(context.cache.lengths, counts, rows)]
         if helper is None:
-            return [lookup.guess(want) if want > 0 else [] for lookup, want in zip(lookups, wanted)], None
+            return [lookup.guess(want) if want else [] for lookup, want in zip(lookups, wanted)], None
         found, origin = [[] for _ in rows], [[] for _ in rows]
-        for _ in range(max(0, max(wanted))):
+        for n in range(max(1, *wanted)):
             logits = helper.read(last=True).cpu()
             probs = None if o.temperature == 0 else distribution(logits, o)
-            ids = logits.argmax(dim=-1) if probs is None else \
-                draw(probs, torch.tensor([row.uniform() for row in rows], dtype=torch.float64))
+            ids = logits.argmax(dim=-1) if probs is None else draw(probs, torch.tensor(
+                [row.uniform() if n < want else 0.0 for row, want in zip(rows, wanted)], dtype=torch.float64))
             for i, token in enumerate(ids.tolist()):
-                found[i].append(token)
-                origin[i].append(None if probs is None else probs[i])
-                rows[i].text.append(token)
-        for row, new, want in zip(rows, found, wanted):
-            del row.text[len(row.text) - len(new):], new[max(0, want):]
+                if n < wanted[i]:
+                    found[i].append(token)
+                    origin[i].append(None if probs is None else probs[i])
+                if n + 1 < wanted[i]:
+                    rows[i].text.append(token)
+                else:
+                    helper.forget(i, len(rows[i].text) - 1)
+        for row, want in zip(rows, wanted):
+            del row.text[len(row.text) - max(0, want - 1):]
         return found, origin
 
     def verify(i, logits, guessed, origin):
@@ -608,7 +623,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
                     helper.keep(keep)
                 elif helper:
                     helper = Context(draft, context.texts, size)
-            guessed, origin = guesses(context.size - max(context.cache.lengths) - 1)
+            guessed, origin = guesses()
             for row, new in zip(rows, guessed):
                 row.text += new
             logits, ends = context.read(last=False).cpu(), context.fed

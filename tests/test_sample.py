@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -292,6 +293,23 @@ def test_greedy_speculation_writes_what_greedy_writes(draft, size):
         assert stats["accepted"] == stats["guessed"] and stats["readings"] < 15
 
 
+@pytest.mark.parametrize("method", ["stream", "lookup", "draft", "short"])
+def test_sampled_text_is_the_same_alone_and_in_a_batch(method):
+    model = make(block_size=40)
+    draft = {"draft": make(seed=1, n_layer=1, block_size=40), "short": make(seed=2, block_size=6)}.get(method)
+    prompts, seeds = [[7, 8, 9, 7, 8, 9, 7, 8], [1, 2], [5] * 33, [3, 4] * 9], [3, 8, 5, 1]
+
+    def text(prompts, seeds):
+        how = dict(temperature=0.05, seed=seeds, stop_ids=())
+        new = [[] for _ in prompts]
+        for row, token, _ in sample.stream(model, prompts, 50, **how) if method == "stream" else \
+                sample.speculative(model, prompts, 50, draft=draft, **how):
+            new[row].append(token)
+        return new
+
+    assert text(prompts, seeds) == [text([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)]
+
+
 def test_speculation_stops_where_plain_decoding_stops_and_gives_its_logprobs():
     model, prompt = make(), [7, 8, 9, 7, 8, 9, 7, 8]
     plain = list(sample.stream(model, [prompt], 40, temperature=0, stop_ids=()))
@@ -390,7 +408,6 @@ SCHEMA = {"type": "object", "properties": {
 @pytest.mark.parametrize("what", ["json", SCHEMA, r"[a-c]{2,5}(x|\d+)é?"])
 @pytest.mark.parametrize("options", [dict(temperature=3.0), dict(temperature=0), dict(top_k=3, repetition_penalty=1.5), dict(no_repeat_ngram=1)])
 def test_every_output_parses_however_few_tokens_there_are(what, options):
-    import re
     model, constraint = make(), Constraint(what, TOKENIZER)
     for room in (0, 1, 5, 60):
         n = constraint.shortest + room
@@ -401,6 +418,13 @@ def test_every_output_parses_however_few_tokens_there_are(what, options):
                 value = json.loads(text)
                 assert {"name", "tags"} <= value.keys() <= SCHEMA["properties"].keys() and len(value["name"]) <= 12
                 assert 1 <= len(value["tags"]) <= 3 and set(value["tags"]) <= {"red", "blé"} and 0 <= value.get("age", 0) <= 130
+
+
+def test_a_text_without_a_stop_id_ends_where_nothing_fits():
+    model = make()
+    for what, n in (("(ab)*", 3), ("", 3), ("(ab)*c?", 4), ("(ab)*", 1)):
+        for ids in sample.generate(model, [[1]] * 8, n, constraint=Constraint(what, TOKENIZER), stop_ids=()):
+            assert re.fullmatch(what, TOKENIZER.decode(ids))
 
 
 # ---- bad input
@@ -483,7 +507,7 @@ def test_json_schema_and_expression_from_the_command_line(go, tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--chat"], "--chat"), (["--temperature=-1"], "--temperature=-1"), (["--temperature=nan"], "--temperature=nan"),
+    (["--chat"], "--chat"), (["--temperature=-1"], "--temperature=-1"), (["--temperature=nan"], "--temperature=nan"), (["--temperature=1e-40"], "--temperature=1e-40"),
     (["--top_k=-3"], "--top_k=-3"), (["--prompt=" + "x" * 65], "--prompt is 65 tokens"), (["--num_beams=-2", "--max_new_tokens=5"], "--num_beams=-2"),
     (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt"), (["--model=nowhere"], "no config.json"),
     (["--dtype=int3"], "--dtype=int3"), (["--num_samples=0"], "--num_samples=0"), (["--regex=a(?=b)"], "not supported"),

@@ -413,9 +413,11 @@ def test_every_output_parses_however_few_tokens_there_are(what, options):
         n = constraint.shortest + room
         for ids in sample.generate(model, [[1, 2, 3]] * 6, n, seed=room, stop_ids={256}, constraint=constraint, **options):
             text = TOKENIZER.decode_bytes(ids).decode("utf-8")
-            assert re.fullmatch(what, text) if isinstance(what, str) and what != "json" else json.loads(text) is not ...
+            if isinstance(what, str) and what != "json":
+                assert re.fullmatch(what, text)
+                continue
+            value = json.loads(text)                               # raises for what is no JSON
             if what is SCHEMA:
-                value = json.loads(text)
                 assert {"name", "tags"} <= value.keys() <= SCHEMA["properties"].keys() and len(value["name"]) <= 12
                 assert 1 <= len(value["tags"]) <= 3 and set(value["tags"]) <= {"red", "blé"} and 0 <= value.get("age", 0) <= 130
 
@@ -501,7 +503,7 @@ def test_other_methods_from_the_command_line(go, flags):
 def test_json_schema_and_expression_from_the_command_line(go, tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
     for seed in range(5):
-        assert json.loads(go("--max_new_tokens=80", "--json", f"--seed={seed}")) is not ...
+        json.loads(go("--max_new_tokens=80", "--json", f"--seed={seed}"))                      # raises for what is no JSON
         assert "name" in json.loads(go("--max_new_tokens=80", f"--schema={tmp_path / 's.json'}", f"--seed={seed}"))
     assert go("--regex=[ab]{4}").strip() in map("".join, itertools.product("ab", repeat=4))
 
@@ -512,11 +514,38 @@ def test_json_schema_and_expression_from_the_command_line(go, tmp_path):
     (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt"), (["--model=nowhere"], "no config.json"),
     (["--dtype=int3"], "--dtype=int3"), (["--num_samples=0"], "--num_samples=0"), (["--regex=a(?=b)"], "not supported"),
     (["--schema=nowhere.json"], "--schema=nowhere.json"), (["--json", "--regex=a"], "choose one"), (["--draft=nowhere"], "--draft=nowhere"),
-    (["--regex=a{500}"], "--max_new_tokens=300")])
+    (["--regex=a{500}"], "--max_new_tokens=300"),
+    (["--num_beams=2", "--json"], "--json"), (["--contrast=0.6", "--stop", "x"], "--stop"), (["--num_beams=2", "--num_samples=3"], "--num_samples=3"),
+    (["--chat", "--prompt=x"], "--prompt"), (["--system=x"], "without --chat"), (["--prompt=\udcff"], "--prompt is not valid UTF-8"),
+    (["--stop", "a", "\udcff"], "--stop is not valid UTF-8"), (["--system=\udcff", "--chat"], "--system is not valid UTF-8")])
 def test_bad_input_is_one_clear_line(go, flags, message):
     with pytest.raises(SystemExit) as stopped:
         go(*flags)
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_damaged_model_is_one_clear_line(go, monkeypatch):
+    def broken(*args, **options):
+        yield 0, 65, -1.0
+        raise ValueError("not finite")
+    monkeypatch.setattr(sample, "stream", broken)
+    with pytest.raises(SystemExit, match="not finite"):
+        go("--prompt=ab")
+
+
+def test_ctrl_c_and_head_end_quietly(folder):
+    start = lambda n: subprocess.Popen([sys.executable, "-u", ROOT / "sample.py", f"--model={folder}", "--device=cpu", "--prompt=ab",
+                                        f"--max_new_tokens={n}", "--regex=[a-z]{100000}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process = start(100000)
+    process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"tok/s" in err and b"Traceback" not in err
+    process = start(100000)
+    process.stdout.read(5)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=20) == 0 and err == b""
 
 
 def test_stdin_that_is_not_utf8(folder):
@@ -562,12 +591,15 @@ def test_chat_answers_remembers_and_saves(chat_folder, tmp_path):
     assert "/reset" in done.stderr and "/save /nowhere/x" in done.stderr
     assert json.loads((tmp_path / "c.jsonl").read_text(encoding="utf-8")) == \
         {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "four"}]}
+    (tmp_path / "folder").mkdir()
+    done = talk(chat_folder, f'/save\n/save {tmp_path / "folder"}\n/save a\0b\n"""hi')
+    assert done.stdout == "hello\n" and done.stderr.count("give a file") == 3 and not list(tmp_path.glob("*.tmp"))
     done = subprocess.run([sys.executable, ROOT / "sample.py", f"--model={chat_folder}", "--device=cpu", "--chat"],
                           input=b"\xff\xfe\nhi", capture_output=True, cwd=ROOT)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
-def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder):
+def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder, tmp_path):
     messages = [dict(role="system", content="S")] + [dict(role=role, content=c) for c in "abc" for role in ("user", "assistant")][:-1]
     full, _ = TOKENIZER.render(messages, add_generation_prompt=True)
     assert sample.fit(TOKENIZER, messages, len(full), 0) == (full, 0)
@@ -575,7 +607,8 @@ def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder):
     assert dropped == 2 and ids == TOKENIZER.render(messages[:1] + messages[3:], add_generation_prompt=True)[0]
     ids, dropped = sample.fit(TOKENIZER, messages, 10, 10)
     assert dropped == 4 and ids == TOKENIZER.render(messages[:1] + messages[5:], add_generation_prompt=True)[0]
-    done = talk(chat_folder, "hi\n" * 6 + "x" * 70 + "\nhi\n", "--max_new_tokens=10")
+    done = talk(chat_folder, "hi\n" * 6 + "x" * 70 + f"\nhi\n/save {tmp_path / 'all'}\n", "--max_new_tokens=10")
+    assert len(json.loads((tmp_path / "all").read_text(encoding="utf-8"))["messages"]) == 14
     assert "no longer fit" in done.stderr and "shorten it" in done.stderr and len(done.stdout.splitlines()) == 7
 
 

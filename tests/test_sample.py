@@ -366,7 +366,7 @@ def test_contrastive_search_is_its_formula(top_k, contrast):
     model, prompts = make(), [[5, 6, 7], [9, 1, 9, 1, 9], [3], [5, 6, 7]]
 
     def slow(ids, n):
-        """Every candidate's whole text is read for itself."""
+        """Every candidate's whole text is read for itself. (transformers 5 no longer has this method to compare with.)"""
         ids, hidden = list(ids), []
         model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
         for _ in range(n):

@@ -956,16 +956,15 @@ def check_flags(cfg):
     if len(methods) > 1:
         raise SystemExit("--draft, --num_beams, --contrast and --chat: choose one")
     given = {field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default}
-    search = {"model", "device", "dtype", "prompt", "prompt_file", "max_new_tokens"}
-    method = methods[0] if methods else ""
-    ignored = {"num_beams": given - search - {"num_beams", "num_samples", "length_penalty", "repetition_penalty", "no_repeat_ngram"},
-               "contrast": given - search - {"contrast", "top_k"},
-               "chat": given & {"prompt", "prompt_file", "num_samples", "length_penalty"}
-               }.get(method, given & {"system", "length_penalty"})
+    search = {"model", "device", "dtype", "prompt", "prompt_file", "max_new_tokens", *methods}
+    where, ignored = {
+        "num_beams": ("with --num_beams", given - search - {"num_samples", "length_penalty", "repetition_penalty",
+                                                            "no_repeat_ngram"}),
+        "contrast": ("with --contrast", given - search - {"top_k"}),
+        "chat": ("with --chat", given & {"prompt", "prompt_file", "num_samples", "length_penalty"}),
+    }.get("".join(methods), ("without --chat or --num_beams", given & {"system", "length_penalty"}))
     if ignored:
-        raise SystemExit(", ".join(f"--{name}" for name in sorted(ignored)) + ": of no effect "
-                         + (f"with --{method}" if method in ("num_beams", "contrast", "chat") else
-                            "without --chat" if "system" in ignored else "without --num_beams") + "; leave it out")
+        raise SystemExit(f"{', '.join(f'--{name}' for name in sorted(ignored))}: of no effect {where}; leave it out")
     if cfg.num_beams and cfg.num_samples > cfg.num_beams:
         raise SystemExit(f"--num_samples={cfg.num_samples}: at most --num_beams={cfg.num_beams} texts are found")
     for name, text in (("prompt", cfg.prompt), ("system", cfg.system), ("regex", cfg.regex), ("stop", "".join(cfg.stop))):
@@ -1037,6 +1036,7 @@ def main(cfg):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                                        # | head has seen enough

@@ -607,6 +607,8 @@ def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder, tmp_pat
     assert dropped == 2 and ids == TOKENIZER.render(messages[:1] + messages[3:], add_generation_prompt=True)[0]
     ids, dropped = sample.fit(TOKENIZER, messages, 10, 10)
     assert dropped == 4 and ids == TOKENIZER.render(messages[:1] + messages[5:], add_generation_prompt=True)[0]
+    done = talk(chat_folder, "x" * 30 + "\n" + "hi\n", "--regex=[a-z]{40}", "--max_new_tokens=40")
+    assert "shorten it" in done.stderr and len(done.stdout.strip()) == 40 and "Traceback" not in done.stderr
     done = talk(chat_folder, "hi\n" * 6 + "x" * 70 + f"\nhi\n/save {tmp_path / 'all'}\n", "--max_new_tokens=10")
     assert len(json.loads((tmp_path / "all").read_text(encoding="utf-8"))["messages"]) == 14
     assert "no longer fit" in done.stderr and "shorten it" in done.stderr and len(done.stdout.splitlines()) == 7

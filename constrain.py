@@ -24,6 +24,7 @@ Papers  masking by an automaton over the vocabulary (Willard and Louf, arXiv:230
 """
 import json
 import re
+import warnings
 from collections import OrderedDict
 
 import numpy as np
@@ -148,7 +149,9 @@ class Expression:
         self.nodes, self.pattern, self.at = nodes, pattern, 0
         self.one = nodes.quoted if quoted else nodes.chars
         try:
-            re.compile(pattern, re.ASCII)                          # its messages for what is no expression at all
+            with warnings.catch_warnings():                        # [[a] and the like may once mean something else in re
+                warnings.simplefilter("ignore", FutureWarning)
+                re.compile(pattern, re.ASCII)                      # its messages for what is no expression at all
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"regular expression {pattern!r}: {error}") from None
 
@@ -262,6 +265,23 @@ KEYWORDS = {"string": {"pattern", "minLength", "maxLength"}, "integer": {"minimu
 ALWAYS = REMARKS | {"type", "enum", "const", "anyOf", "$ref"}
 
 
+def same(a, b):
+    """Equal in JSON, where 1 is 1.0 but not true."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def is_a(kind, value):
+    """Is it of this type of JSON schema, where 1.0 is an integer?"""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    python = {"string": str, "integer": int, "number": (int, float), "null": type(None), "array": list, "object": dict}
+    return isinstance(value, python.get(kind, ())) or kind == "integer" and isinstance(value, float) and value.is_integer()
+
+
 class Schema:
     """A JSON schema -> nodes. All recursion is counted down from DEPTH, so the grammar is finite: what is nested too
     deeply becomes the empty choice, and the fewest bytes to the end keep the text out of it."""
@@ -304,15 +324,19 @@ class Schema:
             self.expect(schema, REMARKS | {"anyOf"}, where)
             parts = self.of_type(schema, "anyOf", list, where)
             return n.alt(*(self.compile(part, f"{where}/anyOf/{i}", depth) for i, part in enumerate(parts)))
-        types = schema.get("type")
-        if types is None:                                          # not said, but meant: by the words it uses
-            types = [kind for kind, words in KEYWORDS.items() if words & schema.keys()] or list(KEYWORDS)
-        types = types if isinstance(types, list) else [types]
-        unknown = [kind for kind in types if kind not in KEYWORDS]
-        if unknown:
-            self.fail(where, f"type {unknown[0]!r}; choose among {', '.join(KEYWORDS)}")
+        types = self.types(schema, where)
+        if "type" not in schema:                                   # not said, but meant: by the words it uses
+            types = [kind for kind in types if KEYWORDS[kind] & schema.keys()] or types
         self.expect(schema, ALWAYS.union(*(KEYWORDS[kind] for kind in types)), where)
         return n.alt(*(getattr(self, f"a_{kind}")(schema, where, depth) for kind in types))
+
+    def types(self, schema, where):
+        types = schema.get("type", list(KEYWORDS))
+        types = types if isinstance(types, list) else [types]
+        for kind in types:
+            if not isinstance(kind, str) or kind not in KEYWORDS:
+                self.fail(where, f"type {kind!r}; choose among {', '.join(KEYWORDS)}")
+        return types
 
     def expect(self, schema, allowed, where):
         odd = sorted(schema.keys() - allowed)
@@ -342,13 +366,10 @@ class Schema:
     def literals(self, schema, where):
         values = [schema["const"]] if "const" in schema else self.of_type(schema, "enum", list, where)
         if "enum" in schema:
-            values = [value for value in values if value in schema["enum"]]
-        kinds = schema.get("type", list(KEYWORDS))
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        python = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "array": list,
-                  "object": dict}
-        values = [value for value in values if any(isinstance(value, python.get(kind, ())) and
-                                                   (kind == "boolean" or not isinstance(value, bool)) for kind in kinds)]
+            others = self.of_type(schema, "enum", list, where)
+            values = [value for value in values if any(same(value, other) for other in others)]
+        kinds = self.types(schema, where)
+        values = [value for value in values if any(is_a(kind, value) for kind in kinds)]
         try:
             return self.nodes.alt(*(self.nodes.text(json.dumps(v, ensure_ascii=False, allow_nan=False)) for v in values))
         except ValueError as error:
@@ -427,21 +448,20 @@ class Schema:
         """[a, b, c, ...]: the nodes `first` in turn, then any number of `item`; `low` to `high` values in all."""
         n = self.nodes
         comma = n.seq(n.text(","), self.blank)
-
-        def following(i):
-            """What may stand after i values."""
-            end = n.seq() if i >= low else n.alt()
-            if high is not None and i >= high:
-                return end
-            if i < len(first):
-                return n.alt(end, n.seq(*[comma] * (i > 0), first[i], following(i + 1)))
-            if i == 0:
-                return n.alt(end, n.seq(item, n.repeat(n.seq(comma, item), max(0, low - 1), high and high - 1)))
-            return n.alt(end, n.repeat(n.seq(comma, item), max(0, low - i), high and high - i))
-
         if high is not None and high < low:
             return n.alt()
-        return n.seq(n.text("["), self.blank, following(0), self.blank, n.text("]"))
+        count = len(first) if high is None else min(len(first), high)
+        if count == high:
+            rest = n.seq()
+        elif count:
+            rest = n.repeat(n.seq(comma, item), max(0, low - count), high and high - count)
+        else:
+            some = n.seq(item, n.repeat(n.seq(comma, item), max(0, low - 1), high and high - 1))
+            rest = some if low else n.maybe(some)
+        for i in reversed(range(count)):                           # rest: what may stand after i + 1 values, then after i
+            rest = n.seq(*[comma] * (i > 0), first[i], rest)
+            rest = n.maybe(rest) if i >= low else rest
+        return n.seq(n.text("["), self.blank, rest, self.blank, n.text("]"))
 
     def map_of(self, value):
         n = self.nodes
@@ -461,6 +481,8 @@ class Schema:
         n = self.nodes
         properties = self.of_type(schema, "properties", dict, where, {})
         required = self.of_type(schema, "required", list, where, [])
+        if not all(isinstance(name, str) for name in required):
+            self.fail(where, f"required={required!r} must hold strings only")
         other = schema.get("additionalProperties", True)
         if not properties and not required:
             return self.map_of(self.compile(other, f"{where}/additionalProperties", depth - 1))
@@ -481,7 +503,7 @@ class Schema:
 # States, and the mask over the vocabulary
 
 class Constraint:
-    """start: the first state. allowed(state, left) -> ids; step(state, id) -> state; ends(state); complete(state).
+    """start: the first state. allowed(state, left) -> ids; step(state, id) -> state; ends(state).
 
     what: "json", a JSON schema (a dict), or a regular expression (any other str). tokenizer: gives the bytes of each id.
     ValueError for what is not supported, or what no text can satisfy.
@@ -616,7 +638,3 @@ class Constraint:
     def ends(self, state):
         """May the text end here?"""
         return self.states[state][0] == 0
-
-    def complete(self, state):
-        """Must it?"""
-        return self.states[state] == (0,)

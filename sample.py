@@ -24,7 +24,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Config:
     repetition_penalty: float = 1.0  # divides the logits of all tokens seen so far; 1: off
     frequency_penalty: float = 0.0  # subtracted from a token's logit for each time it was written; 0: off
     presence_penalty: float = 0.0   # subtracted once from the logit of every token written; 0: off
-    no_repeat_ngram: int = 0        # never write the same n tokens in a row twice; 0: off
+    no_repeat_ngram: int = 0        # never write the same n tokens in a row twice, unless all would be; 0: off
     amateur: str = ""               # contrastive decoding: folder of a weaker model, whose habits are subtracted
     json: bool = False              # write JSON and nothing else
     schema: str = ""                # write JSON that obeys the JSON schema in this file
@@ -191,7 +191,12 @@ class Row:
         self.stop_ids, self.tail = stop_ids, b""
         self.surprise = 2 * o.mirostat                             # the cut of Mirostat, in bits
         self.state = o.constraint.start if o.constraint else None
-        self.done = False
+        self.done = self.full()
+
+    def full(self):
+        """Is the constraint satisfied, and no token left that could follow?"""
+        c = self.o.constraint
+        return bool(c) and c.ends(self.state) and not len(c.allowed(self.state, self.left))
 
     def uniform(self):
         if not self.numbers:                                       # 64 at a time: a call costs more than a number
@@ -209,7 +214,7 @@ class Row:
         self.done = not self.left
         if o.constraint:
             self.state = o.constraint.step(self.state, token)
-            self.done |= o.constraint.complete(self.state)
+            self.done |= self.full()
         if o.stop:
             self.tail += o.tokenizer.bytes_of.get(token, b"")      # a longer token may hold all of a stop string
             self.done |= any(stop.encode("utf-8") in self.tail for stop in o.stop)
@@ -227,6 +232,7 @@ def pick(logits, rows, o, amateur=None):
         logits = logits.clone()
         for scores, row in zip(logits, rows):
             penalize(scores, row.text, len(row.text) - row.prompt, o)
+        logits.clamp_(min=-1e30)                                   # if all are forbidden, none is
     if o.constraint:
         kept = torch.full_like(logits, -math.inf)
         for scores, old, row in zip(kept, logits, rows):
@@ -275,7 +281,7 @@ def check(model, prompts, max_new_tokens, o=None, fits=False, num_beams=1, lengt
     if fits and longest + max_new_tokens > T:
         raise ValueError(f"--max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens, this method has room for "
                          f"{T - longest}, the context is {T}")
-    need("temperature", o.temperature, lambda t: t >= 0, "0 (greedy) or a positive number")
+    need("temperature", o.temperature, lambda t: t == 0 or t >= 1e-4, "0 (greedy) or at least 0.0001")
     need("top_k", o.top_k, lambda k: whole(k) and k >= 0, "0 (off) or a positive number of tokens")
     need("no_repeat_ngram", o.no_repeat_ngram, lambda n: whole(n) and n >= 0, "0 (off) or a positive number of tokens")
     need("alternatives", o.alternatives, lambda n: whole(n) and n >= 0, "0 (off) or a positive number of tokens")
@@ -335,7 +341,7 @@ class Context:
         unread = [text[begin + length:] for text, begin, length in zip(self.texts, self.begin, lengths)]
         self.fed = list(map(len, unread))
         T = max(self.fed)
-        if max(lengths) + T > self.size:                           # only a full row forgets: its own length decides
+        if max(map(sum, zip(lengths, self.fed))) > self.size:      # only a full row forgets: its own length decides
             for row, (text, length, new) in enumerate(zip(self.texts, lengths, unread)):
                 if length + len(new) > self.size:
                     self.begin[row] = len(text) - max(1, self.size // 2)
@@ -366,10 +372,11 @@ class Context:
 
     def forget(self, row, length):
         """Unread what lies behind the first `length` ids of a text."""
-        if self.begin[row] > length:                               # a short context, which had moved on
-            self.begin[row] = max(0, length - self.size // 2)
+        kept = length - self.begin[row]
+        if kept < 0:                                               # a short context, which had moved on
+            self.begin[row], kept = max(0, length - self.size // 2), 0
         if self.cache:
-            self.cache.truncate(row, min(self.cache.lengths[row], length - self.begin[row]))
+            self.cache.truncate(row, min(self.cache.lengths[row], kept))
 
 
 def finite(totals):
@@ -419,6 +426,9 @@ def stream(model, prompts, max_new_tokens, *args, **options):
 @torch.inference_mode()
 def write(model, rows, o, logprobs=True):
     """The loop of stream. Without logprobs, which are then given as 0, a tiny model's step is a twentieth shorter."""
+    rows = [row for row in rows if not row.done]
+    if not rows:
+        return
     longest = max(len(row.text) for row in rows)
     models = [model] if o.amateur is None else [model, o.amateur]
     contexts = [Context(each, [row.text for row in rows], longest + rows[0].left) for each in models]
@@ -540,23 +550,29 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
     counts = [min(4, draft_tokens)] * len(rows)                    # how many guesses a row deserves next time
     stats.update(readings=1, guessed=0, accepted=0)
 
-    def guesses(limit):
-        """For each row a list of guesses, and (with a draft, sampling) the distributions they were drawn from."""
-        wanted = [min(limit, count, row.left - 1) for count, row in zip(counts, rows)]
+    def guesses():
+        """For each row a list of guesses, and (with a draft, sampling) the distributions they were drawn from. Nothing
+        here may depend on the neighbours: a row that has enough reads its last id again and draws no number."""
+        wanted = [max(0, min(context.size - length - 1, count, row.left - 1))
+                  for length, count, row in zip(context.cache.lengths, counts, rows)]
         if helper is None:
-            return [lookup.guess(want) if want > 0 else [] for lookup, want in zip(lookups, wanted)], None
+            return [lookup.guess(want) if want else [] for lookup, want in zip(lookups, wanted)], None
         found, origin = [[] for _ in rows], [[] for _ in rows]
-        for _ in range(max(0, max(wanted))):
+        for n in range(max(1, *wanted)):
             logits = helper.read(last=True).cpu()
             probs = None if o.temperature == 0 else distribution(logits, o)
-            ids = logits.argmax(dim=-1) if probs is None else \
-                draw(probs, torch.tensor([row.uniform() for row in rows], dtype=torch.float64))
+            ids = logits.argmax(dim=-1) if probs is None else draw(probs, torch.tensor(
+                [row.uniform() if n < want else 0.0 for row, want in zip(rows, wanted)], dtype=torch.float64))
             for i, token in enumerate(ids.tolist()):
-                found[i].append(token)
-                origin[i].append(None if probs is None else probs[i])
-                rows[i].text.append(token)
-        for row, new, want in zip(rows, found, wanted):
-            del row.text[len(row.text) - len(new):], new[max(0, want):]
+                if n < wanted[i]:
+                    found[i].append(token)
+                    origin[i].append(None if probs is None else probs[i])
+                if n + 1 < wanted[i]:
+                    rows[i].text.append(token)
+                else:
+                    helper.forget(i, len(rows[i].text) - 1)
+        for row, want in zip(rows, wanted):
+            del row.text[len(row.text) - max(0, want - 1):]
         return found, origin
 
     def verify(i, logits, guessed, origin):
@@ -608,7 +624,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
                     helper.keep(keep)
                 elif helper:
                     helper = Context(draft, context.texts, size)
-            guessed, origin = guesses(context.size - max(context.cache.lengths) - 1)
+            guessed, origin = guesses()
             for row, new in zip(rows, guessed):
                 row.text += new
             logits, ends = context.read(last=False).cpu(), context.fed
@@ -756,7 +772,7 @@ def read_constraint(cfg, tokenizer):
             return Constraint(json.loads(Path(cfg.schema).read_text(encoding="utf-8")), tokenizer)
         return Constraint("json" if cfg.json else cfg.regex, tokenizer) if cfg.json or cfg.regex else None
     except (OSError, ValueError, RecursionError) as error:
-        flag = f"--schema={cfg.schema}" if cfg.schema else f"--regex={cfg.regex}"
+        flag = f"--schema={cfg.schema}" if cfg.schema else "--json" if cfg.json else f"--regex={cfg.regex}"
         raise SystemExit(f"{flag}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -796,11 +812,10 @@ class Screen:
         if live:
             print(text, end="", flush=True)
 
-    def end(self, live=True):
+    def end(self):
         rest = self.writer.push(None)
         self.text += rest
-        if live:
-            print(rest)
+        print(rest)
 
     def spell(self, token):
         """As in Python: half a character is "\\xe2", a new line "\\n"."""
@@ -813,14 +828,19 @@ class Screen:
 
 
 def show(tokens, screens, before=""):
-    """Run an iterator of tokens onto the screens, the first of them live. Returns number, seconds, seconds to the first."""
-    begin, first, count = time.perf_counter(), 0.0, 0
+    """Run an iterator of tokens onto the screens, the first of them live, until it ends or Ctrl-C stops it. Returns
+    whether it was stopped, and (number, seconds, seconds to the first)."""
+    begin, first, count, stopped = time.perf_counter(), 0.0, 0, False
     print(before, end="", flush=True)
-    for row, *token in tokens:
-        first = first or time.perf_counter() - begin
-        count += 1
-        screens[row].push(*token, live=row == 0)
-    return count, time.perf_counter() - begin, first
+    try:
+        for row, *token in tokens:
+            first = first or time.perf_counter() - begin
+            count += 1
+            screens[row].push(*token, live=row == 0)
+    except KeyboardInterrupt:
+        tokens.close()
+        stopped = True
+    return stopped, (count, time.perf_counter() - begin, first)
 
 
 def report(count, seconds, first, note=""):
@@ -838,16 +858,18 @@ def ask(interactive):
             raise EOFError
         return text.rstrip("\n")
 
+    parts = []
     try:
         text = line("> ")
         if not text.startswith('"""'):
             return text.strip()
-        parts = [text[3:]]
+        parts.append(text[3:])
         while not parts[-1].rstrip().endswith('"""'):
             parts.append(line("| "))
-        return "\n".join(parts).rstrip()[:-3].strip("\n")
     except EOFError:
-        return None
+        if not parts:
+            return None
+    return "\n".join(parts).rstrip().removesuffix('"""').strip("\n")
 
 
 def fit(tokenizer, messages, size, room):
@@ -864,12 +886,27 @@ def fit(tokenizer, messages, size, room):
         turns = turns[later[0]:]
 
 
-def chat(model, tokenizer, cfg, options, stop_ids):
+def save(name, messages):
+    temporary = name + ".tmp"
+    try:
+        if not name:
+            raise ValueError("no name")
+        Path(temporary).write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, name)
+        print(f"(saved to {name})", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"(/save {name}: {getattr(error, 'strerror', None) or error}; give a file: /save chat.jsonl)", file=sys.stderr)
+        if name and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def chat(model, tokenizer, cfg, options):
     interactive, size = sys.stdin.isatty(), model.config.block_size
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    messages, turn = list(system), 0
+    messages, forgotten, turn = [], 0, 0                           # all that was said; how much of it no longer fits
+    least = max(1, options["constraint"].shortest if options["constraint"] else 1)
     if interactive:
         print(f"{cfg.model}, {size} tokens of memory. /help lists the commands", file=sys.stderr)
     while True:
@@ -882,53 +919,66 @@ def chat(model, tokenizer, cfg, options, stop_ids):
             break
         command, _, name = text.partition(" ")
         if command == "/reset":
-            messages = list(system)
+            messages, forgotten = [], 0
             print("(forgotten)", file=sys.stderr)
         elif command == "/save":
-            try:
-                temporary = Path(name + ".tmp")
-                temporary.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(temporary, name)
-                print(f"(saved to {name})", file=sys.stderr)
-            except OSError as error:
-                print(f"(/save {name}: {error.strerror}; give a file: /save chat.jsonl)", file=sys.stderr)
+            save(name.strip(), system + messages)
         elif command.startswith("/"):
             print(HELP, file=sys.stderr)
         elif text:
-            messages.append({"role": "user", "content": text})
-            ids, dropped = fit(tokenizer, messages, size, min(cfg.max_new_tokens, size // 2))
-            if len(ids) >= size:
-                messages.pop()
-                print(f"(that is {len(ids)} tokens with the system prompt, the model reads {size}: shorten it)",
-                      file=sys.stderr)
-                continue
-            if dropped:
-                del messages[len(system):len(system) + dropped]
-                print(f"(the oldest {dropped} messages no longer fit and are forgotten)", file=sys.stderr)
+            question = {"role": "user", "content": text}
             screen, turn = Screen(tokenizer, cfg.stop, cfg.show_probs), turn + 1
-            tokens = stream(model, [ids], min(cfg.max_new_tokens, size - len(ids)), **options | dict(
-                seed=cfg.seed + turn, stop_ids=stop_ids))
             try:
-                spent = show(tokens, [screen])
-            except KeyboardInterrupt:
-                tokens.close()
+                ids, dropped = fit(tokenizer, system + messages[forgotten:] + [question], size,
+                                   max(least, min(cfg.max_new_tokens, size // 2)))
+                if len(ids) + least > size:
+                    raise ValueError(f"that is {len(ids)} tokens with the system prompt, the model reads {size}: shorten it")
+                if dropped:
+                    print(f"(the oldest {dropped} messages no longer fit and are forgotten)", file=sys.stderr)
+                forgotten += dropped
+                stopped, spent = show(stream(model, [ids], min(cfg.max_new_tokens, size - len(ids)), **options | dict(
+                    seed=cfg.seed + turn)), [screen])
+            except ValueError as error:                            # of this turn only
+                print(f"({error})", file=sys.stderr)
+                continue
+            if stopped:
                 print(" (stopped)", end="", file=sys.stderr)
-                spent = None
             screen.end()
             screen.table()
-            messages.append({"role": "assistant", "content": screen.text})
-            if spent and interactive:
+            messages += [question, {"role": "assistant", "content": screen.text}]
+            if interactive and not stopped:
                 report(*spent)
 
 
+def check_flags(cfg):
+    """Refuse flags that the chosen method would silently ignore, and what the terminal sent that is no text."""
+    methods = [name for name in ("draft", "num_beams", "contrast", "chat") if getattr(cfg, name)]
+    if len(methods) > 1:
+        raise SystemExit("--draft, --num_beams, --contrast and --chat: choose one")
+    given = {field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default}
+    search = {"model", "device", "dtype", "prompt", "prompt_file", "max_new_tokens", *methods}
+    where, ignored = {
+        "num_beams": ("with --num_beams", given - search - {"num_samples", "length_penalty", "repetition_penalty",
+                                                            "no_repeat_ngram"}),
+        "contrast": ("with --contrast", given - search - {"top_k"}),
+        "chat": ("with --chat", given & {"prompt", "prompt_file", "num_samples", "length_penalty"}),
+    }.get("".join(methods), ("without --chat or --num_beams", given & {"system", "length_penalty"}))
+    if ignored:
+        raise SystemExit(f"{', '.join(f'--{name}' for name in sorted(ignored))}: of no effect {where}; leave it out")
+    if cfg.num_beams and cfg.num_samples > cfg.num_beams:
+        raise SystemExit(f"--num_samples={cfg.num_samples}: at most --num_beams={cfg.num_beams} texts are found")
+    for name, text in (("prompt", cfg.prompt), ("system", cfg.system), ("regex", cfg.regex), ("stop", "".join(cfg.stop))):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise SystemExit(f"--{name} is not valid UTF-8")
+
+
 def main(cfg):
+    check_flags(cfg)
     prompt = read_prompt(cfg)
     if cfg.dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16")
     if cfg.num_samples < 1:
         raise SystemExit(f"--num_samples={cfg.num_samples}: must be at least 1")
-    if bool(cfg.draft) + bool(cfg.num_beams) + bool(cfg.contrast) > 1 or cfg.chat and (cfg.draft or cfg.num_beams or cfg.contrast):
-        raise SystemExit("--draft, --num_beams, --contrast and --chat: choose one")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a terminal of another encoding must not crash us
     model, tokenizer, stop_ids = open_model("model", cfg.model, cfg)
@@ -950,7 +1000,7 @@ def main(cfg):
         prompts = [ids] * cfg.num_samples
         check(model, prompts, cfg.max_new_tokens, Options(**options))
         if cfg.chat:
-            return chat(model, tokenizer, cfg, options, stop_ids)
+            return chat(model, tokenizer, cfg, options)
         if cfg.num_beams:
             found = beam_search(model, [ids], cfg.max_new_tokens, cfg.num_beams, cfg.length_penalty, stop_ids=stop_ids,
                                 repetition_penalty=cfg.repetition_penalty, no_repeat_ngram=cfg.no_repeat_ngram)[0]
@@ -968,18 +1018,26 @@ def main(cfg):
             tokens = speculative(model, prompts, cfg.max_new_tokens, draft=small, stats=stats, **options)
         else:
             tokens = stream(model, prompts, cfg.max_new_tokens, **options)
+        screens = [Screen(tokenizer, cfg.stop, cfg.show_probs) for _ in prompts]
+        stopped, spent = show(tokens, screens, prompt)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    screens = [Screen(tokenizer, cfg.stop, cfg.show_probs) for _ in prompts]
-    spent = show(tokens, screens, prompt)
     for row, screen in enumerate(screens):
         if row:
             print(f"\n--- sample {row + 1}\n{prompt}{screen.text}", end="")
-        screen.end(live=True)
+        screen.end()
         screen.table()
     print(file=sys.stderr)
     report(*spent, f"; {stats['accepted']} of {stats['guessed']} guesses right" if stats else "")
+    if stopped:
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))
+    try:
+        main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                        # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+import warnings
 
 import pytest
 
@@ -27,7 +28,7 @@ def accepts(constraint, text):
 def write(constraint, rng, left, tokenizer, stop=0.2):
     """A random text, by the masks alone."""
     state, ids = constraint.start, []
-    while not constraint.complete(state):
+    while True:
         allowed = constraint.allowed(state, left - len(ids)).tolist()
         if constraint.ends(state) and (not allowed or rng.random() < stop):
             break
@@ -148,11 +149,24 @@ def test_bounds_of_integers_are_exact():
     ({"type": ["number", "integer"], "minimum": 1}, "only supported for type integer"), ({"type": "number", "maximum": 1}, "'maximum'"), ({"type": "string", "minLength": -1}, "minLength"),
     ({"type": "string", "minLength": 2, "maxLength": 1}, "no finite text"), ({"properties": 5}, "properties"), ({"items": 7}, "not a schema"),
     ({"const": math.nan}, "not JSON"), ({"type": "string", "pattern": "(?=x)"}, "not supported"), ({"anyOf": {}}, "anyOf"),
-    ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern together")])
+    ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern together"), ({"required": ["a", 1]}, "required=['a', 1]"),
+    ({"type": {}}, "type {}"), ({"type": [["string"]]}, "type ['string']"), ({"type": None}, "type None"), ({"const": 1, "type": [{}]}, "type {}"),
+    ({"const": True, "enum": [1]}, "no finite text"), ({"const": 1, "enum": 5}, "enum=5"), ({"const": 1.5, "type": "integer"}, "no finite text")])
 def test_what_is_not_supported_or_impossible_is_refused_early_by_name(what, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Constraint(what, BYTES)
     assert "\n" not in str(error.value)
+
+
+def test_equality_is_that_of_json_and_lists_may_be_long():
+    assert accepts(Constraint({"const": [1, {"a": True}], "enum": [[1.0, {"a": True}]]}, BYTES), '[1, {"a": true}]')
+    both = Constraint({"enum": [True, 1.0], "type": "integer"}, BYTES)
+    assert accepts(both, "1.0") and not accepts(both, "true")
+    many = Constraint({"type": "array", "prefixItems": [{"const": i} for i in range(3000)], "items": False, "minItems": 2}, BYTES)
+    assert accepts(many, json.dumps(list(range(3000)))) and accepts(many, "[0,1]") and not accepts(many, "[0]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert accepts(Constraint("[[a]+", BYTES), "[a")
 
 
 def test_a_vocabulary_that_cannot_spell_it_is_refused():

@@ -37,8 +37,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import sample
-from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, save_state, trim_log,
-                             write_manifest)
+from data.checkpoint import (Progress, all_sum, keep_earlier_run, launch, load_state, plot_losses, save_state,
+                             take_lock, trim_log, write_manifest)
+from data.hub import read_json
 from data.shards import Tokens, data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
 
@@ -133,32 +134,41 @@ def parse(Config, presets):
     out = Path(known.out or f"out/{Path(known.dataset).name}")
     if known.resume and not (out / "manifest.json").is_file():
         raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: python train.py --out={out}")
-    if known.resume or restarted(out):
-        defaults = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"] | \
-            {"out": str(out), "resume": True}
+    if known.resume:
+        defaults = saved_run(out)["config"] | {"out": str(out), "resume": True}
     return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
                     description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
 
 
+def saved_run(out):
+    """The manifest of the run in `out`."""
+    try:
+        return {"config": {}} | read_json(out / "manifest.json")
+    except ValueError as error:
+        raise SystemExit(f"--out={out}: {error}. Choose another --out") from None
+
+
 def restarted(out):
-    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`?"""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (out / "manifest.json").is_file():
-        return False
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    return manifest.get("launch") == os.environ["TORCHELASTIC_RUN_ID"]
+    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`? Its count of restarts
+    does not say: each machine counts for itself, and not at all when another one was lost."""
+    return bool(launch()) and (out / "manifest.json").is_file() and saved_run(out).get("launch") == launch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
 def setup(cfg):
-    """Process group (under torchrun), device, matmul dtype. Returns (device, dtype, rank, world)."""
+    """Process group (under torchrun) and device. Returns (device, rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     try:
         device = pick_device(cfg.device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if device.type == "mps" and world > 1:                         # one such GPU, and no way for processes to talk on it
+        if cfg.device != "auto":
+            raise SystemExit(f"--device={cfg.device}: only one process can use it. Without torchrun, or --device=cpu")
+        device = torch.device("cpu")
     kind = device.type
     if kind == "cuda":
         device = torch.device("cuda", local if world > 1 else device.index or 0)
@@ -169,22 +179,31 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
-        store, _, _ = next(dist.rendezvous("env://"))              # after a restart it still holds addresses of the dead
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart it still holds addresses of the dead;
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)     # machines: runs/nodes.sh
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
                                 **({"device_id": device} if nccl else {}))
     if kind == "cpu":
         torch.set_flush_denormal(True)
+    return device, rank, world
+
+
+def pick_dtype(cfg, device, world):
+    """dtype of the matmuls."""
+    kind = device.type
     if cfg.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise SystemExit(f"--dtype={cfg.dtype}: choose auto, float32, bfloat16, float16 or float64")
+    if cfg.dtype == "float64" and kind == "mps":
+        raise SystemExit("--dtype=float64: this GPU has none. Use --dtype=float32, or --device=cpu")
     if cfg.dtype != "auto":
-        return device, getattr(torch, cfg.dtype), rank, world
+        return getattr(torch, cfg.dtype)
     bf16 = kind != "mps" and matmul_speed(device, torch.bfloat16) > 1.2 * matmul_speed(device, torch.float32)
     if world > 1:                                                  # one answer for all
         flag = torch.tensor(int(bf16), device=device)
         dist.broadcast(flag, 0)
         bf16 = bool(flag.item())
-    return device, torch.bfloat16 if bf16 else torch.float32, rank, world
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def matmul_speed(device, dtype, size=None):
@@ -244,7 +263,7 @@ def parallelize(model, cfg, mesh, device, dtype):
     """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
 
     ddp      every process has everything, gradients are averaged.
-    zero2    weights, gradients and optimizer state in pieces; weights are put together once per step.
+    zero2    weights, gradients and optimizer state in pieces; weights are put together once per forward pass.
     fsdp     the same, but for every block anew, forward and backward: the least memory, the most traffic.
     hsdp     fsdp among `shards` neighbours, ddp between those groups.
     tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
@@ -572,9 +591,13 @@ def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
     out = Path(cfg.out or f"out/{folder.name}")
-    device, dtype, rank, world = setup(cfg)
+    device, rank, world = setup(cfg)
+    again = bool(all_sum([rank == 0 and restarted(out)], device)[0])           # process 0 decides, before anyone writes
+    if again and not cfg.dry_run:
+        cfg = Config(**saved_run(out)["config"] | {"out": str(out), "resume": True})
+    dtype = pick_dtype(cfg, device, world)
     train_tokens, val_tokens = check(cfg, folder, world)
-    before = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if cfg.resume else None
+    before = saved_run(out) if cfg.resume else None
     if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
         raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
                          f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py --dataset={cfg.dataset}")
@@ -614,11 +637,13 @@ def main(cfg):
             print(*words, flush=True)
 
     progress = Progress(loss_scale=2.0 ** 16 if dtype == torch.float16 else 1.0)
-    if cfg.resume and not (restarted(out) and not any((out / "state").glob("step-*"))):
+    if rank == 0 and not cfg.dry_run:
+        take_lock(out)
+        if not cfg.resume:
+            keep_earlier_run(out)
+            take_lock(out)
+    if cfg.resume and not (again and not any((out / "state").glob("step-*"))):
         progress = load_state(out, raw, optimizers, rank, world)
-    elif not cfg.resume and rank == 0 and not cfg.dry_run:
-        keep_earlier_run(out)
-        out.mkdir(parents=True, exist_ok=True)
 
     # what the run will cost
     share = cfg.batch_size // data_world
@@ -746,43 +771,51 @@ def main(cfg):
             record({"step": step, "skipped": reason})
             if dtype == torch.float16 and progress.loss_scale > 1:  # too large for float16: not the run's fault
                 progress.loss_scale /= 2
-                continue
-            progress.skipped += 1
-            say(f"{reason}: no update, batch skipped")
+            else:
+                progress.skipped += 1
+                say(f"{reason}: no update, batch skipped")
             if progress.skipped < 3:
-                continue
-            if progress.rollbacks or not any((out / "state").glob("step-*")):
+                if not stop and step < cfg.max_steps:
+                    continue
+            elif progress.rollbacks or not any((out / "state").glob("step-*")):
                 x, y = batch_at(step - 1)
                 save_file({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()}, out / f"bad_batch_{rank}.safetensors")
                 raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} "
                                  f"did not help. The batch is in {out / f'bad_batch_{rank}.safetensors'}. Lower --muon_lr and "
                                  f"--learning_rate; what was saved is from before: python train.py --resume --out={out}")
-            progress = load_state(out, raw, optimizers, rank, world)
-            progress.rollbacks += 1
-            progress.lr_factor /= 2
-            say(f"went back to step {progress.step} with half the learning rates")
-            if log:
-                log.close()
-                log = trim_log(out, progress.step)
-            continue
-        raw.zero_grad()
-        progress.skipped = 0
-        if dtype == torch.float16 and step % 1000 == 0:
-            progress.loss_scale *= 2
-        progress.seconds += time.perf_counter() - start
-        losses.append(loss)
-        shown = shown or (step, progress.seconds)                  # the first step, with its compilation, is left out
-
-        row |= {"loss": loss, "grad_norm": norm, "seconds": progress.seconds}
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
-            speed = max(step - shown[0], 1) * tokens_per_step / max(progress.seconds - shown[1], 1e-9)
-            shown = (step, progress.seconds)
-            left = (cfg.max_steps - step) * tokens_per_step / speed
-            row |= {"tokens_per_second": speed, "mfu": speed * flops / peak, "memory": memory_used(device)}
-            say(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}  lr x{row['lr_factor']:.2f}  "
-                f"grad {norm:.2f}  {speed:,.0f} tok/s  mfu {row['mfu']:.0%}  {row['memory'] / 1e9:.1f} GB  "
-                f"left {int(left) // 60}:{int(left) % 60:02d}")
-        record(row)
+            else:
+                progress = load_state(out, raw, optimizers, rank, world)
+                progress.rollbacks += 1
+                progress.lr_factor /= 2
+                say(f"went back to step {progress.step} with half the learning rates")
+                if log:
+                    log.close()
+                    log = trim_log(out, progress.step)
+                record({"step": progress.step, "rolled_back": reason})
+                save_state(out, raw, optimizers, progress, rank, world)
+                shown = None
+                continue
+        else:
+            raw.zero_grad()
+            progress.skipped = 0
+            if dtype == torch.float16 and step % 1000 == 0:
+                progress.loss_scale *= 2
+            progress.seconds += time.perf_counter() - start
+            losses.append(loss)
+            row |= {"loss": loss, "grad_norm": norm, "seconds": progress.seconds}
+            if step % cfg.log_every == 0 or step == cfg.max_steps:
+                rates = ""
+                if shown and step > shown[0]:                      # the first step, with its compilation, is left out
+                    speed = (step - shown[0]) * tokens_per_step / max(progress.seconds - shown[1], 1e-9)
+                    left = (cfg.max_steps - step) * tokens_per_step / speed
+                    row |= {"tokens_per_second": speed, "mfu": speed * flops / peak}
+                    rates = f"{speed:,.0f} tok/s  mfu {row['mfu']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}  "
+                shown = (step, progress.seconds)
+                row["memory"] = memory_used(device)
+                say(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}  lr x{row['lr_factor']:.2f}  "
+                    f"grad {norm:.2f}  {rates}{row['memory'] / 1e9:.1f} GB")
+            shown = shown or (step, progress.seconds)
+            record(row)
 
         done = step == cfg.max_steps
         evaluating = done or (cfg.eval_every and step % cfg.eval_every == 0)
@@ -824,11 +857,12 @@ def main(cfg):
         if progress.step < cfg.max_steps:
             say(f"stopped at step {progress.step}; everything is saved. Go on: python train.py --resume --out={out}")
         else:
-            say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss curve: "
-                f"{out / 'loss.png'}")
+            best = "" if progress.best is None else f" best validation loss {progress.best:.4f}."
+            say(f"{progress.seconds:.0f} s of training in all;{best} Loss curve: {out / 'loss.png'}")
             say(f"Next: python sample.py --model={out}")
     if log:
         log.close()
+        (out / "running.json").unlink(missing_ok=True)
     if world > 1:
         dist.destroy_process_group()
 

@@ -253,10 +253,14 @@ def make_mesh(cfg, device, world):
     """
     from torch.distributed.device_mesh import init_device_mesh     # half a second, not spent where nobody needs it
     data = world // cfg.tensor_parallel
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel
-    shards = {"ddp": 1, "hsdp": cfg.shards or node}.get(cfg.parallel, data)
+    shards = {"ddp": 1, "hsdp": shards_of(cfg, world)}.get(cfg.parallel, data)
     return init_device_mesh(device.type, (data // shards, shards, cfg.tensor_parallel),
                             mesh_dim_names=("replicas", "shards", "tensor"))
+
+
+def shards_of(cfg, world):
+    """hsdp: data-parallel processes that share one copy."""
+    return cfg.shards or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
 
 
 def parallelize(model, cfg, mesh, device, dtype):
@@ -373,7 +377,7 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
     rank and world count data-parallel processes. With eos given, documents do not see each other.
     """
     device = next(model.parameters()).device
-    total = 0.0
+    total, smaller = 0.0, 0
     model.eval()
     for first in range(0, math.ceil((len(tokens) - 1) / tokens.T), world * batch):     # equally often on all processes
         x, y = [], []
@@ -385,7 +389,16 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
             y.append(np.concatenate([piece[1:], padding]))
         x, y = torch.from_numpy(np.stack(x)).to(device), torch.from_numpy(np.stack(y)).to(device)
         segments = {} if eos is None else {"segments": documents(x, eos)}
-        total += whole(model(x, y, reduction="sum", **segments)).item()
+        try:
+            total += whole(model(x, y, reduction="sum", **segments)).item()
+        except RuntimeError as error:
+            if batch == 1 or dist.is_initialized() or not out_of_memory(error):
+                raise
+            smaller = (batch + 1) // 2
+        if smaller:                                                # out of the handler, which keeps tensors alive
+            del x, y, segments
+            gc.collect()
+            return evaluate_loss(model, tokens, smaller, rank, world, eos)
     for module in model.modules():                                 # zero2 keeps weights together until a backward pass
         if hasattr(module, "reshard"):
             module.reshard()
@@ -544,9 +557,11 @@ def check(cfg, folder, world):
     if cfg.batch_size % data:
         raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
                          "every one does the same work")
-    for name in ("n_head", "n_kv_head", "block_size"):
-        if getattr(cfg, name) % cfg.tensor_parallel:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
+        raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
+                         f"{shards_of(cfg, world)}, those of one node. Choose --shards=")
+    if not 0 <= cfg.seed < 2 ** 32:
+        raise SystemExit(f"--seed={cfg.seed}: a whole number from 0 to {2 ** 32 - 1}")
     splits = []
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
@@ -615,6 +630,18 @@ def main(cfg):
     raw = build_model(cfg, tokenizer, before)
     if cfg.init_from:
         cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE})
+    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
+        value = cfg.block_size if name == "block_size" else getattr(raw.config, name)
+        if value % cfg.tensor_parallel:
+            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.tensor_parallel > 1 and (raw.config.position != "rope" or raw.config.n_expert):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
+                         "be cut. Use --parallel=fsdp")
+    for name in SHAPE if before else ():
+        old, new = before["model"].get(name), getattr(raw.config, name)
+        if old != new:
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
+                             "the flags that change the model, or choose another --out")
     raw.dtype, raw.checkpointing = dtype, cfg.checkpointing
     if dtype == torch.float64:
         raw.double()
@@ -648,13 +675,18 @@ def main(cfg):
     # what the run will cost
     share = cfg.batch_size // data_world
     micro = min(cfg.micro_batch or share, share)
-    if (out / "micro_batch.json").is_file() and cfg.resume:        # an earlier start ran out of memory
-        micro = min(micro, json.loads((out / "micro_batch.json").read_text(encoding="utf-8"))["micro_batch"])
+    asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
+    if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
+        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
     tokens_per_step = cfg.batch_size * cfg.block_size
     peak = world * matmul_speed(device, dtype)
     say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
         f"{len(train_tokens):,} tokens ({cfg.max_steps * tokens_per_step / len(train_tokens):.1f} epochs of it in "
         f"{cfg.max_steps} steps)")
+    for name in ("batch_size", "block_size", "seed") if before else ():
+        if before["config"].get(name) != getattr(cfg, name):
+            say(f"--{name}={getattr(cfg, name)}, before {before['config'].get(name)}: the text goes on at another place, some "
+                "of it comes twice or not at all")
     layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
     say(f"machine: {world} x {device}{layout}, matmuls in {str(dtype).removeprefix('torch.')} at {peak / 1e9:,.0f} GFLOP/s "
         f"measured, {torch.get_num_threads()} threads")
@@ -725,7 +757,8 @@ def main(cfg):
                                  "smaller --block_size or a smaller model")
             micro = (micro + 1) // 2
             if world > 1:                                          # the others wait for this process in the middle of a step
-                write_json(out / "micro_batch.json", {"micro_batch": micro})
+                if not cfg.dry_run:
+                    write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
                 raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
                                  f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
             if device.type == "cuda":
@@ -871,6 +904,9 @@ if __name__ == "__main__":
     cfg = parse(Config, PRESETS)
     try:
         main(cfg)
+    except BrokenPipeError:                                        # whoever read our lines has gone: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

@@ -181,6 +181,7 @@ def keep_earlier_run(out):
     if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
         number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
         os.replace(out, f"{out}.{number}")
+        Path(f"{out}.{number}/running.json").unlink(missing_ok=True)
         print(f"the earlier run in {out} is kept as {out}.{number}")
 
 

@@ -6,7 +6,7 @@ Run     python train.py                                          # laptop, TinyS
         python train.py --dry_run                                # memory, speed, time and disk this run will need
         python train.py --resume                                 # go on exactly where the run in --out stopped
         python train.py --init_from=out/shakespeare --dataset=x  # go on from a trained model, on other text
-        torchrun --nproc_per_node=8 train.py --preset=gpt2 --parallel=fsdp        # more of these in runs/
+        torchrun --standalone --nproc_per_node=8 train.py --parallel=fsdp         # more of these in runs/
 Next    python sample.py --model=out/shakespeare
 Reads   data/<dataset>/            Writes  out/<run>/  the best model so far as a Hugging Face folder, log.jsonl, loss.png,
                                            manifest.json, state/step-*/ (everything needed to resume)
@@ -37,8 +37,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import sample
-from data.checkpoint import (Progress, all_sum, keep_earlier_run, launch, load_state, plot_losses, save_state,
-                             take_lock, trim_log, write_manifest)
+from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
+                             saved_run, take_lock, trim_log, write_manifest)
 from data.hub import read_json
 from data.shards import Tokens, data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
@@ -138,20 +138,6 @@ def parse(Config, presets):
         defaults = saved_run(out)["config"] | {"out": str(out), "resume": True}
     return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
                     description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
-
-
-def saved_run(out):
-    """The manifest of the run in `out`."""
-    try:
-        return {"config": {}} | read_json(out / "manifest.json")
-    except ValueError as error:
-        raise SystemExit(f"--out={out}: {error}. Choose another --out") from None
-
-
-def restarted(out):
-    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`? Its count of restarts
-    does not say: each machine counts for itself, and not at all when another one was lost."""
-    return bool(launch()) and (out / "manifest.json").is_file() and saved_run(out).get("launch") == launch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,20 @@ def launch():
     return "" if name == "none" else " ".join([name, *sys.argv[1:]])
 
 
+def saved_run(out):
+    """The manifest of the run in `out`."""
+    try:
+        return {"config": {}} | read_json(out / "manifest.json")
+    except ValueError as error:
+        raise SystemExit(f"--out={out}: {error}. Choose another --out") from None
+
+
+def restarted(out):
+    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`? Its count of restarts
+    does not say: each machine counts for itself, and not at all when another one was lost."""
+    return bool(launch()) and (out / "manifest.json").is_file() and saved_run(out).get("launch") == launch()
+
+
 def take_lock(out):
     """Refuse to write into the folder of a run that is still going; else note that it is ours now (running.json)."""
     lock = out / "running.json"
@@ -203,7 +217,8 @@ def plot_losses(out):
     if val:
         axes.plot(*zip(*val), "o-", color="tab:orange", label=f"validation, last {val[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=out.name)
-    axes.legend()
+    if train or val:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(out / "loss.tmp.png", dpi=120)

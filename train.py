@@ -6,7 +6,7 @@ Run     python train.py                                          # laptop, TinyS
         python train.py --dry_run                                # memory, speed, time and disk this run will need
         python train.py --resume                                 # go on exactly where the run in --out stopped
         python train.py --init_from=out/shakespeare --dataset=x  # go on from a trained model, on other text
-        torchrun --nproc_per_node=8 train.py --preset=gpt2 --parallel=fsdp        # more of these in runs/
+        torchrun --standalone --nproc_per_node=8 train.py --parallel=fsdp         # more of these in runs/
 Next    python sample.py --model=out/shakespeare
 Reads   data/<dataset>/            Writes  out/<run>/  the best model so far as a Hugging Face folder, log.jsonl, loss.png,
                                            manifest.json, state/step-*/ (everything needed to resume)
@@ -37,8 +37,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import sample
-from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, save_state, trim_log,
-                             write_manifest)
+from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
+                             saved_run, take_lock, trim_log, write_manifest)
+from data.hub import read_json
 from data.shards import Tokens, data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
 
@@ -133,32 +134,27 @@ def parse(Config, presets):
     out = Path(known.out or f"out/{Path(known.dataset).name}")
     if known.resume and not (out / "manifest.json").is_file():
         raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: python train.py --out={out}")
-    if known.resume or restarted(out):
-        defaults = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"] | \
-            {"out": str(out), "resume": True}
+    if known.resume:
+        defaults = saved_run(out)["config"] | {"out": str(out), "resume": True}
     return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
                     description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
-
-
-def restarted(out):
-    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`?"""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (out / "manifest.json").is_file():
-        return False
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    return manifest.get("launch") == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
 def setup(cfg):
-    """Process group (under torchrun), device, matmul dtype. Returns (device, dtype, rank, world)."""
+    """Process group (under torchrun) and device. Returns (device, rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     try:
         device = pick_device(cfg.device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if device.type == "mps" and world > 1:                         # one such GPU, and no way for processes to talk on it
+        if cfg.device != "auto":
+            raise SystemExit(f"--device={cfg.device}: only one process can use it. Without torchrun, or --device=cpu")
+        device = torch.device("cpu")
     kind = device.type
     if kind == "cuda":
         device = torch.device("cuda", local if world > 1 else device.index or 0)
@@ -169,22 +165,31 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
-        store, _, _ = next(dist.rendezvous("env://"))              # after a restart it still holds addresses of the dead
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart it still holds addresses of the dead;
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)     # machines: runs/nodes.sh
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
                                 **({"device_id": device} if nccl else {}))
     if kind == "cpu":
         torch.set_flush_denormal(True)
+    return device, rank, world
+
+
+def pick_dtype(cfg, device, world):
+    """dtype of the matmuls."""
+    kind = device.type
     if cfg.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise SystemExit(f"--dtype={cfg.dtype}: choose auto, float32, bfloat16, float16 or float64")
+    if cfg.dtype == "float64" and kind == "mps":
+        raise SystemExit("--dtype=float64: this GPU has none. Use --dtype=float32, or --device=cpu")
     if cfg.dtype != "auto":
-        return device, getattr(torch, cfg.dtype), rank, world
+        return getattr(torch, cfg.dtype)
     bf16 = kind != "mps" and matmul_speed(device, torch.bfloat16) > 1.2 * matmul_speed(device, torch.float32)
     if world > 1:                                                  # one answer for all
         flag = torch.tensor(int(bf16), device=device)
         dist.broadcast(flag, 0)
         bf16 = bool(flag.item())
-    return device, torch.bfloat16 if bf16 else torch.float32, rank, world
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def matmul_speed(device, dtype, size=None):
@@ -234,17 +239,21 @@ def make_mesh(cfg, device, world):
     """
     from torch.distributed.device_mesh import init_device_mesh     # half a second, not spent where nobody needs it
     data = world // cfg.tensor_parallel
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel
-    shards = {"ddp": 1, "hsdp": cfg.shards or node}.get(cfg.parallel, data)
+    shards = {"ddp": 1, "hsdp": shards_of(cfg, world)}.get(cfg.parallel, data)
     return init_device_mesh(device.type, (data // shards, shards, cfg.tensor_parallel),
                             mesh_dim_names=("replicas", "shards", "tensor"))
+
+
+def shards_of(cfg, world):
+    """hsdp: data-parallel processes that share one copy."""
+    return cfg.shards or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
 
 
 def parallelize(model, cfg, mesh, device, dtype):
     """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
 
     ddp      every process has everything, gradients are averaged.
-    zero2    weights, gradients and optimizer state in pieces; weights are put together once per step.
+    zero2    weights, gradients and optimizer state in pieces; weights are put together once per forward pass.
     fsdp     the same, but for every block anew, forward and backward: the least memory, the most traffic.
     hsdp     fsdp among `shards` neighbours, ddp between those groups.
     tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
@@ -354,7 +363,7 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
     rank and world count data-parallel processes. With eos given, documents do not see each other.
     """
     device = next(model.parameters()).device
-    total = 0.0
+    total, smaller = 0.0, 0
     model.eval()
     for first in range(0, math.ceil((len(tokens) - 1) / tokens.T), world * batch):     # equally often on all processes
         x, y = [], []
@@ -366,7 +375,16 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
             y.append(np.concatenate([piece[1:], padding]))
         x, y = torch.from_numpy(np.stack(x)).to(device), torch.from_numpy(np.stack(y)).to(device)
         segments = {} if eos is None else {"segments": documents(x, eos)}
-        total += whole(model(x, y, reduction="sum", **segments)).item()
+        try:
+            total += whole(model(x, y, reduction="sum", **segments)).item()
+        except RuntimeError as error:
+            if batch == 1 or dist.is_initialized() or not out_of_memory(error):
+                raise
+            smaller = (batch + 1) // 2
+        if smaller:                                                # out of the handler, which keeps tensors alive
+            del x, y, segments
+            gc.collect()
+            return evaluate_loss(model, tokens, smaller, rank, world, eos)
     for module in model.modules():                                 # zero2 keeps weights together until a backward pass
         if hasattr(module, "reshard"):
             module.reshard()
@@ -525,9 +543,11 @@ def check(cfg, folder, world):
     if cfg.batch_size % data:
         raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
                          "every one does the same work")
-    for name in ("n_head", "n_kv_head", "block_size"):
-        if getattr(cfg, name) % cfg.tensor_parallel:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
+        raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
+                         f"{shards_of(cfg, world)}, those of one node. Choose --shards=")
+    if not 0 <= cfg.seed < 2 ** 32:
+        raise SystemExit(f"--seed={cfg.seed}: a whole number from 0 to {2 ** 32 - 1}")
     splits = []
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
@@ -572,9 +592,13 @@ def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
     out = Path(cfg.out or f"out/{folder.name}")
-    device, dtype, rank, world = setup(cfg)
+    device, rank, world = setup(cfg)
+    again = bool(all_sum([rank == 0 and restarted(out)], device)[0])           # process 0 decides, before anyone writes
+    if again and not cfg.dry_run:
+        cfg = Config(**saved_run(out)["config"] | {"out": str(out), "resume": True})
+    dtype = pick_dtype(cfg, device, world)
     train_tokens, val_tokens = check(cfg, folder, world)
-    before = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if cfg.resume else None
+    before = saved_run(out) if cfg.resume else None
     if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
         raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
                          f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py --dataset={cfg.dataset}")
@@ -592,6 +616,18 @@ def main(cfg):
     raw = build_model(cfg, tokenizer, before)
     if cfg.init_from:
         cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE})
+    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
+        value = cfg.block_size if name == "block_size" else getattr(raw.config, name)
+        if value % cfg.tensor_parallel:
+            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.tensor_parallel > 1 and (raw.config.position != "rope" or raw.config.n_expert):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
+                         "be cut. Use --parallel=fsdp")
+    for name in SHAPE if before else ():
+        old, new = before["model"].get(name), getattr(raw.config, name)
+        if old != new:
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
+                             "the flags that change the model, or choose another --out")
     raw.dtype, raw.checkpointing = dtype, cfg.checkpointing
     if dtype == torch.float64:
         raw.double()
@@ -614,22 +650,29 @@ def main(cfg):
             print(*words, flush=True)
 
     progress = Progress(loss_scale=2.0 ** 16 if dtype == torch.float16 else 1.0)
-    if cfg.resume and not (restarted(out) and not any((out / "state").glob("step-*"))):
+    if rank == 0 and not cfg.dry_run:
+        take_lock(out)
+        if not cfg.resume:
+            keep_earlier_run(out)
+            take_lock(out)
+    if cfg.resume and not (again and not any((out / "state").glob("step-*"))):
         progress = load_state(out, raw, optimizers, rank, world)
-    elif not cfg.resume and rank == 0 and not cfg.dry_run:
-        keep_earlier_run(out)
-        out.mkdir(parents=True, exist_ok=True)
 
     # what the run will cost
     share = cfg.batch_size // data_world
     micro = min(cfg.micro_batch or share, share)
-    if (out / "micro_batch.json").is_file() and cfg.resume:        # an earlier start ran out of memory
-        micro = min(micro, json.loads((out / "micro_batch.json").read_text(encoding="utf-8"))["micro_batch"])
+    asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
+    if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
+        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
     tokens_per_step = cfg.batch_size * cfg.block_size
     peak = world * matmul_speed(device, dtype)
     say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
         f"{len(train_tokens):,} tokens ({cfg.max_steps * tokens_per_step / len(train_tokens):.1f} epochs of it in "
         f"{cfg.max_steps} steps)")
+    for name in ("batch_size", "block_size", "seed") if before else ():
+        if before["config"].get(name) != getattr(cfg, name):
+            say(f"--{name}={getattr(cfg, name)}, before {before['config'].get(name)}: the text goes on at another place, some "
+                "of it comes twice or not at all")
     layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
     say(f"machine: {world} x {device}{layout}, matmuls in {str(dtype).removeprefix('torch.')} at {peak / 1e9:,.0f} GFLOP/s "
         f"measured, {torch.get_num_threads()} threads")
@@ -700,7 +743,8 @@ def main(cfg):
                                  "smaller --block_size or a smaller model")
             micro = (micro + 1) // 2
             if world > 1:                                          # the others wait for this process in the middle of a step
-                write_json(out / "micro_batch.json", {"micro_batch": micro})
+                if not cfg.dry_run:
+                    write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
                 raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
                                  f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
             if device.type == "cuda":
@@ -746,43 +790,51 @@ def main(cfg):
             record({"step": step, "skipped": reason})
             if dtype == torch.float16 and progress.loss_scale > 1:  # too large for float16: not the run's fault
                 progress.loss_scale /= 2
-                continue
-            progress.skipped += 1
-            say(f"{reason}: no update, batch skipped")
+            else:
+                progress.skipped += 1
+                say(f"{reason}: no update, batch skipped")
             if progress.skipped < 3:
-                continue
-            if progress.rollbacks or not any((out / "state").glob("step-*")):
+                if not stop and step < cfg.max_steps:
+                    continue
+            elif progress.rollbacks or not any((out / "state").glob("step-*")):
                 x, y = batch_at(step - 1)
                 save_file({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()}, out / f"bad_batch_{rank}.safetensors")
                 raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} "
                                  f"did not help. The batch is in {out / f'bad_batch_{rank}.safetensors'}. Lower --muon_lr and "
                                  f"--learning_rate; what was saved is from before: python train.py --resume --out={out}")
-            progress = load_state(out, raw, optimizers, rank, world)
-            progress.rollbacks += 1
-            progress.lr_factor /= 2
-            say(f"went back to step {progress.step} with half the learning rates")
-            if log:
-                log.close()
-                log = trim_log(out, progress.step)
-            continue
-        raw.zero_grad()
-        progress.skipped = 0
-        if dtype == torch.float16 and step % 1000 == 0:
-            progress.loss_scale *= 2
-        progress.seconds += time.perf_counter() - start
-        losses.append(loss)
-        shown = shown or (step, progress.seconds)                  # the first step, with its compilation, is left out
-
-        row |= {"loss": loss, "grad_norm": norm, "seconds": progress.seconds}
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
-            speed = max(step - shown[0], 1) * tokens_per_step / max(progress.seconds - shown[1], 1e-9)
-            shown = (step, progress.seconds)
-            left = (cfg.max_steps - step) * tokens_per_step / speed
-            row |= {"tokens_per_second": speed, "mfu": speed * flops / peak, "memory": memory_used(device)}
-            say(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}  lr x{row['lr_factor']:.2f}  "
-                f"grad {norm:.2f}  {speed:,.0f} tok/s  mfu {row['mfu']:.0%}  {row['memory'] / 1e9:.1f} GB  "
-                f"left {int(left) // 60}:{int(left) % 60:02d}")
-        record(row)
+            else:
+                progress = load_state(out, raw, optimizers, rank, world)
+                progress.rollbacks += 1
+                progress.lr_factor /= 2
+                say(f"went back to step {progress.step} with half the learning rates")
+                if log:
+                    log.close()
+                    log = trim_log(out, progress.step)
+                record({"step": progress.step, "rolled_back": reason})
+                save_state(out, raw, optimizers, progress, rank, world)
+                shown = None
+                continue
+        else:
+            raw.zero_grad()
+            progress.skipped = 0
+            if dtype == torch.float16 and step % 1000 == 0:
+                progress.loss_scale *= 2
+            progress.seconds += time.perf_counter() - start
+            losses.append(loss)
+            row |= {"loss": loss, "grad_norm": norm, "seconds": progress.seconds}
+            if step % cfg.log_every == 0 or step == cfg.max_steps:
+                rates = ""
+                if shown and step > shown[0]:                      # the first step, with its compilation, is left out
+                    speed = (step - shown[0]) * tokens_per_step / max(progress.seconds - shown[1], 1e-9)
+                    left = (cfg.max_steps - step) * tokens_per_step / speed
+                    row |= {"tokens_per_second": speed, "mfu": speed * flops / peak}
+                    rates = f"{speed:,.0f} tok/s  mfu {row['mfu']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}  "
+                shown = (step, progress.seconds)
+                row["memory"] = memory_used(device)
+                say(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}  lr x{row['lr_factor']:.2f}  "
+                    f"grad {norm:.2f}  {rates}{row['memory'] / 1e9:.1f} GB")
+            shown = shown or (step, progress.seconds)
+            record(row)
 
         done = step == cfg.max_steps
         evaluating = done or (cfg.eval_every and step % cfg.eval_every == 0)
@@ -824,11 +876,12 @@ def main(cfg):
         if progress.step < cfg.max_steps:
             say(f"stopped at step {progress.step}; everything is saved. Go on: python train.py --resume --out={out}")
         else:
-            say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss curve: "
-                f"{out / 'loss.png'}")
+            best = "" if progress.best is None else f" best validation loss {progress.best:.4f}."
+            say(f"{progress.seconds:.0f} s of training in all;{best} Loss curve: {out / 'loss.png'}")
             say(f"Next: python sample.py --model={out}")
     if log:
         log.close()
+        (out / "running.json").unlink(missing_ok=True)
     if world > 1:
         dist.destroy_process_group()
 
@@ -837,6 +890,9 @@ if __name__ == "__main__":
     cfg = parse(Config, PRESETS)
     try:
         main(cfg)
+    except BrokenPipeError:                                        # whoever read our lines has gone: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

@@ -3,8 +3,8 @@ Training against nanoGPT on this machine. The parts, in --parts:
 
 sprint  how long until a laptop core has learnt what nanoGPT's CPU command learns (below)
 long    what a larger run of ours learns in nanoGPT's time, on windows of 64 and of 256 characters
-step    tokens per second of a model of 124M parameters, 4 x 1 x 1,024 tokens and the optimizer's step; nanoGPT in fp32, all it
-        knows on a CPU, ours in fp32 and in bf16
+step    tokens per second of a model of 124M parameters, 4 x 1 x 1,024 tokens and the optimizer's step, median of 3; nanoGPT in
+        fp32, all it knows on a CPU, ours in fp32 and in bf16
 start   wall seconds from the command to the first logged step
 growth  tokens per second of the default model: 1, 2, 4 processes, width x 2, x 4, context x 4 (4 steps each, dry runs)
 
@@ -126,14 +126,15 @@ def passes(n):
     for _ in range(n):
         (forward(x, x) / n).backward()
 passes(1)
-for step in range(2):
+times = []
+for step in range(4):
     start = time.perf_counter()
     passes(4)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-print("SPEED", 4096 / seconds, sum(p.numel() for p in model.parameters()))
+    times.append(time.perf_counter() - start)
+print("SPEED", 4096 / sorted(times[1:])[1], sum(p.numel() for p in model.parameters()))
 """
 
 
@@ -223,12 +224,15 @@ def main(cfg):
                 tokens, size = timed([python, "-c", STEP, cfg.threads, name], cwd, cfg.threads)[2].split("SPEED")[1].split()
                 print(f"step of 124M, {name}: {float(tokens):,.0f} tokens per second ({int(size):,} parameters)", flush=True)
     if "start" in parts:
+        trials = []
         for trial in range(3):
             mine = first_step([python, "-u", ROOT / "train.py", f"--dataset={work / 'char'}", "--device=cpu", "--log_every=1",
                                f"--out={work / 'start'}"], ROOT, cfg.threads, lambda line: line.startswith("step"))
             theirs = first_step(nanogpt(2000) + ["--log_interval=1", "--eval_interval=2000"], checkout, cfg.threads,
                                 lambda line: line.startswith("iter")) if checkout else float("nan")
-            print(f"start: ours {mine:.2f} s, nanoGPT {theirs:.2f} s (with its first evaluation)", flush=True)
+            trials.append((mine, theirs))
+        mine, theirs = (statistics.median(column) for column in zip(*trials))
+        print(f"start, median of 3: ours {mine:.2f} s, nanoGPT {theirs:.2f} s (with its first evaluation)", flush=True)
     if "growth" in parts:
         data = work / "demo"
         base = speed(data, 1, 1)

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.hub import file_hash, write_json
+from data.hub import file_hash, read_json, write_json
 from data.shards import data_hashes
 
 
@@ -127,9 +128,53 @@ def load_state(out, model, optimizers, rank=0, world=1):
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
         torch.set_rng_state(tensors["rng"])
+        for newer in (out / "state").glob("step-*") if rank == 0 else ():
+            if newer.name > folder.name:                           # damaged: must not count among the two that are kept
+                shutil.rmtree(newer.with_name(f"damaged-{newer.name}"), ignore_errors=True)
+                os.replace(newer, newer.with_name(f"damaged-{newer.name}"))
         del state["files"]
         return Progress(**state)
     raise SystemExit(f"--resume: no usable checkpoint in {out / 'state'}. Start anew: python train.py --out={out}")
+
+
+def launch():
+    """What tells this launch of torchrun from others: its id and the command. Empty without an id."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else " ".join([name, *sys.argv[1:]])
+
+
+def saved_run(out):
+    """The manifest of the run in `out`."""
+    try:
+        return {"config": {}} | read_json(out / "manifest.json")
+    except ValueError as error:
+        raise SystemExit(f"--out={out}: {error}. Choose another --out") from None
+
+
+def restarted(out):
+    """Did torchrun --max_restarts start us again, after this very launch had begun the run in `out`? Its count of restarts
+    does not say: each machine counts for itself, and not at all when another one was lost."""
+    return bool(launch()) and (out / "manifest.json").is_file() and saved_run(out).get("launch") == launch()
+
+
+def take_lock(out):
+    """Refuse to write into the folder of a run that is still going; else note that it is ours now (running.json)."""
+    lock = out / "running.json"
+    try:
+        other = read_json(lock)
+        here = other["host"] == platform.node()
+        alive = other["pid"] != os.getpid() if here else True
+        if here and alive and os.name != "nt":                     # on Windows signal 0 would be Ctrl-C
+            os.kill(other["pid"], 0)
+    except PermissionError:                                        # somebody else's process: it lives
+        pass
+    except (OSError, ValueError, KeyError, TypeError):             # no lock, or its process is gone
+        alive = False
+    if alive and not (launch() and other["launch"] == launch()):   # torchrun may have moved us to another machine
+        raise SystemExit(f"--out={out}: another run is writing there (process {other['pid']} on {other['host']}). Choose "
+                         f"another --out, or if that one is dead, remove {lock}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(lock, {"pid": os.getpid(), "host": platform.node(), "launch": launch()})
 
 
 def write_manifest(out, cfg, dtype, tokenizer, folder, config):
@@ -139,7 +184,7 @@ def write_manifest(out, cfg, dtype, tokenizer, folder, config):
         .stdout.strip() if shutil.which("git") else ""
     write_json(out / "manifest.json", {
         "config": asdict(cfg) | {"resume": False, "dtype": str(dtype).removeprefix("torch.")}, "model": asdict(config),
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "launch": launch(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "data": data_hashes(folder),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "processor": platform.processor() or platform.machine(), "commit": commit})
@@ -150,6 +195,7 @@ def keep_earlier_run(out):
     if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
         number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
         os.replace(out, f"{out}.{number}")
+        Path(f"{out}.{number}/running.json").unlink(missing_ok=True)
         print(f"the earlier run in {out} is kept as {out}.{number}")
 
 
@@ -171,7 +217,8 @@ def plot_losses(out):
     if val:
         axes.plot(*zip(*val), "o-", color="tab:orange", label=f"validation, last {val[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=out.name)
-    axes.legend()
+    if train or val:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(out / "loss.tmp.png", dpi=120)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
+from data.hub import read_json
 
 
 class Tokens:
@@ -61,7 +62,10 @@ def open_dataset(cfg):
         there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
         raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there (under data/: {there}). Make one first: "
                          "python prepare.py shakespeare, or python prepare.py PATH...")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    try:
+        meta = read_json(folder / "meta.json")
+    except ValueError as error:
+        raise SystemExit(f"--dataset={cfg.dataset}: {error}. Prepare it again: python prepare.py PATH...") from None
     if "tokenizer_hash" not in meta:
         raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
                          "text: python prepare.py PATH...")

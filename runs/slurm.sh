@@ -27,12 +27,18 @@ last = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"]
 sys.exit(not steps or max(steps) >= last)
 PY
 }
+newest() { { ls -d "$out"/state/step-* 2> /dev/null || true; } | tail -n 1; }
+before=$(newest)
 resume=()
 if unfinished; then resume=(--resume); fi
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # after a restart processes meet in a new place
 trap : TERM         # the processes of srun get it too, and they are who must act
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max_restarts=3 --shutdown-timeout=110 \
     --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" train.py "$@" "${resume[@]}" || true
-if unfinished; then
+if unfinished && [[ ! "$(newest)" > "$before" ]]; then
+    echo "no step was saved in this turn: not handed in again"
+    exit 1
+elif unfinished; then
     echo "stopped early: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ ! -d "$out/state" ]; then

@@ -73,7 +73,7 @@ def main():
         fault = entry.pop("fault", "").split()
         model.GPT.forward = faulty(fault[0], *map(int, fault[1:])) if fault else forward
         out = Path(sys.argv[2]) / entry.pop("name")
-        cfg = train.Config(**base | {"out": str(out), "resume": train.restarted(out)} | entry)
+        cfg = train.Config(**base | {"out": str(out)} | entry)
         start = time.perf_counter()
         try:
             train.main(cfg)

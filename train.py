@@ -17,6 +17,7 @@ Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/mu
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -520,6 +521,8 @@ def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak):
 
 def check(cfg, folder, world):
     """Settings that cannot work are refused before anything expensive starts. Returns the two splits."""
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise SystemExit("--wandb: the package is not installed: pip install wandb")
     for name in ("batch_size", "max_steps", "log_every", "block_size", "sample_tokens", "tensor_parallel"):
         if getattr(cfg, name) < 1:
             raise SystemExit(f"--{name}={getattr(cfg, name)}: must be at least 1")

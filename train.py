@@ -1,7 +1,7 @@
 """
 Pretrain a GPT on the token shards that prepare.py wrote. One loop, from a laptop core to many nodes of GPUs.
 
-Run     python train.py                                          # laptop, TinyShakespeare: 93 s -> 2.117 bits per byte
+Run     python train.py                                          # laptop, TinyShakespeare: 91 s -> 2.127 bits per byte
         python train.py --dataset=stdlib --max_steps=300         # any prepared dataset; every field of Config is a flag
         python train.py --dry_run                                # memory, speed, time and disk this run will need
         python train.py --resume                                 # go on exactly where the run in --out stopped
@@ -100,7 +100,7 @@ LARGE = dict(block_size=1024, rope_theta=10000.0, batch_size=512, micro_batch=16
              momentum=0.95, weight_decay=0.1, grad_clip=1.0, warmup_steps=100, eval_every=500, sample_every=1000,
              save_every=500, tie_embeddings=True)
 PRESETS = {
-    # with `prepare.py shakespeare --vocab_size=512`: 93 s on two laptop-class cores -> 2.117 bits per byte
+    # with `prepare.py shakespeare --vocab_size=512`: 91 s on two laptop-class cores -> 2.127 bits per byte
     "shakespeare": {},
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it. One block is
     # enough for words of 3 characters (`--vocab_size=2048`), and half of what two cost; single characters need two

@@ -715,4 +715,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True, description=__doc__))
+    main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))

@@ -545,7 +545,7 @@ class Lookup:
 def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
     texts = [row.text for row in rows]
     size = max(map(len, texts)) + rows[0].left
-    context, helper = Context(model, texts, size), draft and Context(draft, texts, size)
+    context, drafter = Context(model, texts, size), draft and Context(draft, texts, size)
     lookups = [Lookup(text, ngram) for text in texts]
     counts = [min(4, draft_tokens)] * len(rows)                    # how many guesses a row deserves next time
     stats.update(readings=1, guessed=0, accepted=0)
@@ -555,11 +555,11 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
         here may depend on the neighbours: a row that has enough reads its last id again and draws no number."""
         wanted = [max(0, min(context.size - length - 1, count, row.left - 1))
                   for length, count, row in zip(context.cache.lengths, counts, rows)]
-        if helper is None:
+        if drafter is None:
             return [lookup.guess(want) if want else [] for lookup, want in zip(lookups, wanted)], None
         found, origin = [[] for _ in rows], [[] for _ in rows]
         for n in range(max(1, *wanted)):
-            logits = helper.read(last=True).cpu()
+            logits = drafter.read(last=True).cpu()
             probs = None if o.temperature == 0 else distribution(logits, o)
             ids = logits.argmax(dim=-1) if probs is None else draw(probs, torch.tensor(
                 [row.uniform() if n < want else 0.0 for row, want in zip(rows, wanted)], dtype=torch.float64))
@@ -570,7 +570,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
                 if n + 1 < wanted[i]:
                     rows[i].text.append(token)
                 else:
-                    helper.forget(i, len(rows[i].text) - 1)
+                    drafter.forget(i, len(rows[i].text) - 1)
         for row, want in zip(rows, wanted):
             del row.text[len(row.text) - max(0, want - 1):]
         return found, origin
@@ -611,7 +611,7 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
                         row.done = True
                         break
                     yield row.index, token, logprob
-                for each in (context, helper):                     # the last new id is not read yet
+                for each in (context, drafter):                     # the last new id is not read yet
                     if each:
                         each.forget(i, len(row.text) - 1)
             keep = [i for i, row in enumerate(rows) if not row.done]
@@ -620,10 +620,10 @@ def speculate(model, rows, o, draft, draft_tokens, ngram, stats):
             if len(keep) < len(rows):
                 rows, counts, lookups = ([part[i] for i in keep] for part in (rows, counts, lookups))
                 context.keep(keep)
-                if helper and helper.cache:
-                    helper.keep(keep)
-                elif helper:
-                    helper = Context(draft, context.texts, size)
+                if drafter and drafter.cache:
+                    drafter.keep(keep)
+                elif drafter:
+                    drafter = Context(draft, context.texts, size)
             guessed, origin = guesses()
             for row, new in zip(rows, guessed):
                 row.text += new

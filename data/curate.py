@@ -31,6 +31,9 @@ from typing import Literal
 
 import tyro
 
+if __name__ == "__main__" and not __package__:                     # as a file it does not find its neighbours
+    raise SystemExit("run it from the project's folder as a module: python -m data.curate IN...")
+
 from data.dedup import NearDuplicates, Overlap
 from data.presets import locate
 from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known_encoding, open_bytes, open_text,

@@ -41,6 +41,8 @@ import sample
 from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
                              saved_run, take_lock, trim_log, write_manifest)
 from data.hub import read_json
+from data.machine import matmul_speed, memory_used, out_of_memory, pick_dtype, setup
+from data.parallel import make_mesh, parallelize, shards_of, whole, whole_model
 from data.shards import Tokens, data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
 
@@ -139,191 +141,6 @@ def parse(Config, presets):
         defaults = saved_run(out)["config"] | {"out": str(out), "resume": True}
     return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
                     description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-def setup(cfg):
-    """Process group (under torchrun) and device. Returns (device, rank, world)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    try:
-        device = pick_device(cfg.device)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    if device.type == "mps" and world > 1:                         # one such GPU, and no way for processes to talk on it
-        if cfg.device != "auto":
-            raise SystemExit(f"--device={cfg.device}: only one process can use it. Without torchrun, or --device=cpu")
-        device = torch.device("cpu")
-    kind = device.type
-    if kind == "cuda":
-        device = torch.device("cuda", local if world > 1 else device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise SystemExit(f"--device={cfg.device}: process {rank} wants {device}, there are "
-                             f"{torch.cuda.device_count()} GPUs. Lower --nproc_per_node")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart it still holds addresses of the dead;
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)     # machines: runs/nodes.sh
-        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
-                                **({"device_id": device} if nccl else {}))
-    if kind == "cpu":
-        torch.set_flush_denormal(True)
-    return device, rank, world
-
-
-def pick_dtype(cfg, device, world):
-    """dtype of the matmuls."""
-    kind = device.type
-    if cfg.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise SystemExit(f"--dtype={cfg.dtype}: choose auto, float32, bfloat16, float16 or float64")
-    if cfg.dtype == "float64" and kind == "mps":
-        raise SystemExit("--dtype=float64: this GPU has none. Use --dtype=float32, or --device=cpu")
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    bf16 = kind != "mps" and matmul_speed(device, torch.bfloat16) > 1.2 * matmul_speed(device, torch.float32)
-    if world > 1:                                                  # one answer for all
-        flag = torch.tensor(int(bf16), device=device)
-        dist.broadcast(flag, 0)
-        bf16 = bool(flag.item())
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def matmul_speed(device, dtype, size=None):
-    """Measured FLOP/s of a square matmul: what this very machine can do. The best of six, about 10 ms on a CPU.
-
-    A name test would be wrong here: of two processors that both advertise bf16 instructions one multiplies 3 times
-    faster in bf16 than in fp32, the other 2 times slower (measured).
-    """
-    size = size or (512 if device.type == "cpu" else 4096)
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ a
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
-
-
-def memory_used(device):
-    """Most bytes this process ever held: on a GPU those of its tensors, else all of it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:
-        import resource
-    except ImportError:                                            # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def out_of_memory(error):
-    """CUDA has an exception of its own for it; MPS and the CPU only have words."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One model on many processes
-
-def make_mesh(cfg, device, world):
-    """The processes as a box (replicas, shards, tensor): copies of the model, pieces of a copy, pieces of a product.
-
-    The tensor direction is the innermost: it talks in every layer, so its processes should sit side by side in one node.
-    """
-    from torch.distributed.device_mesh import init_device_mesh     # half a second, not spent where nobody needs it
-    data = world // cfg.tensor_parallel
-    shards = {"ddp": 1, "hsdp": shards_of(cfg, world)}.get(cfg.parallel, data)
-    return init_device_mesh(device.type, (data // shards, shards, cfg.tensor_parallel),
-                            mesh_dim_names=("replicas", "shards", "tensor"))
-
-
-def shards_of(cfg, world):
-    """hsdp: data-parallel processes that share one copy."""
-    return cfg.shards or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
-
-
-def parallelize(model, cfg, mesh, device, dtype):
-    """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
-
-    ddp      every process has everything, gradients are averaged.
-    zero2    weights, gradients and optimizer state in pieces; weights are put together once per forward pass.
-    fsdp     the same, but for every block anew, forward and backward: the least memory, the most traffic.
-    hsdp     fsdp among `shards` neighbours, ddp between those groups.
-    tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
-             them needs one exchange; between the pairs every process holds its part of the sequence (2205.05198).
-    Whatever the mode, gradients come out divided by the number of data-parallel processes, in all of them alike.
-    """
-    if mesh["tensor"].size() > 1:
-        split_products(model, mesh["tensor"])
-    elif cfg.parallel == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(model.to(device))
-        model.broadcast_buffers = False                            # they never change
-        return model
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    # a mesh of two directions is what makes it hsdp; ddp with tensor parallel is hsdp in shards of one
-    data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
-    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype.itemsize == 2 else \
-        MixedPrecisionPolicy()
-    again = cfg.parallel != "zero2"
-    for block in model.layers:
-        fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=half)
-    fully_shard(model, mesh=data, reshard_after_forward=again)     # embedding, last norm and head travel in fp32
-    return model
-
-
-def split_products(model, mesh):
-    """Tensor parallel with sequence parallel. The norms of queries and keys take part in it: left out, every process
-    would train their weights on its own heads alone, and no error would tell."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleOutput, RowwiseParallel,
-                                                   SequenceParallel, loss_parallel, parallelize_module)
-    sequence, heads = SequenceParallel(), SequenceParallel(sequence_dim=2, use_local_output=True)
-    gather = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=False)
-    columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
-    plan = {"input_layernorm": sequence, "post_attention_layernorm": sequence,
-            "self_attn.o_proj": rows, "mlp.down_proj": rows}
-    plan |= {f"{name}_proj": columns for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")}
-    if model.config.qk_norm:
-        plan |= {"self_attn.q_norm": heads, "self_attn.k_norm": heads}
-    parallelize_module(model, mesh, {
-        "embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "norm": sequence,
-        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
-    parallelize_module(model, mesh, {"norm": gather})
-    model.max_logits = 1 << 62                                      # each process has its part of them anyway
-    for block in model.layers:
-        parallelize_module(block, mesh, plan)
-        parallelize_module(block, mesh, {"input_layernorm": gather, "post_attention_layernorm": gather})
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight           # the line above made two of it
-    loss_parallel().__enter__()                                    # cross-entropy without gathering the logits; for good
-
-
-def whole(tensor):
-    """A tensor put together from its pieces, on every process; all must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_model(raw, rank):
-    """The model as one process would have it, to save or to sample: itself, or on process 0 a copy put together."""
-    if not any(hasattr(p, "full_tensor") for p in raw.parameters()):
-        return raw
-    copy = GPT(raw.config).to(next(raw.parameters()).dtype) if rank == 0 else None
-    places = dict(copy.named_parameters()) if rank == 0 else {}
-    for name, p in raw.named_parameters():
-        tensor = whole(p.detach())                                 # all take part, one keeps it
-        if rank == 0:
-            places[name].data.copy_(tensor)
-    if rank == 0:
-        copy.dtype = raw.dtype
-    return copy
 
 
 def accumulate(model, x, y, segments, micro, factor):
@@ -595,11 +412,14 @@ def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
     out = Path(cfg.out or f"out/{folder.name}")
-    device, rank, world = setup(cfg)
+    try:
+        device, rank, world = setup(cfg.device, pick_device(cfg.device))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     again = bool(all_sum([rank == 0 and restarted(out)], device)[0])           # process 0 decides, before anyone writes
     if again and not cfg.dry_run:
         cfg = Config(**saved_run(out)["config"] | {"out": str(out), "resume": True})
-    dtype = pick_dtype(cfg, device, world)
+    dtype = pick_dtype(cfg.dtype, device, world)
     train_tokens, val_tokens = check(cfg, folder, world)
     before = saved_run(out) if cfg.resume else None
     if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):

@@ -16,16 +16,16 @@ Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/mu
 """
 import argparse
 import contextlib
-import gc
 import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,9 +41,9 @@ import sample
 from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
                              saved_run, take_lock, trim_log, write_manifest)
 from data.hub import read_json
-from data.machine import matmul_speed, memory_used, out_of_memory, pick_dtype, setup
+from data.machine import free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
 from data.parallel import make_mesh, parallelize, shards_of, whole, whole_model
-from data.shards import Tokens, data_hashes, open_dataset
+from data.shards import Tokens, data_hashes, open_dataset, prepare_command
 from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
 
 
@@ -84,7 +84,7 @@ class Config:
     save_every: int = 250           # steps between checkpoints to resume from; 0: only at the end
     log_every: int = 25             # steps between lines on the screen; log.jsonl has every step
     wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
-    dry_run: bool = False           # four steps, then what the whole run would need; writes nothing
+    dry_run: bool = False           # measure a micro-batch, then say what the whole run would need; writes nothing
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "auto"             # of the matmuls: auto, float32, bfloat16, float16, float64; weights are float32, or 64
@@ -143,8 +143,9 @@ def parse(Config, presets):
                     description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
 
 
-def accumulate(model, x, y, segments, micro, factor):
-    """Add up the gradients of factor x (sum of the losses of x -> y), micro sequences at a time. Returns that loss.
+def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
+    """Add up the gradients of factor x (sum of the losses of x -> y), micro sequences at a time. Returns that loss, or None
+    if `asked` said between two of them that it is time to go.
 
     Only the last of them talks to the other processes. A factor of (data-parallel processes) / (tokens that count, in the
     whole step on all processes) makes it the mean over tokens however unequally they are spread: what averages the
@@ -152,17 +153,20 @@ def accumulate(model, x, y, segments, micro, factor):
     """
     total = 0.0
     for first in range(0, len(x), micro):
+        if asked():
+            return None
         last = first + micro >= len(x)
         if hasattr(model, "require_backward_grad_sync"):           # DDP
             model.require_backward_grad_sync = last
         elif hasattr(model, "set_requires_gradient_sync"):         # FSDP
             model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last or not model.whole_in_a_step)
         part = slice(first, first + micro)
         documents = {} if segments is None else {"segments": segments[part]}
         loss = model(x[part], y[part], reduction="sum", **documents) * factor
         loss.backward()
-        total += float(whole(loss.detach()))
-    return total
+        total = total + loss.detach()                              # not yet read: that would wait for the GPU
+    return float(whole(total))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
             smaller = (batch + 1) // 2
         if smaller:                                                # out of the handler, which keeps tensors alive
             del x, y, segments
-            gc.collect()
+            free_memory(device)
             return evaluate_loss(model, tokens, smaller, rank, world, eos)
     for module in model.modules():                                 # zero2 keeps weights together until a backward pass
         if hasattr(module, "reshard"):
@@ -355,11 +359,15 @@ def check(cfg, folder, world):
     for name, allowed in (("parallel", ("ddp", "zero2", "fsdp", "hsdp")), ("compile", ("auto", "on", "off"))):
         if getattr(cfg, name) not in allowed:
             raise SystemExit(f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
+    if world == 1 and cfg.parallel != "ddp":
+        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is spread. Several: torchrun --standalone "
+              f"--nproc_per_node=2 {shlex.join(sys.argv)}")
     data = max(1, world // cfg.tensor_parallel)
     if data * cfg.tensor_parallel != world:
         raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes that torchrun started")
     if data % (cfg.shards or 1):
-        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes")
+        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes"
+                         + "; torchrun starts several: torchrun --standalone --nproc_per_node=N train.py ..." * (world == 1))
     if cfg.batch_size % data:
         raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
                          "every one does the same work")
@@ -371,6 +379,9 @@ def check(cfg, folder, world):
     splits = []
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
+        if split == "val" and not len(tokens):
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so nothing is there to validate on. Prepare "
+                             f"it again: {prepare_command(folder, val_fraction=0.1)}")
         if tokens.windows < 1 if split == "train" else len(tokens) < 2:
             raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
                              "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
@@ -382,20 +393,8 @@ def check(cfg, folder, world):
 SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta", "qk_norm", "tie_embeddings")
 
 
-def build_model(cfg, tokenizer, before):
-    """A new model, the one of --init_from, or (before: the manifest) one shaped like that of the run to resume."""
-    if cfg.init_from and not before:
-        try:
-            model, own = load_model(cfg.init_from, device="cpu")
-        except ValueError as error:
-            raise SystemExit(f"--init_from={cfg.init_from}: {error}") from None
-        if own.hash != tokenizer.hash:
-            raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. Prepare "
-                             f"its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
-        if cfg.block_size > model.config.block_size:
-            raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} knows {model.config.block_size} positions. "
-                             f"Train with --block_size={model.config.block_size} or less")
-        return model.train()
+def model_config(cfg, tokenizer, before):
+    """The shape of a new model, or (before: its manifest) of that of the run to resume."""
     saved = before["model"] if before else {}
     longest = max(cfg.block_size, saved.get("block_size", 0))
     shape = dict(vocab_size=tokenizer.vocab_size, block_size=longest, n_layer=cfg.n_layer, n_embd=cfg.n_embd,
@@ -403,10 +402,149 @@ def build_model(cfg, tokenizer, before):
                  n_hidden=cfg.n_hidden, rope_theta=cfg.rope_theta, qk_norm=cfg.qk_norm, tie_embeddings=cfg.tie_embeddings,
                  eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     try:
-        return GPT(GPTConfig(**saved | shape)).init_weights()
+        return GPTConfig(**saved | shape)
     except ValueError as error:
         raise SystemExit(f"--{error}. See python train.py --help") from None
 
+
+def first_model(cfg, tokenizer):
+    """The model of --init_from, to go on training."""
+    try:
+        model, own = load_model(cfg.init_from, device="cpu")
+    except ValueError as error:
+        raise SystemExit(f"--init_from={cfg.init_from}: {error}") from None
+    if own.hash != tokenizer.hash:
+        raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. Prepare "
+                         f"its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
+    if cfg.block_size > model.config.block_size:
+        raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} knows {model.config.block_size} positions. "
+                         f"Train with --block_size={model.config.block_size} or less")
+    return model.train()
+
+
+def too_large(cfg, config, dtype, device, world):
+    """What to say of a model that cannot fit, before a byte of it is allocated: on a CPU the system would end the process
+    without a word. Empty where it fits, as far as a formula can tell."""
+    with torch.device("meta"):
+        model = GPT(config)
+    stacks = Counter()                                             # matrices of one shape are orthogonalized together
+    for p in model.layers.parameters():
+        stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
+    N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
+    need = (2 * N + inside + 2 * (N - inside)) * size              # weights, gradients; one moment of Muon, two of AdamW
+    need += 3 * max(stacks.values()) * dtype.itemsize              # and two more copies of the largest stack
+    need /= shards_of(cfg, world) * cfg.tensor_parallel
+    if device.type == "cpu":                                       # the processes of one machine share its memory
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = memory_size(device)
+    if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
+        return ""
+    return (f"--preset={cfg.preset}: weights, gradients and optimizer of {N:,} parameters take {need / 1e9:.1f} GB of the "
+            f"{there / 1e9:.1f} GB of this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller "
+            "--preset, --n_layer or --n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
+
+
+def check_model(cfg, config, before, out):
+    """Can this model be spread as asked, and is it that of the run to resume (before: its manifest)?"""
+    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
+        value = cfg.block_size if name == "block_size" else getattr(config, name)
+        if value % cfg.tensor_parallel:
+            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
+                         "be cut. Use --parallel=fsdp")
+    for name in SHAPE if before else ():
+        old, new = before["model"].get(name), getattr(config, name)
+        if old != new:
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
+                             "the flags that change the model, or choose another --out")
+
+def check_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "writable.tmp").touch()
+        (out / "writable.tmp").unlink()
+    except OSError as error:
+        raise SystemExit(f"--out={out}: cannot write there ({error.strerror}). Choose another folder with --out=") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go wrong on the way
+
+def halved(micro, cfg, out, rank, world):
+    """The micro-batch to go on with after this one did not fit. Several processes must start again for it: the others wait
+    for this one in the middle of a step."""
+    if micro == 1:
+        raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
+                         "smaller --block_size or a smaller model")
+    micro = (micro + 1) // 2
+    if world > 1:
+        if not cfg.dry_run:
+            write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
+        raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
+                         f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
+    return micro
+
+
+def update(optimizers):
+    """The optimizers' step. It cannot be done in smaller pieces, nor twice; but what fits once fits always."""
+    try:
+        for optimizer in optimizers:
+            optimizer.step()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a smaller "
+                         "--micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller model "
+                         "(--n_layer, --n_embd)") from None
+
+
+def save(out, raw, optimizers, progress, rank, world, last):
+    """save_state; without memory for it the run goes on, unless this was its last chance to save."""
+    try:
+        save_state(out, raw, optimizers, progress, rank, world)
+        return
+    except RuntimeError as error:                                  # the same one on all processes
+        if not out_of_memory(error):
+            raise
+    free_memory(next(raw.parameters()).device)
+    newest = max((path.name for path in (out / "state").glob("step-*")), default="nothing")
+    problem = f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller --micro_batch"
+    if last:
+        raise SystemExit(problem)
+    if rank == 0:
+        print(f"{problem}. Going on", flush=True)
+
+
+def write_sample(model, tokenizer, cfg):
+    """What the model writes at the beginning of a document, ready to be shown."""
+    try:
+        ids = sample.generate(model, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed)[0]
+        return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    free_memory(next(model.parameters()).device)
+    return "  | out of memory: no sample. --sample_every=0 asks for none, a smaller --sample_tokens needs less"
+
+
+def first_broken(raw):
+    """The parameter whose gradient is the first that is not finite, in words."""
+    return next((name for name, p in raw.named_parameters() if p.grad is not None and not
+                 getattr(p.grad, "_local_tensor", p.grad).isfinite().all()), "their sum, or on another process")
+
+
+def give_up(out, reason, progress, batch, rank):
+    """The end of a run that neither skipping nor going back could help: keep the batch, say what to try."""
+    path = out / f"bad_batch_{rank}.safetensors"
+    save_file({name: ids.cpu().contiguous() for name, ids in zip("xy", batch)}, path)
+    saved = f"; what was saved is from before: python train.py --resume --out={out}" if progress.rollbacks else \
+        "; nothing was saved yet, so start again"
+    raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not help. "
+                     f"The batch is in {path}. Lower --muon_lr and --learning_rate{saved}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
@@ -425,32 +563,28 @@ def main(cfg):
     if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
         raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
                          f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py --dataset={cfg.dataset}")
-    try:
-        if rank == 0 and not cfg.dry_run:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "writable.tmp").touch()
-            (out / "writable.tmp").unlink()
-    except OSError as error:
-        raise SystemExit(f"--out={out}: cannot write there ({error.strerror}). Choose another folder with --out=") \
-            from None
+    if rank == 0 and not cfg.dry_run:
+        check_folder(out)
+
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
 
     # the model: raw is the bare module, model what the training forward goes through
     torch.manual_seed(cfg.seed)                                    # after the measurements, which draw numbers too
-    raw = build_model(cfg, tokenizer, before)
+    if cfg.init_from and not before:
+        raw = first_model(cfg, tokenizer)
+    else:
+        config = model_config(cfg, tokenizer, before)
+        problem = too_large(cfg, config, dtype, device, world)
+        if problem and cfg.dry_run:
+            raise SystemExit(problem)
+        if problem:
+            say(f"this may not go well. {problem}")
+        raw = GPT(config).init_weights()
     if cfg.init_from:
         cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE})
-    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
-        value = cfg.block_size if name == "block_size" else getattr(raw.config, name)
-        if value % cfg.tensor_parallel:
-            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
-    if cfg.tensor_parallel > 1 and (raw.config.position != "rope" or raw.config.n_expert):
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
-                         "be cut. Use --parallel=fsdp")
-    for name in SHAPE if before else ():
-        old, new = before["model"].get(name), getattr(raw.config, name)
-        if old != new:
-            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
-                             "the flags that change the model, or choose another --out")
+    check_model(cfg, raw.config, before, out)
     raw.dtype, raw.checkpointing = dtype, cfg.checkpointing
     if dtype == torch.float64:
         raw.double()
@@ -468,10 +602,6 @@ def main(cfg):
     data_rank, data_world = rank // cfg.tensor_parallel, world // cfg.tensor_parallel
     eos = tokenizer.eos_id if cfg.document_mask else None
 
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
     progress = Progress(loss_scale=2.0 ** 16 if dtype == torch.float16 else 1.0)
     if rank == 0 and not cfg.dry_run:
         take_lock(out)
@@ -480,6 +610,7 @@ def main(cfg):
             take_lock(out)
     if cfg.resume and not (again and not any((out / "state").glob("step-*"))):
         progress = load_state(out, raw, optimizers, rank, world)
+    finished = cfg.resume and progress.step >= cfg.max_steps
 
     # what the run will cost
     share = cfg.batch_size // data_world
@@ -502,10 +633,11 @@ def main(cfg):
     log = None
     if rank == 0 and not cfg.dry_run:
         log = trim_log(out, progress.step)
-        write_manifest(out, cfg, dtype, tokenizer, folder, raw.config)
+        curve = before.get("wandb") if before else None            # the run there that a resumed one continues
         if cfg.wandb:
             import wandb
-            wandb.init(project="nanopath", name=out.name, config=asdict(cfg))
+            curve = wandb.init(project="nanopath", name=out.name, config=asdict(cfg), id=curve, resume="allow").id
+        write_manifest(out, cfg, dtype, tokenizer, folder, raw.config, curve)
 
     def record(row):
         if log:
@@ -521,8 +653,9 @@ def main(cfg):
         if asked and number == signal.SIGINT:                      # a second Ctrl-C means it
             raise KeyboardInterrupt
         asked = True
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    if not cfg.dry_run:                                            # which has nothing to save
+        signal.signal(signal.SIGINT, ask_to_stop)
+        signal.signal(signal.SIGTERM, ask_to_stop)
 
     reader, ahead = ThreadPoolExecutor(1), {}
 
@@ -535,44 +668,39 @@ def main(cfg):
         x, y = ahead.pop(step).result()
         return x.to(device), y.to(device)
 
-    def take_step(step):
-        """One optimizer step; none if the gradient is not finite. Returns its mean loss and gradient norm."""
+    def gradients(x, y, factor):
+        """accumulate, in smaller pieces when memory is full, without the compiler where that does not work."""
         nonlocal micro, compiled
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_at(step, cfg) * progress.lr_factor
-        x, y = batch_at(step)
         segments = None if eos is None else documents(x, eos)
-        tokens = all_sum([(y != -100).sum().item()], device)[0] / cfg.tensor_parallel
-        factor = progress.loss_scale * data_world / max(tokens, 1)
         while True:
-            try:
-                loss = accumulate(model, x, y, segments, micro, factor)
-                break
+            try:                                                   # several processes can only leave a step together
+                return accumulate(model, x, y, segments, micro, factor, lambda: asked and world == 1)
             except Exception as error:
                 full = isinstance(error, RuntimeError) and out_of_memory(error)
                 if not (full or compiled):
                     raise
                 problem = str(error).strip().split("\n")[0]
             raw.zero_grad()                                        # out of the handler, which keeps tensors alive
-            gc.collect()
-            if not full:
+            free_memory(device)
+            if full:
+                micro = halved(micro, cfg, out, rank, world)
+                say(f"out of memory: now --micro_batch={micro}, with more passes per step; the result is the same")
+            else:
                 compiled = False
                 torch.compiler.set_stance("force_eager")
                 say(f"--compile does not work here, going on without it ({problem[:100]})")
-                continue
-            if micro == 1:
-                raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
-                                 "smaller --block_size or a smaller model")
-            micro = (micro + 1) // 2
-            if world > 1:                                          # the others wait for this process in the middle of a step
-                if not cfg.dry_run:
-                    write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
-                raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
-                                 f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            say(f"out of memory: now --micro_batch={micro}, with more passes per step; the result is the same")
+
+    def take_step(step):
+        """One optimizer step; none if the gradient is not finite. Returns its mean loss and gradient norm, or None if a
+        signal came in the middle: then nothing has changed."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_at(step, cfg) * progress.lr_factor
+        x, y = batch_at(step)
+        tokens = all_sum([(y != -100).sum().item()], device)[0] / cfg.tensor_parallel
+        loss = gradients(x, y, progress.loss_scale * data_world / max(tokens, 1))
+        if loss is None:
+            return None
         grads = [p.grad for p in raw.parameters() if p.grad is not None]
         if progress.loss_scale != 1:
             torch._foreach_mul_(grads, 1 / progress.loss_scale)
@@ -580,35 +708,54 @@ def main(cfg):
         if math.isfinite(norm):                                    # the same on all processes
             if cfg.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(raw.parameters(), cfg.grad_clip, torch.tensor(norm, device=device))
-            for optimizer in optimizers:
-                optimizer.step()
+            update(optimizers)
         return loss / progress.loss_scale / data_world, norm
 
-    if cfg.dry_run:
-        times = []
-        for step in range(progress.step, progress.step + 4):
-            start = time.perf_counter()
-            take_step(step)
+    def step_seconds():
+        """How long a step will take: one micro-batch and one update, measured. Each micro-batch is measured as the last of
+        its step, which talks to the other processes: with several of them a step may be faster than that."""
+        x, y = batch_at(progress.step)
+        say(f"measuring about one micro-batch of {micro} x {cfg.block_size:,} tokens on {device}, of which a step has "
+            f"{math.ceil(share / micro)}, and one update of the weights ...")
+
+        def clock():
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            return time.perf_counter()
+        passes, size = [], micro                                   # the first only warms up, unless it takes a minute
+        while len(passes) < 4 and (all_sum([sum(passes)], device)[0] < 60 * world or compiled and len(passes) < 2):
             raw.zero_grad()
-            times.append(time.perf_counter() - start)
+            start = clock()
+            gradients(x[:micro], y[:micro], 1 / (micro * cfg.block_size))
+            passes, size = passes * (micro == size) + [clock() - start], micro
+        for _ in range(2):                                         # the first makes the optimizer's state
+            start = clock()
+            update(optimizers)
+        return math.ceil(share / micro) * np.median(passes[1:] or passes) + clock() - start
+
+    if cfg.dry_run:
+        speed = tokens_per_step / step_seconds()
         if rank == 0:
-            report_plan(cfg, out, raw, optimizers, mesh, device, tokens_per_step / np.median(times[1:]), flops, peak)
+            report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak)
             print("Next: the same command without --dry_run")
 
     # the loop
     losses, shown = [], None                                       # shown: (step, seconds) at the last line
     while progress.step < cfg.max_steps and not stop and not cfg.dry_run:
         start = time.perf_counter()
-        loss, norm = take_step(progress.step)
+        taken = take_step(progress.step)
+        if taken is None:                                          # what the step had gathered is dropped, weights are as before
+            stop = True
+            save(out, raw, optimizers, progress, rank, world, last=True)
+            break
+        loss, norm = taken
         row = {"step": progress.step + 1, "lr_factor": lr_at(progress.step, cfg) * progress.lr_factor}
         # the same loss, and the same wish to stop, everywhere
         loss, stop = all_sum([loss / cfg.tensor_parallel, asked], device)
         progress.step += 1
         step = progress.step
         if not math.isfinite(norm):
-            reason = f"the gradient became {norm} at step {step} (loss {loss}), first in " + next(
-                (name for name, p in raw.named_parameters() if p.grad is not None and not
-                 getattr(p.grad, "_local_tensor", p.grad).isfinite().all()), "another process")
+            reason = f"the gradient became {norm} at step {step} (loss {loss}), first in {first_broken(raw)}"
             raw.zero_grad()
             record({"step": step, "skipped": reason})
             if dtype == torch.float16 and progress.loss_scale > 1:  # too large for float16: not the run's fault
@@ -620,11 +767,7 @@ def main(cfg):
                 if not stop and step < cfg.max_steps:
                     continue
             elif progress.rollbacks or not any((out / "state").glob("step-*")):
-                x, y = batch_at(step - 1)
-                save_file({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()}, out / f"bad_batch_{rank}.safetensors")
-                raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} "
-                                 f"did not help. The batch is in {out / f'bad_batch_{rank}.safetensors'}. Lower --muon_lr and "
-                                 f"--learning_rate; what was saved is from before: python train.py --resume --out={out}")
+                give_up(out, reason, progress, batch_at(step - 1), rank)
             else:
                 progress = load_state(out, raw, optimizers, rank, world)
                 progress.rollbacks += 1
@@ -666,7 +809,8 @@ def main(cfg):
         eager = compiled and (evaluating or sampling)              # other shapes, seldom: not worth compiling
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             if evaluating:
-                rows = max(1, min(16384 // cfg.block_size, 4 * micro))     # without gradients four times as many fit
+                # without gradients four times as many fit; several processes cannot try again with fewer
+                rows = max(1, min(16384 // cfg.block_size, 4 * micro if world == 1 else micro))
                 val_loss = evaluate_loss(raw, val_tokens, rows, data_rank, data_world, eos)
                 bits = val_loss * (len(val_tokens) - 1) / val_tokens.bytes / math.log(2)
                 better = progress.best is None or val_loss < progress.best
@@ -679,13 +823,11 @@ def main(cfg):
                     if rank == 0:
                         save_model(out, full, tokenizer)
             if done or stop or (cfg.save_every and step % cfg.save_every == 0):
-                save_state(out, raw, optimizers, progress, rank, world)
+                save(out, raw, optimizers, progress, rank, world, last=done or stop)
             if sampling:
                 full = full if better else whole_model(raw, rank)  # asked of all or of none: only process 0 gets one
                 if rank == 0:
-                    ids = sample.generate(full, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8,
-                                          seed=cfg.seed)[0]
-                    say("  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | "))
+                    say(write_sample(full, tokenizer, cfg))
         if log and (evaluating or stop or (cfg.save_every and step % cfg.save_every == 0)):
             plot_losses(out)
 
@@ -696,7 +838,10 @@ def main(cfg):
             final = whole_model(raw, rank)
             if rank == 0:
                 save_model(out, final, tokenizer)
-        if progress.step < cfg.max_steps:
+        if finished:
+            say(f"{out} had all its {progress.step} steps already. Go on: python train.py --resume --out={out} "
+                f"--max_steps={2 * progress.step}")
+        elif progress.step < cfg.max_steps:
             say(f"stopped at step {progress.step}; everything is saved. Go on: python train.py --resume --out={out}")
         else:
             best = "" if progress.best is None else f" best validation loss {progress.best:.4f}."
@@ -716,6 +861,13 @@ if __name__ == "__main__":
     except BrokenPipeError:                                        # whoever read our lines has gone: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:                                      # in a dry run, or for the second time
+        raise SystemExit("stopped at once") from None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or out_of_memory(error)):
+            raise
+        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a smaller "
+                         "model; what was saved before is whole: python train.py --resume with the same --out") from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

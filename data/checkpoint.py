@@ -72,8 +72,11 @@ def save_state(out, model, optimizers, progress, rank=0, world=1):
     all_sum([0], device)                                           # all wait for process 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one process, as we say
-        dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        try:
+            dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        except dcp.CheckpointException as error:               # raised on all processes, with what went wrong on some;
+            raise next(iter(error.failures.values()))[0] from None     # no Exception itself, so nobody would catch it
     all_sum([0], device)                                           # all have written
     files = sorted(path.name for path in temporary.glob("*.safetensors"))
     digests = np.zeros((len(files), 32))                           # each process hashes its part of the files
@@ -177,9 +180,9 @@ def take_lock(out):
     write_json(lock, {"pid": os.getpid(), "host": platform.node(), "launch": launch()})
 
 
-def write_manifest(out, cfg, dtype, tokenizer, folder, config):
+def write_manifest(out, cfg, dtype, tokenizer, folder, config, wandb=None):
     """What made this run: settings, data, versions, commit. dtype is written as resolved: a resumed run must not
-    measure anew and decide otherwise."""
+    measure anew and decide otherwise. wandb: the id of its curve there."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)\
         .stdout.strip() if shutil.which("git") else ""
     write_json(out / "manifest.json", {
@@ -187,7 +190,7 @@ def write_manifest(out, cfg, dtype, tokenizer, folder, config):
         "launch": launch(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "data": data_hashes(folder),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "processor": platform.processor() or platform.machine(), "commit": commit})
+        "wandb": wandb, "processor": platform.processor() or platform.machine(), "commit": commit})
 
 
 def keep_earlier_run(out):

@@ -3,6 +3,7 @@ The machine a run stands on: its processes and device, which number format multi
 
 Nothing here is taken from a table of product names: speed is measured, memory is asked for.
 """
+import gc
 import math
 import os
 import sys
@@ -91,7 +92,26 @@ def memory_used(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_size(device):
+    """Bytes of this GPU, or of this machine; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):                  # Windows has none of it
+        return 0
+
+
 def out_of_memory(error):
     """CUDA has an exception of its own for it; MPS and the CPU only have words."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def free_memory(device):
+    """After an exception gave up, and out of its handler, which keeps tensors alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

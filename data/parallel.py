@@ -4,6 +4,7 @@ One model on many processes: who holds which piece, and how the pieces come toge
 The processes form a box (replicas, shards, tensor). `parallelize` lays a model over it, `whole` puts a tensor together
 again; in between, training is the same few lines as on one process.
 """
+import logging
 import os
 
 import torch
@@ -15,22 +16,22 @@ def make_mesh(cfg, device, world):
     The tensor direction is the innermost: it talks in every layer, so its processes should sit side by side in one node.
     """
     from torch.distributed.device_mesh import init_device_mesh     # half a second, not spent where nobody needs it
-    data = world // cfg.tensor_parallel
-    shards = {"ddp": 1, "hsdp": shards_of(cfg, world)}.get(cfg.parallel, data)
+    data, shards = world // cfg.tensor_parallel, shards_of(cfg, world)
     return init_device_mesh(device.type, (data // shards, shards, cfg.tensor_parallel),
                             mesh_dim_names=("replicas", "shards", "tensor"))
 
 
 def shards_of(cfg, world):
-    """hsdp: data-parallel processes that share one copy."""
-    return cfg.shards or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
+    """Data-parallel processes that share one copy: with hsdp those of one node, unless --shards says another number."""
+    node = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
+    return {"ddp": 1, "hsdp": cfg.shards or node}.get(cfg.parallel, world // cfg.tensor_parallel)
 
 
 def parallelize(model, cfg, mesh, device, dtype):
     """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
 
     ddp      every process has everything, gradients are averaged.
-    zero2    weights, gradients and optimizer state in pieces; weights are put together once per forward pass.
+    zero2    weights, gradients and optimizer state in pieces; weights are put together once per step.
     fsdp     the same, but for every block anew, forward and backward: the least memory, the most traffic.
     hsdp     fsdp among `shards` neighbours, ddp between those groups.
     tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
@@ -49,9 +50,13 @@ def parallelize(model, cfg, mesh, device, dtype):
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype.itemsize == 2 else \
         MixedPrecisionPolicy()
     again = cfg.parallel != "zero2"
+    if device.type == "cpu":                                       # gloo goes another way and says so, which helps nobody
+        logging.getLogger("torch.distributed.tensor._collective_utils").addFilter(
+            lambda record: "does not support alltoall" not in record.getMessage())
     for block in model.layers:
         fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=half)
     fully_shard(model, mesh=data, reshard_after_forward=again)     # embedding, last norm and head travel in fp32
+    model.whole_in_a_step = not again                              # for accumulate
     return model
 
 

@@ -3,6 +3,7 @@ Reading what prepare.py wrote: shards of token ids on disk that look like one lo
 meets them. train.py learns from it; a folder that is incomplete, or has another tokenizer than it was made with, is refused.
 """
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,14 @@ def open_dataset(cfg):
 def data_hashes(folder):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}
+
+
+def prepare_command(folder, **changes):
+    """The command that makes this dataset again, but for some changes: the recipe in its meta.json as flags."""
+    usual = {"pattern": "gpt4", "kind": "text", "encoding": "utf-8", "shard_tokens": 100_000_000}
+    recipe = read_json(folder / "meta.json")["recipe"] | changes | {"out": str(folder), "python": None}
+    if recipe["tokenizer"]:                                        # there its hash; the folder has it
+        recipe["tokenizer"] = str(folder)
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in recipe.items()
+             if name != "sources" and value and value != usual.get(name)]
+    return shlex.join(["python", "prepare.py", *recipe["sources"], *flags])

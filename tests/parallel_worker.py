@@ -5,7 +5,9 @@ weights, put together, in params.safetensors. Targets are masked so that process
 numbers of tokens, some none at all. "fault" of an entry names something that goes wrong on purpose:
     oom     forward passes of more than two sequences do not fit
     nan A B the loss is NaN from the A-th up to before the B-th training batch
-    kill N  the same, and after the restart that follows process 1 dies without a word in its N-th forward pass
+    evaluation N    a pass without gradients of more than N sequences does not fit
+    count   not a fault: says how often a step gathers weights, and whether it leaves them in pieces
+    kill N  the same as oom, and after the restart that follows process 1 dies without a word in its N-th forward pass
 """
 import json
 import os
@@ -17,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
 
 torch.set_num_threads(1)
-batch_of, save_state, forward = train.Tokens.batch, train.save_state, model.GPT.forward
+batch_of, save_state, forward, accumulate = train.Tokens.batch, train.save_state, model.GPT.forward, train.accumulate
 
 
 def uneven_batch(self, first, count):
@@ -44,11 +47,29 @@ def save_state_and_weights(out, raw, optimizers, progress, rank=0, world=1):
         save_file(full, out / "params.safetensors")
 
 
+class Gathers(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in str(function)
+        return function(*args, **kwargs or {})
+
+
+def counted(*args):
+    with Gathers() as mode:
+        loss = accumulate(*args)
+    pieces = all(hasattr(p, "full_tensor") for p in args[0].parameters())
+    print(f"{'zero2' if args[0].whole_in_a_step else 'fsdp'}: {len(args[1])} sequences by {args[4]}: {mode.count} gathers, in pieces {pieces}", flush=True)
+    return loss
+
+
 def faulty(fault, *numbers):
     calls = 0
 
     def wrapped(self, ids, *args, **kwargs):
         nonlocal calls
+        if fault == "evaluation" and not self.training and len(ids) > numbers[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         if self.training:
             if fault in ("oom", "kill") and len(ids) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -72,6 +93,7 @@ def main():
     for entry in json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")):
         fault = entry.pop("fault", "").split()
         model.GPT.forward = faulty(fault[0], *map(int, fault[1:])) if fault else forward
+        train.accumulate = counted if fault == ["count"] else accumulate
         out = Path(sys.argv[2]) / entry.pop("name")
         cfg = train.Config(**base | {"out": str(out)} | entry)
         start = time.perf_counter()

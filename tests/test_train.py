@@ -3,6 +3,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, SMALL, run
@@ -23,6 +25,11 @@ from model import GPT, GPTConfig, load_model
 def losses(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def validation(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["val_loss"] for row in rows if "val_loss" in row]
 
 
 def start(tiny, out, *flags, **kwargs):
@@ -173,12 +180,14 @@ def runs(lines, tmp_path_factory):
     launch(0, lines, folder, [{"name": "one"}, {"name": "thin", "n_layer": 1},
                               {"name": "thin_tied", "n_layer": 1, "tie_embeddings": True}, {"name": "single", "dtype": "float32"},
                               {"name": "masked", "document_mask": True}])
-    launch(2, lines, folder, [
-        {"name": "ddp2"}, {"name": "zero2", "parallel": "zero2"}, {"name": "fsdp2", "parallel": "fsdp", "save_every": 10},
+    text = launch(2, lines, folder, [
+        {"name": "ddp2", "fault": "evaluation 2"}, {"name": "zero2", "parallel": "zero2", "fault": "count"},
+        {"name": "fsdp2", "parallel": "fsdp", "save_every": 10, "fault": "count"},
         {"name": "ddp2_single", "dtype": "float32"}, {"name": "ddp2_masked", "document_mask": True},
         {"name": "zero2_bf16", "parallel": "zero2", "dtype": "bfloat16"},
         {"name": "fsdp2_again", "parallel": "fsdp", "checkpointing": True},
-        {"name": "tp2", "tensor_parallel": 2, "micro_batch": 4}])
+        {"name": "tp2", "tensor_parallel": 2, "micro_batch": 4}]).stdout
+    (folder / "two.txt").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "fsdp2", folder / "moved")            # step 10, saved by two processes
     shutil.rmtree(folder / "moved/state/step-0000020")
     launch(4, lines, folder, [
@@ -203,8 +212,17 @@ def test_many_processes_equal_one(runs, name, reference, bound):
     """In losses and in weights, with very different numbers of targets per process and micro-batch."""
     loss, weights = differences(runs, name, reference)
     assert loss < bound and weights < bound
+    assert abs(validation(runs / name)[-1] - validation(runs / reference)[-1]) < bound
     ours, theirs = load_model(runs / name, device="cpu")[0], load_model(runs / reference, device="cpu")[0]
     assert all((a - b).abs().max() <= max(bound, 1e-7) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
+def test_zero2_gathers_the_weights_once_per_step_and_lets_go_of_them(runs):
+    """Of three modules: two blocks and the rest. fsdp gathers those blocks for each pass, forward and backward."""
+    text = (runs / "two.txt").read_text(encoding="utf-8")
+    assert text.count("zero2: 4 sequences by 2: 3 gathers, in pieces True") == 40      # 20 steps on two processes
+    assert text.count("fsdp: 4 sequences by 2: 9 gathers, in pieces True") == 40
 
 
 @pytest.fixture(scope="session")
@@ -263,6 +281,7 @@ def test_sharded_processes_evaluate_sample_and_save_together(tiny, tmp_path):
                f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=4", "--eval_every=3", "--sample_every=2", "--sample_tokens=5",
                "--parallel=fsdp")
     assert done.stdout.count("  | ") >= 2 and "Next: python sample.py" in done.stdout
+    assert "alltoall" not in done.stdout + done.stderr
     assert load_model(tmp_path / "run", device="cpu")[0].num_params() > 0
 
 
@@ -475,10 +494,143 @@ def test_training_goes_on_from_a_saved_model(here, reference, tmp_path):
         here(out, f"--dataset={tmp_path / 'data'}", f"--init_from={reference}")
 
 
-def test_a_dry_run_tells_the_cost_and_leaves_nothing(here, tmp_path):
-    text = here(tmp_path / "run", "--dry_run", "--max_steps=500")
+def test_a_dry_run_measures_one_micro_batch_and_leaves_nothing(here, tmp_path, monkeypatch):
+    passes, forward, handler = [], GPT.forward, signal.getsignal(signal.SIGINT)
+
+    def small_memory(self, ids, *args, **kwargs):
+        passes.append(len(ids))
+        assert signal.getsignal(signal.SIGINT) == handler          # Ctrl-C ends it at once
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, *args, **kwargs)
+    monkeypatch.setattr(GPT, "forward", small_memory)
+    text = here(tmp_path / "run", "--dry_run", "--max_steps=500", "--batch_size=64", "--micro_batch=4")
     assert all(word in text for word in ("memory per process", "tokens per second", "minutes", "disk:", "are free", "schedule: █"))
-    assert not (tmp_path / "run").exists()
+    assert "micro-batch of 4 x 32 tokens on cpu, of which a step has 16" in text and "now --micro_batch=2" in text
+    assert passes == [4, 2, 2, 2, 2, 2] and not (tmp_path / "run").exists()
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "memory_size", lambda device: 100_000)
+    assert "this may not go well. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")
+    monkeypatch.setattr(GPT, "init_weights", None)
+    with pytest.raises(SystemExit, match="GB of the 0.0 GB .*before any activation.*--n_layer"):
+        here(tmp_path / "other", "--dry_run")
+    monkeypatch.undo()
+    config = GPTConfig(vocab_size=264, n_layer=2, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64, tie_embeddings=True)
+    model = GPT(config).init_weights()
+    optimizers = train.make_optimizers(model, train.Config(), torch.float32)
+    model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
+    train.update(optimizers)                                       # from the first step on everything is there
+    state = sum(t.nbytes for o in optimizers for p in o.state for t in o.state[p].values() if t.dim())
+    assert {p for o in optimizers for p in o.state} == set(model.parameters())
+    need = 8 * model.num_params() + state + 3 * 4 * 2 * (3 * 32 * 64)                  # the largest stack: 2 x 3 matrices of the MLP
+    for memory, fits in ((need / 0.9 - 10, False), (need / 0.9 + 10, True)):
+        monkeypatch.setattr(train, "memory_size", lambda device: memory)
+        text = train.too_large(train.Config(), config, torch.float32, torch.device("cpu"), 1)
+        assert (text == "") == fits, text
+
+
+def at_pass(number, what, monkeypatch):
+    """Call what() before the forward pass of this number, in training."""
+    calls, forward = [], GPT.forward
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(self.training)
+        if self.training and sum(calls) == number:
+            what()
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(GPT, "forward", wrapped)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [1, 10])
+def test_a_signal_between_micro_batches_drops_the_step(here, tmp_path, monkeypatch, number):
+    """Of four passes a step; the tenth is the second of the third step."""
+    flags = ["--max_steps=6", "--micro_batch=1", "--eval_every=0", "--save_every=0"]
+    here(tmp_path / "whole", *flags)
+    at_pass(number, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    step = (number - 1) // 4
+    assert f"stopped at step {step}; everything is saved" in here(tmp_path / "run", *flags)
+    assert len(losses(tmp_path / "run")) == step
+    text = here(tmp_path / "run", "--resume")
+    assert f"resuming at step {step}" in text and losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ours, theirs = (load_model(tmp_path / name, device="cpu")[0] for name in ("run", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_the_loss_is_read_once_per_step():
+    """Reading a number waits for the GPU."""
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reads.append("_local_scalar_dense" in str(function))
+            return function(*args, **kwargs or {})
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16)).init_weights()
+    x = torch.arange(32).view(4, 8)
+    with Reads():
+        loss = train.accumulate(model, x, x, None, 1, 1.0)
+    assert sum(reads) == 1 and abs(loss - train.accumulate(model, x, x, None, 4, 1.0)) < 1e-3
+
+
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_out_of_memory_in_a_sample_and_while_saving_lets_the_run_go_on(here, tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+    write = dcp.HuggingFaceStorageWriter.write_data
+    saves = iter((full, write, full))
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", lambda *args, **kwargs: next(saves)(*args, **kwargs))
+    monkeypatch.setattr(train.sample, "generate", full)
+    text = here(tmp_path / "run", "--max_steps=4", "--save_every=2", "--sample_every=1", "--eval_every=0")
+    assert "out of memory while saving step 2; nothing is there" in text and text.count("out of memory: no sample") == 4
+    assert (tmp_path / "run/state/step-0000004/state.json").is_file() and "Next: python sample.py" in text
+    with pytest.raises(SystemExit, match="out of memory while saving step 5; step-0000004 is there.*--micro_batch"):
+        here(tmp_path / "run", "--resume", "--max_steps=5", "--sample_every=0")
+    monkeypatch.undo()
+    here(tmp_path / "run", "--max_steps=5", "--resume")
+    assert max(losses(tmp_path / "run")) == 5
+
+
+def test_out_of_memory_in_the_first_update_names_what_helps(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Muon, "step", full)
+    with pytest.raises(SystemExit, match="out of memory in the optimizer's step.*--parallel=fsdp"):
+        here(tmp_path / "run", "--max_steps=1")
+
+
+def test_a_resumed_run_continues_its_curve_in_wandb(here, tmp_path, monkeypatch):
+    import types
+    from importlib.machinery import ModuleSpec
+    fake, calls, rows = types.ModuleType("wandb"), [], []
+    fake.__spec__ = ModuleSpec("wandb", None)
+    fake.init = lambda **kwargs: calls.append(kwargs) or types.SimpleNamespace(id=kwargs["id"] or "abc123")
+    fake.log = lambda row, step: rows.append(step)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    here(tmp_path / "run", "--max_steps=2", "--eval_every=0", "--wandb")
+    here(tmp_path / "run", "--resume", "--max_steps=3", "--no_wandb")                  # does not forget it
+    here(tmp_path / "run", "--resume", "--max_steps=4", "--wandb")
+    assert [(call["id"], call["resume"]) for call in calls] == [(None, "allow"), ("abc123", "allow")]
+    assert sorted(set(rows)) == [1, 2, 4]
+
+
+def test_advice_fits_the_case(here, tiny, tmp_path):
+    with pytest.raises(SystemExit, match="nothing was saved yet"):
+        here(tmp_path / "run", "--max_steps=60", "--learning_rate=1e30", "--save_every=0")
+    text = here(tmp_path / "done", "--max_steps=2", "--parallel=fsdp")
+    assert "--parallel=fsdp: this is a single process" in text and "torchrun --standalone --nproc_per_node=2 train.py" in text
+    text = here(tmp_path / "done", "--resume")
+    assert f"{tmp_path / 'done'} had all its 2 steps already" in text and "--max_steps=4" in text
+    (tmp_path / "my text.txt").write_text("Some words. " * 500, encoding="utf-8")
+    run(ROOT / "prepare.py", tmp_path / "my text.txt", f"--out={tmp_path / 'data'}", "--val_fraction=0", "--vocab_size=270", "--skip_bad",
+        cwd=tmp_path)
+    with pytest.raises(SystemExit, match="--val_fraction=0") as stop:
+        here(tmp_path / "run", f"--dataset={tmp_path / 'data'}")
+    command = shlex.split(str(stop.value).split("Prepare it again: ")[1])
+    assert command[:2] == ["python", "prepare.py"] and {"--vocab_size=270", "--skip_bad"} < set(command) and len(command) == 7
+    run(ROOT / "prepare.py", *command[2:], cwd=tmp_path)
+    here(tmp_path / "run", f"--dataset={tmp_path / 'data'}", "--max_steps=1")
 
 
 @pytest.mark.parametrize("width,batch", [(1, 1), (2, 1), (1, 4)])

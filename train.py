@@ -44,7 +44,7 @@ from data.hub import read_json
 from data.machine import free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
 from data.parallel import make_mesh, parallelize, shards_of, whole, whole_model
 from data.shards import Tokens, data_hashes, open_dataset, prepare_command
-from model import GPT, GPTConfig, load_model, pick_device, save_model, write_json
+from model import GPT, GPTConfig, load_model, pick_device, save_model, saved_bytes, write_json
 
 
 @dataclass
@@ -380,8 +380,8 @@ def check(cfg, folder, world):
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
         if split == "val" and not len(tokens):
-            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so nothing is there to validate on. Prepare "
-                             f"it again: {prepare_command(folder, val_fraction=0.1)}")
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so nothing is there to validate on. "
+                             f"Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
         if tokens.windows < 1 if split == "train" else len(tokens) < 2:
             raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
                              "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
@@ -422,26 +422,45 @@ def first_model(cfg, tokenizer):
     return model.train()
 
 
-def too_large(cfg, config, dtype, device, world):
-    """What to say of a model that cannot fit, before a byte of it is allocated: on a CPU the system would end the process
-    without a word. Empty where it fits, as far as a formula can tell."""
+def bytes_needed(cfg, config, dtype, world):
+    """By the formula, of one process: (weights, gradients and optimizer state, what Muon's step takes for a moment)."""
     with torch.device("meta"):
         model = GPT(config)
     stacks = Counter()                                             # matrices of one shape are orthogonalized together
     for p in model.layers.parameters():
         stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
     N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
-    need = (2 * N + inside + 2 * (N - inside)) * size              # weights, gradients; one moment of Muon, two of AdamW
-    need += 3 * max(stacks.values()) * dtype.itemsize              # and two more copies of the largest stack
-    need /= shards_of(cfg, world) * cfg.tensor_parallel
+    state = (2 * N + inside + 2 * (N - inside)) * size             # one moment of Muon, two of AdamW
+    pieces = shards_of(cfg, world) * cfg.tensor_parallel
+    return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
+
+
+def too_large(cfg, config, dtype, device, world):
+    """What to say of a model that cannot fit, before a byte of it is allocated: on a CPU the system would end the process
+    without a word. Empty where it fits, as far as a formula can tell."""
+    need, there = sum(bytes_needed(cfg, config, dtype, world)), memory_size(device)
     if device.type == "cpu":                                       # the processes of one machine share its memory
         need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = memory_size(device)
     if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
         return ""
-    return (f"--preset={cfg.preset}: weights, gradients and optimizer of {N:,} parameters take {need / 1e9:.1f} GB of the "
-            f"{there / 1e9:.1f} GB of this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller "
-            "--preset, --n_layer or --n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
+    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of "
+            f"this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, --n_layer or "
+            "--n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
+
+
+def fitting(micro, cfg, raw, device, world):
+    """The micro-batch halved until it fits, by the formula. On a GPU it is tried instead; but when a CPU's memory is full
+    there is no exception, the system just ends the process."""
+    c, T, there = raw.config, cfg.block_size, memory_size(device)
+    if device.type != "cpu" or micro * T * c.n_layer * c.n_embd * 500 < there:         # surely fits; counting takes a second
+        return micro
+    each = saved_bytes(c, 1, T, raw.dtype, cfg.checkpointing)
+    if not raw.layers[0].self_attn.fused:                          # then the scores are kept as well
+        each += c.n_head * T * T * raw.dtype.itemsize * (1 if cfg.checkpointing else c.n_layer)
+    state, local = bytes_needed(cfg, c, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    while micro > 1 and local * (state + micro * each) > 0.9 * there:
+        micro = (micro + 1) // 2
+    return micro
 
 
 def check_model(cfg, config, before, out):
@@ -494,8 +513,8 @@ def update(optimizers):
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a smaller "
-                         "--micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller model "
+        raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
+                         "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller model "
                          "(--n_layer, --n_embd)") from None
 
 
@@ -509,17 +528,37 @@ def save(out, raw, optimizers, progress, rank, world, last):
             raise
     free_memory(next(raw.parameters()).device)
     newest = max((path.name for path in (out / "state").glob("step-*")), default="nothing")
-    problem = f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller --micro_batch"
+    problem = (f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller "
+               "--micro_batch")
     if last:
         raise SystemExit(problem)
     if rank == 0:
         print(f"{problem}. Going on", flush=True)
 
 
+class Ordinary:
+    """For sample.py: the tokens that text is made of, and none of the specials, which were never trained. The end of a
+    document may come at any time."""
+    start = shortest = 0
+
+    def __init__(self, tokenizer):
+        self.ids = torch.tensor(sorted(tokenizer.tokens.values()))
+
+    def allowed(self, state, left):
+        return self.ids
+
+    def step(self, state, token):
+        return state
+
+    def ends(self, state):
+        return True
+
+
 def write_sample(model, tokenizer, cfg):
     """What the model writes at the beginning of a document, ready to be shown."""
     try:
-        ids = sample.generate(model, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed)[0]
+        ids = sample.generate(model, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
+                              constraint=Ordinary(tokenizer))[0]
         return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -618,6 +657,10 @@ def main(cfg):
     asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
     if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
         micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
+    wanted, micro = micro, fitting(micro, cfg, raw, device, world)
+    if micro < wanted:
+        say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "
+            f"--micro_batch={micro}, with more passes per step; the result is the same")
     tokens_per_step = cfg.batch_size * cfg.block_size
     peak = world * matmul_speed(device, dtype)
     say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
@@ -744,7 +787,7 @@ def main(cfg):
     while progress.step < cfg.max_steps and not stop and not cfg.dry_run:
         start = time.perf_counter()
         taken = take_step(progress.step)
-        if taken is None:                                          # what the step had gathered is dropped, weights are as before
+        if taken is None:                                          # half a step: dropped, the weights are as before
             stop = True
             save(out, raw, optimizers, progress, rank, world, last=True)
             break
@@ -866,8 +909,8 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or out_of_memory(error)):
             raise
-        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a smaller "
-                         "model; what was saved before is whole: python train.py --resume with the same --out") from None
+        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
+                         "smaller model; what was saved before is whole: python train.py --resume with the same --out") from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

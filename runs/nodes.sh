@@ -3,7 +3,8 @@
 #   RUN=xl-1 NODES=4 HEAD=10.0.0.1 bash runs/nodes.sh --preset=gpt2-xl --dataset=NAME --parallel=hsdp
 # HEAD is one of them; the others find it there. RUN names this launch, a new name each time: it is how a restarted process
 # knows its own run.
-# Not yet tried on several machines: that a lost one can come back.
+# A process that dies is started again with the others (a test, with two such launches on one machine). Not yet tried: that a
+# lost machine can come back.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 processes=${NPROC:-$({ nvidia-smi -L 2> /dev/null || true; } | wc -l)}

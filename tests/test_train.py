@@ -6,6 +6,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,10 +220,10 @@ def test_many_processes_equal_one(runs, name, reference, bound):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
 def test_zero2_gathers_the_weights_once_per_step_and_lets_go_of_them(runs):
-    """Of three modules: two blocks and the rest. fsdp gathers those blocks for each pass, forward and backward."""
+    """Three modules: two blocks and the rest. fsdp gathers each in both micro-batches, forward and backward."""
     text = (runs / "two.txt").read_text(encoding="utf-8")
     assert text.count("zero2: 4 sequences by 2: 3 gathers, in pieces True") == 40      # 20 steps on two processes
-    assert text.count("fsdp: 4 sequences by 2: 9 gathers, in pieces True") == 40
+    assert text.count("fsdp: 4 sequences by 2: 12 gathers, in pieces True") == 40
 
 
 @pytest.fixture(scope="session")
@@ -272,6 +273,35 @@ def test_torchrun_restarts_what_ran_out_of_memory_or_was_killed(lines, faults, t
     assert "With --micro_batch=2 the result is the same" in done.stdout and "resuming at step 6" in done.stdout
     shutil.copytree(faults[0] / "one", tmp_path / "one")
     assert max(differences(tmp_path, "killed", "one")) < 1e-12
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process to kill in /proc")
+def test_several_machines_go_on_after_a_process_was_killed(here, tiny, tmp_path):
+    """runs/nodes.sh, twice on this machine: one of two processes dies without a word, and the log is that of one process
+    to which nothing happened."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": str(port),
+                   "RUN": "killed", "NODES": "2", "NPROC": "1"}
+
+    flags = ["--dtype=float64", "--max_steps=40", "--eval_every=0", "--save_every=7"]
+    machines = [subprocess.Popen(["bash", ROOT / "runs/nodes.sh", f"--dataset={tiny}", f"--out={tmp_path / 'killed'}", *SMALL, *flags],
+                                 env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    here(tmp_path / "calm", *flags)
+    try:
+        while not (tmp_path / "killed/log.jsonl").exists() or len(losses(tmp_path / "killed")) < 17:
+            assert all(machine.poll() is None for machine in machines)
+            time.sleep(0.002)
+        child = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text(encoding="utf-8").split()[0]
+        os.kill(int(child), signal.SIGKILL)
+        assert [machine.wait(timeout=100) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    ours, calm = losses(tmp_path / "killed"), losses(tmp_path / "calm")
+    assert list(ours) == list(range(1, 41)) and max(abs(ours[step] - calm[step]) for step in calm) < 1e-12
+    assert abs(validation(tmp_path / "killed")[0] - validation(tmp_path / "calm")[0]) < 1e-12
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
@@ -529,6 +559,34 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monke
         monkeypatch.setattr(train, "memory_size", lambda device: memory)
         text = train.too_large(train.Config(), config, torch.float32, torch.device("cpu"), 1)
         assert (text == "") == fits, text
+
+
+def test_a_micro_batch_that_cannot_fit_is_halved_before_the_system_kills(here, tmp_path, monkeypatch):
+    """Where a CPU's memory is full there is no exception."""
+    flags = ["--dry_run", "--batch_size=8", "--n_layer=1"]
+    plain = here(tmp_path / "run", *flags)
+    config = GPTConfig(vocab_size=264, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64)
+    each = train.saved_bytes(config, 1, 32, torch.float32, False)
+    memory = (sum(train.bytes_needed(train.Config(), config, torch.float32, 1)[:1]) + 3 * each) / 0.9
+    monkeypatch.setattr(train, "memory_size", lambda device: memory)
+    monkeypatch.setattr(train, "too_large", lambda *args: "")
+    text = here(tmp_path / "run", *flags)
+    assert "of 8 x 32 tokens" in plain and "now --micro_batch=2" in text and "micro-batch of 2 x 32 tokens" in text
+
+
+def test_samples_hold_no_special_token(tiny):
+    model, tokenizer = GPT(GPTConfig(n_layer=1)).init_weights(), train.open_dataset(train.Config(dataset=str(tiny)))[1]
+    special = [i for i in tokenizer.specials.values() if i != tokenizer.eos_id]
+    model.lm_head.weight.data.zero_()
+    model.forward, forward = lambda *args, **kwargs: prefer(forward(*args, **kwargs)), model.forward
+
+    def prefer(logits):
+        logits[..., special] += 9
+        return logits
+    ids = train.sample.generate(model, [[tokenizer.eos_id]], 20, seed=1)[0]
+    assert set(ids) <= set(special)                                # such a model writes nothing else
+    text = train.write_sample(model, tokenizer, train.Config(sample_tokens=20))
+    assert text.startswith("  | ") and not any(name in text for name in tokenizer.specials)
 
 
 def at_pass(number, what, monkeypatch):

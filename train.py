@@ -21,11 +21,10 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, pl
 from data.hub import read_json
 from data.machine import free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
 from data.parallel import make_mesh, parallelize, shards_of, whole, whole_model
+from data.plan import fitting, report_plan, too_large
 from data.shards import Tokens, data_hashes, open_dataset, prepare_command
 from model import GPT, GPTConfig, load_model, pick_device, save_model, saved_bytes, write_json
 
@@ -317,27 +317,6 @@ def lr_at(step, cfg):
     return min(1.0, warmup, cooldown)
 
 
-def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak):
-    """What --dry_run prints: memory and disk from the formula, speed and peak memory from the steps just taken."""
-    state = sum(t.numel() * t.element_size() for optimizer in optimizers
-                for tensors in optimizer.state.values() for t in tensors.values())
-    weights = sum(p.numel() * p.element_size() for p in raw.parameters())
-    pieces = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
-    print(f"memory per process: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
-          f"{state / pieces / 1e9:.3f} GB (1/{pieces} of all); its peak so far, with activations: "
-          f"{memory_used(device) / 1e9:.3f} GB")
-    tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
-    minutes = tokens / speed / 60
-    print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} "
-          + (f"steps: {minutes:.1f} minutes" if minutes < 120 else f"steps: {minutes / 60:.1f} hours"))
-    need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(out if out.exists() else ".").free
-    print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
-          f"are free{'' if need < free else ': NOT ENOUGH'}")
-    columns = [lr_at(int(i * cfg.max_steps / 64), cfg) for i in range(64)]
-    print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in columns)
-          + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def check(cfg, folder, world):
@@ -422,47 +401,6 @@ def first_model(cfg, tokenizer):
     return model.train()
 
 
-def bytes_needed(cfg, config, dtype, world):
-    """By the formula, of one process: (weights, gradients and optimizer state, what Muon's step takes for a moment)."""
-    with torch.device("meta"):
-        model = GPT(config)
-    stacks = Counter()                                             # matrices of one shape are orthogonalized together
-    for p in model.layers.parameters():
-        stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
-    N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
-    state = (2 * N + inside + 2 * (N - inside)) * size             # one moment of Muon, two of AdamW
-    pieces = shards_of(cfg, world) * cfg.tensor_parallel
-    return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
-
-
-def too_large(cfg, config, dtype, device, world):
-    """What to say of a model that cannot fit, before a byte of it is allocated: on a CPU the system would end the process
-    without a word. Empty where it fits, as far as a formula can tell."""
-    need, there = sum(bytes_needed(cfg, config, dtype, world)), memory_size(device)
-    if device.type == "cpu":                                       # the processes of one machine share its memory
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
-        return ""
-    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of "
-            f"this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, --n_layer or "
-            "--n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
-
-
-def fitting(micro, cfg, raw, device, world):
-    """The micro-batch halved until it fits, by the formula. On a GPU it is tried instead; but when a CPU's memory is full
-    there is no exception, the system just ends the process."""
-    c, T, there = raw.config, cfg.block_size, memory_size(device)
-    if device.type != "cpu" or micro * T * c.n_layer * c.n_embd * 500 < there:         # surely fits; counting takes a second
-        return micro
-    each = saved_bytes(c, 1, T, raw.dtype, cfg.checkpointing)
-    if not raw.layers[0].self_attn.fused:                          # then the scores are kept as well
-        each += c.n_head * T * T * raw.dtype.itemsize * (1 if cfg.checkpointing else c.n_layer)
-    state, local = bytes_needed(cfg, c, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    while micro > 1 and local * (state + micro * each) > 0.9 * there:
-        micro = (micro + 1) // 2
-    return micro
-
-
 def check_model(cfg, config, before, out):
     """Can this model be spread as asked, and is it that of the run to resume (before: its manifest)?"""
     for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
@@ -514,8 +452,8 @@ def update(optimizers):
         if not out_of_memory(error):
             raise
         raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
-                         "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller model "
-                         "(--n_layer, --n_embd)") from None
+                         "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller "
+                         "model (--n_layer, --n_embd)") from None
 
 
 def save(out, raw, optimizers, progress, rank, world, last):
@@ -579,8 +517,8 @@ def give_up(out, reason, progress, batch, rank):
     save_file({name: ids.cpu().contiguous() for name, ids in zip("xy", batch)}, path)
     saved = f"; what was saved is from before: python train.py --resume --out={out}" if progress.rollbacks else \
         "; nothing was saved yet, so start again"
-    raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not help. "
-                     f"The batch is in {path}. Lower --muon_lr and --learning_rate{saved}")
+    raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not "
+                     f"help. The batch is in {path}. Lower --muon_lr and --learning_rate{saved}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,7 +553,8 @@ def main(cfg):
         raw = first_model(cfg, tokenizer)
     else:
         config = model_config(cfg, tokenizer, before)
-        problem = too_large(cfg, config, dtype, device, world)
+        with torch.device("meta"):                                 # shapes only
+            problem = too_large(cfg, GPT(config), dtype, device, world)
         if problem and cfg.dry_run:
             raise SystemExit(problem)
         if problem:
@@ -657,7 +596,7 @@ def main(cfg):
     asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
     if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
         micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
-    wanted, micro = micro, fitting(micro, cfg, raw, device, world)
+    wanted, micro = micro, fitting(micro, cfg, raw, device, world, saved_bytes)
     if micro < wanted:
         say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "
             f"--micro_batch={micro}, with more passes per step; the result is the same")
@@ -779,7 +718,8 @@ def main(cfg):
     if cfg.dry_run:
         speed = tokens_per_step / step_seconds()
         if rank == 0:
-            report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak)
+            rates = [lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)]
+            report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rates)
             print("Next: the same command without --dry_run")
 
     # the loop
@@ -910,7 +850,7 @@ if __name__ == "__main__":
         if not (isinstance(error, MemoryError) or out_of_memory(error)):
             raise
         raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
-                         "smaller model; what was saved before is whole: python train.py --resume with the same --out") from None
+                         "smaller model; what was saved before is whole: python train.py --resume, same --out") from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

@@ -541,7 +541,7 @@ def test_a_dry_run_measures_one_micro_batch_and_leaves_nothing(here, tmp_path, m
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "memory_size", lambda device: 100_000)
+    monkeypatch.setattr("data.plan.memory_size", lambda device: 100_000)
     assert "this may not go well. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")
     monkeypatch.setattr(GPT, "init_weights", None)
     with pytest.raises(SystemExit, match="GB of the 0.0 GB .*before any activation.*--n_layer"):
@@ -556,8 +556,8 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monke
     assert {p for o in optimizers for p in o.state} == set(model.parameters())
     need = 8 * model.num_params() + state + 3 * 4 * 2 * (3 * 32 * 64)                  # the largest stack: 2 x 3 matrices of the MLP
     for memory, fits in ((need / 0.9 - 10, False), (need / 0.9 + 10, True)):
-        monkeypatch.setattr(train, "memory_size", lambda device: memory)
-        text = train.too_large(train.Config(), config, torch.float32, torch.device("cpu"), 1)
+        monkeypatch.setattr("data.plan.memory_size", lambda device: memory)
+        text = train.too_large(train.Config(), model, torch.float32, torch.device("cpu"), 1)
         assert (text == "") == fits, text
 
 
@@ -567,8 +567,8 @@ def test_a_micro_batch_that_cannot_fit_is_halved_before_the_system_kills(here, t
     plain = here(tmp_path / "run", *flags)
     config = GPTConfig(vocab_size=264, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64)
     each = train.saved_bytes(config, 1, 32, torch.float32, False)
-    memory = (sum(train.bytes_needed(train.Config(), config, torch.float32, 1)[:1]) + 3 * each) / 0.9
-    monkeypatch.setattr(train, "memory_size", lambda device: memory)
+    memory = (16 * GPT(config).num_params() + 3 * each) / 0.9     # a little more than the state needs
+    monkeypatch.setattr("data.plan.memory_size", lambda device: memory)
     monkeypatch.setattr(train, "too_large", lambda *args: "")
     text = here(tmp_path / "run", *flags)
     assert "of 8 x 32 tokens" in plain and "now --micro_batch=2" in text and "micro-batch of 2 x 32 tokens" in text

@@ -88,7 +88,7 @@ class Config:
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "auto"             # of the matmuls: auto, float32, bfloat16, float16, float64; weights are float32, or 64
-    compile: str = "auto"           # torch.compile the blocks: on, off, auto (on a GPU, if the run is 200 steps or more)
+    compile: str = "auto"           # torch.compile the blocks: on, off, auto (if the run is long enough, on a CPU also in bf16)
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
     parallel: str = "ddp"           # under torchrun: ddp, zero2, fsdp (ZeRO-3), hsdp (fsdp in a node, ddp between nodes)
     shards: int = 0                 # hsdp: data-parallel processes that share one copy; 0: those of one node
@@ -263,28 +263,71 @@ def orthogonalize(updates, dtype, mesh=None):
     return results
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Groups of parameters and what is remembered of each, as in torch.optim, whose own class imports the compiler: a
+    second before the first step."""
+    def __init__(self, groups, **defaults):
+        self.param_groups = [defaults | group for group in groups]
+        self.state = defaultdict(dict)                             # parameter -> name -> tensor
+
+    def with_gradient(self, group):
+        """Those parameters of a group, and their gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        return params, [p.grad for p in params]
+
+    def remember(self, params, name):
+        """One state of each of these parameters; at first zeros of its shape."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p, requires_grad=False)
+        return [self.state[p][name] for p in params]
+
+
+class Muon(Optimizer):
     """Momentum, then orthogonalize: every direction of a matrix moves equally far (Jordan 2024). Only for matrices.
 
     One step: M <- mu M + (1 - mu) G;  U = mu M + (1 - mu) G (Nesterov);  W <- W - lr sqrt(max(1, rows/cols)) NS(U).
     """
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32, mesh=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.matmul_dtype, self.mesh = dtype, mesh
+    def __init__(self, groups, dtype=torch.float32, mesh=None, **defaults):
+        super().__init__(groups, **defaults)
+        self.matmul_dtype, self.mesh = dtype, mesh                 # see orthogonalize
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            updates, buffers = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            params, updates = self.with_gradient(group)
+            buffers = self.remember(params, "momentum")
             torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
             torch._foreach_lerp_(updates, buffers, group["momentum"])      # in the place of the gradients
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, o in zip(params, orthogonalize(updates, self.matmul_dtype, self.mesh)):
                 p.add_(o.to(p.dtype), alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+class AdamW(Optimizer):
+    """Every number moves by the mean of its gradients over the root of their mean square (arXiv:1711.05101).
+
+    Step t: m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- (1 - lr decay) w - lr m' / (sqrt(v') + eps),
+    where m' = m / (1 - b1^t) and v' = v / (1 - b2^t) make up for the start at zero.
+    """
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, grads = self.with_gradient(group)
+            if not params:
+                continue
+            means, squares = self.remember(params, "exp_avg"), self.remember(params, "exp_avg_sq")
+            for p in params:
+                self.state[p]["step"] = self.state[p].get("step", torch.zeros(())) + 1
+            t, (b1, b2) = self.state[params[0]]["step"].item(), group["betas"]
+            torch._foreach_lerp_(means, grads, 1 - b1)
+            torch._foreach_mul_(squares, b2)
+            torch._foreach_addcmul_(squares, grads, grads, value=1 - b2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_div_(roots, math.sqrt(1 - b2 ** t))
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(params, means, roots, value=-group["lr"] / (1 - b1 ** t))
 
 
 def make_optimizers(model, cfg, dtype, mesh=None):
@@ -301,9 +344,8 @@ def make_optimizers(model, cfg, dtype, mesh=None):
     groups = [dict(params=[p for p in rest if p.dim() == 2 and p is not head], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
               dict(params=[head], weight_decay=cfg.weight_decay, lr=cfg.learning_rate * 128 / head.shape[1])]
-    muon = Muon(inside, cfg.muon_lr, cfg.momentum, cfg.weight_decay, dtype, mesh)
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.learning_rate, betas=(0.8, 0.95),
-                              eps=1e-10, fused=True)
+    muon = Muon([dict(params=inside)], dtype, mesh, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    adamw = AdamW(groups, lr=cfg.learning_rate, betas=(0.8, 0.95), eps=1e-10)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -568,11 +610,16 @@ def main(cfg):
         raw.double()
     for block in raw.layers:                                       # in bf16 a CPU's fused attention trains slowly
         block.self_attn.fused = not (device.type == "cpu" and dtype == torch.bfloat16)
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and cfg.max_steps >= 200)
+    flops, tokens_per_step = raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
+    if cfg.compile == "auto":                                      # a CPU: 10 to 25 s of compiling, then 1.5 to 1.7 x in bf16
+        worth = cfg.max_steps >= 200 if device.type == "cuda" else device.type == "cpu" and world == 1 and \
+            dtype == torch.bfloat16 and flops * tokens_per_step * cfg.max_steps > 5e12
+        cfg = replace(cfg, compile="on" if worth else "off")       # as written in the manifest: a resumed run does the same
+    compiled = cfg.compile == "on"
     if compiled:
         for block in raw.layers:                                   # one block's code serves all; names stay as they are
             block.compile(dynamic=False)
-    flops, mesh = raw.flops_per_token(cfg.block_size), make_mesh(cfg, device, world) if world > 1 else None
+    mesh = make_mesh(cfg, device, world) if world > 1 else None
     count = raw.num_params()
     model = parallelize(raw, cfg, mesh, device, dtype) if mesh else raw.to(device)
     plain = mesh and cfg.parallel == "ddp" and cfg.tensor_parallel == 1
@@ -600,7 +647,6 @@ def main(cfg):
     if micro < wanted:
         say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "
             f"--micro_batch={micro}, with more passes per step; the result is the same")
-    tokens_per_step = cfg.batch_size * cfg.block_size
     peak = world * matmul_speed(device, dtype)
     say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
         f"{len(train_tokens):,} tokens ({cfg.max_steps * tokens_per_step / len(train_tokens):.1f} epochs of it in "

@@ -345,7 +345,7 @@ def test_muon_is_the_published_recipe():
     shapes = [(8, 8), (20, 8), (8, 20), (8, 20)]
     params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
     expected, momenta = [p.detach().clone() for p in params], [torch.zeros(s, dtype=torch.float64) for s in shapes]
-    muon = train.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float64)
+    muon = train.Muon([dict(params=params)], torch.float64, lr=0.1, momentum=0.9, weight_decay=0.2)
     for _ in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn_like(p)
@@ -362,6 +362,24 @@ def test_muon_is_the_published_recipe():
         assert (p - e).abs().max() < 1e-10
         singular = torch.linalg.svdvals(train.newton_schulz(torch.randn(1, 8, 20)))
         assert 0.5 < singular.min() and singular.max() < 1.3
+
+
+def test_adamw_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, 7)] for _ in range(2))
+    for a, b in zip(ours, theirs):
+        b.data.copy_(a.data)
+    settings = [dict(lr=0.1, weight_decay=0.3), dict(lr=0.02, weight_decay=0.0)]
+    mine, reference = (kind([dict(params=[p], **one) for p, one in zip(params, settings)], betas=(0.8, 0.95), eps=1e-10)
+                       for kind, params in ((train.AdamW, ours), (torch.optim.AdamW, theirs)))
+    for step in range(20):
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(b) if step else torch.zeros_like(b)
+            a.grad = b.grad.clone()
+        mine.step()
+        reference.step()
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a.grad, b.grad) and (a - b).abs().max() < 1e-12
 
 
 def test_every_window_comes_once_an_epoch(tiny):
@@ -707,7 +725,7 @@ def test_the_rates_hold_when_width_or_batch_change(tiny, tmp_path, width, batch)
         model(x, y).backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        model.zero_grad()
     assert train.evaluate_loss(model, train.Tokens(tiny, "val", 32), 16) < 1.0
 
 

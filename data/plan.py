@@ -1,16 +1,21 @@
 """
-What a run will need. Memory comes from formulas, before a byte of it is allocated, for there is no second chance: when a
-CPU's memory is full the system ends the process without a word. Speed is measured by train.py --dry_run; `report_plan`
-says it all.
+Before a run begins: what it will need, and which settings cannot work.
+
+Memory comes from formulas, before a byte of it is allocated, for there is no second chance: when a CPU's memory is full
+the system ends the process without a word. Speed is measured by train.py --dry_run; `report_plan` says it all.
 """
+import importlib.util
 import os
+import shlex
 import shutil
+import sys
 from collections import Counter
 
 import torch
 
 from data.machine import memory_size, memory_used
 from data.parallel import shards_of
+from data.shards import Tokens, prepare_command
 
 
 def bytes_needed(cfg, model, dtype, world):
@@ -69,3 +74,84 @@ def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rat
           f"are free{'' if need < free else ': NOT ENOUGH'}")
     print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in rates)
           + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused before anything expensive starts
+
+SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta", "qk_norm", "tie_embeddings")
+
+
+def check(cfg, folder, world):
+    """Settings that cannot work are refused before anything expensive starts. Returns the two splits."""
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise SystemExit("--wandb: the package is not installed: pip install wandb")
+    for name in ("batch_size", "max_steps", "log_every", "block_size", "sample_tokens", "tensor_parallel"):
+        if getattr(cfg, name) < 1:
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    for name in ("micro_batch", "muon_lr", "momentum", "learning_rate", "weight_decay", "warmup_steps", "grad_clip",
+                 "eval_every", "sample_every", "save_every", "n_kv_head", "shards"):
+        if not getattr(cfg, name) >= 0:
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: must not be negative; 0 is off")
+    if not (cfg.momentum < 1 and cfg.rope_theta > 0):
+        raise SystemExit(f"--momentum={cfg.momentum} --rope_theta={cfg.rope_theta}: momentum must be below 1, "
+                         "rope_theta above 0")
+    if not 0 <= cfg.cooldown <= 1:
+        raise SystemExit(f"--cooldown={cfg.cooldown}: a share of the run, between 0 and 1")
+    for name, allowed in (("parallel", ("ddp", "zero2", "fsdp", "hsdp")), ("compile", ("auto", "on", "off"))):
+        if getattr(cfg, name) not in allowed:
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
+    if world == 1 and cfg.parallel != "ddp":
+        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is spread. Several: torchrun --standalone "
+              f"--nproc_per_node=2 {shlex.join(sys.argv)}")
+    data = max(1, world // cfg.tensor_parallel)
+    if data * cfg.tensor_parallel != world:
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes that torchrun started")
+    if data % (cfg.shards or 1):
+        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes"
+                         + "; torchrun starts several: torchrun --standalone --nproc_per_node=N train.py ..." * (world == 1))
+    if cfg.batch_size % data:
+        raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
+                         "every one does the same work")
+    if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
+        raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
+                         f"{shards_of(cfg, world)}, those of one node. Choose --shards=")
+    if not 0 <= cfg.seed < 2 ** 32:
+        raise SystemExit(f"--seed={cfg.seed}: a whole number from 0 to {2 ** 32 - 1}")
+    splits = []
+    for split in ("train", "val"):
+        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
+        if split == "val" and not len(tokens):
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so nothing is there to validate on. "
+                             f"Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
+        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
+            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
+                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
+                             "python prepare.py PATH...")
+        splits.append(tokens)
+    return splits
+
+
+def check_model(cfg, config, before, out):
+    """Can this model be spread as asked, and is it that of the run to resume (before: its manifest)?"""
+    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
+        value = cfg.block_size if name == "block_size" else getattr(config, name)
+        if value % cfg.tensor_parallel:
+            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
+                         "be cut. Use --parallel=fsdp")
+    for name in SHAPE if before else ():
+        old, new = before["model"].get(name), getattr(config, name)
+        if old != new:
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
+                             "the flags that change the model, or choose another --out")
+
+
+def check_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "writable.tmp").touch()
+        (out / "writable.tmp").unlink()
+    except OSError as error:
+        raise SystemExit(f"--out={out}: cannot write there ({error.strerror}). Choose another folder with --out=") from None

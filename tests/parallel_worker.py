@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
+from data import rescue
+from data.shards import Tokens
 
 torch.set_num_threads(1)
-batch_of, save_state, forward, accumulate = train.Tokens.batch, train.save_state, model.GPT.forward, train.accumulate
+batch_of, save_state, forward, accumulate = Tokens.batch, train.save_state, model.GPT.forward, train.accumulate
 
 
 def uneven_batch(self, first, count):
@@ -87,7 +89,7 @@ def main():
     base = dict(dataset=sys.argv[1], n_layer=2, n_embd=16, n_head=4, n_kv_head=2, head_dim=8, n_hidden=24, block_size=16,
                 batch_size=8, max_steps=20, sample_every=0, eval_every=0, save_every=0, device="cpu", dtype="float64", grad_clip=0.5,
                 weight_decay=0.1, micro_batch=2, log_every=10)
-    train.Tokens.batch, train.save_state = uneven_batch, save_state_and_weights
+    Tokens.batch, train.save_state, rescue.save_state = uneven_batch, save_state_and_weights, save_state_and_weights
     train.plot_losses = lambda out: None                           # slow, and tested elsewhere
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     for entry in json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")):

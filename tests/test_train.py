@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, SMALL, run
+from data.shards import Tokens
 from model import GPT, GPTConfig, load_model
 
 
@@ -69,7 +70,7 @@ def test_it_overfits_a_few_kilobytes_and_the_best_model_is_what_it_says(here, ti
     best = min(json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
                if "val_loss" in line)
     model, _ = load_model(out, device="cpu")
-    val = train.Tokens(tiny, "val", 32)
+    val = Tokens(tiny, "val", 32)
     ids = torch.from_numpy(val.read(0, len(val)))
     slow = sum(model(ids[i:i + 33][None, :-1], ids[i:i + 33][None, 1:], reduction="sum").item()
                for i in range(0, len(ids) - 1, 32)) / (len(ids) - 1)
@@ -324,7 +325,7 @@ def test_documents_do_not_see_each_other(lines, runs):
     """The loss of a window of several documents is that of each document alone; and unmasked it is another."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=264, block_size=64, n_layer=2, n_embd=16, n_head=2, n_kv_head=1, head_dim=8, n_hidden=24))
-    tokens, eos = train.Tokens(lines, "train", 64), train.open_dataset(train.Config(dataset=str(lines)))[1].eos_id
+    tokens, eos = Tokens(lines, "train", 64), train.open_dataset(train.Config(dataset=str(lines)))[1].eos_id
     x, y = tokens.batch(0, 2)
     segments = train.documents(x, eos)
     assert segments.max() > 1
@@ -383,7 +384,7 @@ def test_adamw_is_that_of_torch():
 
 
 def test_every_window_comes_once_an_epoch(tiny):
-    tokens = train.Tokens(tiny, "train", 16, seed=5)
+    tokens = Tokens(tiny, "train", 16, seed=5)
     whole = tokens.read(0, len(tokens))
     seen = [tuple(tokens.batch(i, 1)[0][0].tolist()) for i in range(tokens.windows)]
     offset = tokens.offset
@@ -391,7 +392,7 @@ def test_every_window_comes_once_an_epoch(tiny):
     x, y = tokens.batch(3, 4)
     assert torch.equal(x[:, 1:], y[:, :-1])
     assert seen != [tuple(tokens.batch(tokens.windows + i, 1)[0][0].tolist()) for i in range(tokens.windows)]
-    assert torch.equal(train.Tokens(tiny, "train", 16, seed=5).batch(3, 4)[0], x)
+    assert torch.equal(Tokens(tiny, "train", 16, seed=5).batch(3, 4)[0], x)
 
 
 def test_shards_read_like_one_array(tiny, tmp_path):
@@ -404,7 +405,7 @@ def test_shards_read_like_one_array(tiny, tmp_path):
         shards.append({"file": f"train_{i:05d}.bin", "tokens": b - a})
     meta["splits"]["train"]["shards"] = shards
     (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    tokens = train.Tokens(tmp_path, "train", 16)
+    tokens = Tokens(tmp_path, "train", 16)
     for start_ in (0, 5, 6, 7, 95, 99, 100, 101, 500):
         assert tokens.read(start_, 40).tolist() == whole[start_:start_ + 40].tolist()
 
@@ -487,7 +488,7 @@ def test_two_runs_never_share_a_folder(here, reference, tmp_path):
 
 
 def test_evaluation_halves_its_batch_when_memory_is_full(tiny):
-    tokens = train.Tokens(tiny, "val", 32)
+    tokens = Tokens(tiny, "val", 32)
     model = GPT(GPTConfig(vocab_size=264, block_size=32, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16)).init_weights()
     expected, forward = train.evaluate_loss(model, tokens, 8), model.forward
 
@@ -716,7 +717,7 @@ def test_the_rates_hold_when_width_or_batch_change(tiny, tmp_path, width, batch)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=264, block_size=32, n_layer=2, n_embd=cfg.n_embd, n_head=cfg.n_head, n_kv_head=cfg.n_head,
                           head_dim=16, n_hidden=cfg.n_hidden)).init_weights()
-    optimizers, tokens = train.make_optimizers(model, cfg, torch.float32), train.Tokens(tiny, "train", 32)
+    optimizers, tokens = train.make_optimizers(model, cfg, torch.float32), Tokens(tiny, "train", 32)
     for step in range(60):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -726,7 +727,7 @@ def test_the_rates_hold_when_width_or_batch_change(tiny, tmp_path, width, batch)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-    assert train.evaluate_loss(model, train.Tokens(tiny, "val", 32), 16) < 1.0
+    assert train.evaluate_loss(model, Tokens(tiny, "val", 32), 16) < 1.0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")

@@ -145,7 +145,7 @@ def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
     """Add up the gradients of factor x (sum of the losses of x -> y), micro sequences at a time. Returns that loss, or None
     if `asked` said between two of them that it is time to go.
 
-    Only the last of them talks to the other processes. A factor of (data-parallel processes) / (tokens that count, in the
+    Only the last of them talks to the other processes, as far as memory allows. A factor of (data-parallel processes) / (tokens that count, in the
     whole step on all processes) makes it the mean over tokens however unequally they are spread: what averages the
     gradients divides by the number of processes.
     """
@@ -157,7 +157,8 @@ def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
         if hasattr(model, "require_backward_grad_sync"):           # DDP
             model.require_backward_grad_sync = last
         elif hasattr(model, "set_requires_gradient_sync"):         # FSDP
-            model.set_requires_gradient_sync(last)
+            model.set_requires_all_reduce(last)                    # between copies; within one, pieces every time, except in
+            model.set_requires_gradient_sync(last or not model.whole_in_a_step)        # zero2, which has room for whole ones
             model.set_reshard_after_backward(last or not model.whole_in_a_step)
         part = slice(first, first + micro)
         documents = {} if segments is None else {"segments": segments[part]}
@@ -513,7 +514,7 @@ def main(cfg):
                 "of it comes twice or not at all")
     layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
     say(f"machine: {world} x {device}{layout}, matmuls in {str(dtype).removeprefix('torch.')} at {peak / 1e9:,.0f} GFLOP/s "
-        f"measured, {torch.get_num_threads()} threads")
+        f"measured, {torch.get_num_threads()} threads{', blocks compiled' * compiled}")
     log = None
     if rank == 0 and not cfg.dry_run:
         log = trim_log(out, progress.step)

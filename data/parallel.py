@@ -31,8 +31,9 @@ def parallelize(model, cfg, mesh, device, dtype):
     """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
 
     ddp      every process has everything, gradients are averaged.
-    zero2    weights, gradients and optimizer state in pieces; weights are put together once per step.
-    fsdp     the same, but for every block anew, forward and backward: the least memory, the most traffic.
+    zero2    optimizer state in pieces, weights and gradients between steps too; within a step they are whole.
+    fsdp     everything in pieces; a block's weights are put together while it computes, forward and backward: the least
+             memory, the most traffic.
     hsdp     fsdp among `shards` neighbours, ddp between those groups.
     tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
              them needs one exchange; between the pairs every process holds its part of the sequence (2205.05198).

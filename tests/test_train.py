@@ -559,6 +559,20 @@ def test_a_dry_run_measures_one_micro_batch_and_leaves_nothing(here, tmp_path, m
     assert passes == [4, 2, 2, 2, 2, 2] and not (tmp_path / "run").exists()
 
 
+def test_compiled_on_a_cpu_only_where_a_long_run_in_bf16_gains_by_it(here, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module))
+    for flags, count in ((["--dtype=bfloat16"], 0), (["--dtype=float32", "--max_steps=100000000"], 0),
+                         (["--dtype=bfloat16", "--max_steps=100000000"], 2), (["--dtype=float32", "--compile=on"], 2)):
+        compiled.clear()
+        text = here(tmp_path / "run", "--dry_run", *flags)
+        assert len(compiled) == count and ("blocks compiled" in text) == (count > 0)
+    here(tmp_path / "run", "--compile=on", "--max_steps=2")         # what was decided is decided for good
+    assert json.loads((tmp_path / "run/manifest.json").read_text(encoding="utf-8"))["config"]["compile"] == "on"
+    here(tmp_path / "run", "--resume", "--max_steps=3")
+    assert len(compiled) == 6
+
+
 def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monkeypatch):
     monkeypatch.setattr("data.plan.memory_size", lambda device: 100_000)
     assert "this may not go well. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")

@@ -68,10 +68,10 @@ class Config:
     max_steps: int = 1000           # optimizer steps
     document_mask: bool = False     # no token sees or predicts from another document than its own
     # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms
-    muon_lr: float = 0.03           # peak rate of Muon; does not depend on the width
+    muon_lr: float = 0.05           # peak rate of Muon; does not depend on the width
     momentum: float = 0.9           # of Muon
     learning_rate: float = 0.012    # peak rate of AdamW; of the head: times 128 / n_embd
-    weight_decay: float = 0.0       # decoupled, on matrices only, scaled by the learning rate
+    weight_decay: float = 0.1       # decoupled, on matrices only, scaled by the learning rate
     warmup_steps: int = 0           # linear warm-up; the recipe needs none, its blocks start as the identity
     cooldown: float = 0.7           # last part of the run, in which the rates fall linearly to zero
     grad_clip: float = 0.0          # largest global gradient norm; 0: off
@@ -104,9 +104,12 @@ PRESETS = {
     "shakespeare": {},
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it. One block is
     # enough for words of 3 characters (`--vocab_size=2048`), and half of what two cost; single characters need two
-    "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, muon_lr=0.05, momentum=0.85,
-                   learning_rate=0.025, **QUIET),
-    "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, muon_lr=0.05, momentum=0.85, **QUIET),
+    "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, momentum=0.85, learning_rate=0.025,
+                   weight_decay=0.0, **QUIET),
+    "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, momentum=0.85, weight_decay=0.0, **QUIET),
+    # as much as can be learnt in the time of that command. Characters, read twice in it, are better without weight decay
+    "marathon": dict(n_embd=192, n_head=3, n_hidden=512, max_steps=700, cooldown=1.0, **QUIET),
+    "marathon_char": dict(block_size=64, batch_size=32, max_steps=1150, cooldown=1.0, weight_decay=0.0, **QUIET),
     # a larger model for a GPU; not measured yet
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
                             weight_decay=0.1, grad_clip=1.0, sample_every=500),

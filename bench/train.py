@@ -2,11 +2,12 @@
 Training against nanoGPT on this machine. The parts, in --parts:
 
 sprint  how long until a laptop core has learnt what nanoGPT's CPU command learns (below)
-long    what a larger run of ours learns in nanoGPT's time, on windows of 64 and of 256 characters
-step    tokens per second of a model of 124M parameters, 4 x 1 x 1,024 tokens and the optimizer's step, median of 3; nanoGPT in
-        fp32, all it knows on a CPU, ours in fp32 and in bf16
-start   wall seconds from the command to the first logged step
-growth  tokens per second of the default model: 1, 2, 4 processes, width x 2, x 4, context x 4 (4 steps each, dry runs)
+long    what ours learns in nanoGPT's time, three seeds, with the time of torch.compile counted (nothing is in its cache):
+        marathon_char on single characters in windows of 64, marathon on 512 learnt tokens, scored on windows of 256 too
+step    tokens per second of a model of 124M parameters, 4 x 1 x 1,024 tokens and the optimizer's step, medians of 3, and
+        what follows for steps of 0.5M tokens; nanoGPT in fp32, all it knows on a CPU, ours in fp32 and in bf16
+start   wall seconds from the command to the first logged step, with --compile=off as in nanoGPT's command
+growth  tokens per second of the default model: 1, 2, 4 processes, width x 2, x 4, context x 4 (dry runs)
 
 nanoGPT's README trains 4 layers of 128 on TinyShakespeare: --block_size=64 --batch_size=12 --max_iters=2000. We run that
 command in its checkout, take the loss at which it ends, and run our two sprints (three seeds each) to the same loss:
@@ -61,16 +62,15 @@ with torch.no_grad():
 @dataclass
 class Config:
     nanogpt: str = ""               # path of a nanoGPT checkout; empty: only our runs
-    seeds: int = 3                  # runs of each of our sprints
+    seeds: int = 3                  # runs of each of our presets
     threads: int = 1                # threads of every process
     parts: str = "sprint,long,step,start,growth"   # which of them
     text: str = ""                  # tinyshakespeare.txt, where it is at hand; empty: prepare.py finds or fetches it
-    long_steps: int = 700           # steps of the long run: as many as fit into nanoGPT's time
 
 
-def timed(command, cwd, threads):
-    """Run a command; returns (processor seconds, wall seconds, output)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+def timed(command, cwd, threads, **more):
+    """Run a command; returns (processor seconds, wall seconds, output). more: of the environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": "", **more}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
@@ -130,11 +130,13 @@ times = []
 for step in range(4):
     start = time.perf_counter()
     passes(4)
+    middle = time.perf_counter()
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad()
-    times.append(time.perf_counter() - start)
-print("SPEED", 4096 / sorted(times[1:])[1], sum(p.numel() for p in model.parameters()))
+    times.append((middle - start, time.perf_counter() - middle))
+learn, update = (sorted(column)[1] for column in zip(*times[1:]))
+print("SPEED", 4096 / (learn + update), 524288 / (128 * learn + update), update, sum(p.numel() for p in model.parameters()))
 """
 
 
@@ -190,8 +192,8 @@ def main(cfg):
 
         def run(*more):
             return timed([python, ROOT / "train.py", f"--dataset={work / name}", "--device=cpu", f"--seed={seed}", f"--out={out}",
-                          *flags, *more], ROOT, cfg.threads)
-        base, full = run("--max_steps=1"), run()
+                          *flags, *more], ROOT, cfg.threads, TORCHINDUCTOR_CACHE_DIR=str(work / f"compiled-{out.name}"))
+        base, full = run("--max_steps=1"), run()                   # one step is not worth compiling, so base has none of it
         row = (name, seed, full[0] - base[0], full[1] - base[1], score(out, text), score(out, text, 256))
         print(f"{name} seed {seed}: {row[2]:.2f} s processor, {row[3]:.2f} s wall, {row[4]:.4f}, on 256 characters {row[5]:.4f}",
               flush=True)
@@ -217,16 +219,21 @@ def main(cfg):
             ratios = f"{reference[0] / cpu:.1f} | {reference[1] / wall:.1f}" if reference else "- | -"
             print(f"| ours, {name}, {len(mine)} seeds | {cpu:.2f} | {wall:.2f} | {losses} | {ratios} |")
     if "long" in parts:
-        ours("demo", 0, f"--max_steps={cfg.long_steps}", "--eval_every=0", "--save_every=0", "--sample_every=0")
+        print("\n| in nanoGPT's time | processor s | nats per character, windows of 64 | of 256 |\n|---|---|---|---|")
+        for name, preset in (("char", "marathon_char"), ("demo", "marathon")):
+            mine = [ours(name, seed, f"--preset={preset}") for seed in range(cfg.seeds)]
+            print(f"| {preset} | {' '.join(f'{row[2]:.1f}' for row in mine)} | "
+                  + " | ".join(" ".join(f"{row[i]:.4f}" for row in mine) for i in (4, 5)) + " |", flush=True)
     if "step" in parts:
         for name, cwd in (("nanogpt", checkout), ("float32", ROOT), ("bfloat16", ROOT)):
             if cwd:
-                tokens, size = timed([python, "-c", STEP, cfg.threads, name], cwd, cfg.threads)[2].split("SPEED")[1].split()
-                print(f"step of 124M, {name}: {float(tokens):,.0f} tokens per second ({int(size):,} parameters)", flush=True)
+                small, large, update, size = timed([python, "-c", STEP, cfg.threads, name], cwd, cfg.threads)[2].split("SPEED")[1].split()
+                print(f"step of 124M, {name}: {float(small):,.0f} tokens per second; {float(large):,.0f} with the 524,288 tokens per step "
+                      f"of the preset; the update takes {float(update):.1f} s ({int(size):,} parameters)", flush=True)
     if "start" in parts:
         trials = []
         for trial in range(3):
-            mine = first_step([python, "-u", ROOT / "train.py", f"--dataset={work / 'char'}", "--device=cpu", "--log_every=1",
+            mine = first_step([python, "-u", ROOT / "train.py", f"--dataset={work / 'char'}", "--device=cpu", "--log_every=1", "--compile=off",
                                f"--out={work / 'start'}"], ROOT, cfg.threads, lambda line: line.startswith("step"))
             theirs = first_step(nanogpt(2000) + ["--log_interval=1", "--eval_interval=2000"], checkout, cfg.threads,
                                 lambda line: line.startswith("iter")) if checkout else float("nan")

@@ -108,8 +108,8 @@ PRESETS = {
                    weight_decay=0.0, **QUIET),
     "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, momentum=0.85, weight_decay=0.0, **QUIET),
     # as much as can be learnt in the time of that command. Characters, read twice in it, are better without weight decay
-    "marathon": dict(n_embd=192, n_head=3, n_hidden=512, max_steps=700, cooldown=1.0, **QUIET),
-    "marathon_char": dict(block_size=64, batch_size=32, max_steps=1150, cooldown=1.0, weight_decay=0.0, **QUIET),
+    "marathon": dict(n_embd=192, n_head=3, n_hidden=512, max_steps=630, cooldown=1.0, **QUIET),
+    "marathon_char": dict(block_size=64, batch_size=32, max_steps=1040, cooldown=1.0, weight_decay=0.0, **QUIET),
     # a larger model for a GPU; not measured yet
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
                             weight_decay=0.1, grad_clip=1.0, sample_every=500),

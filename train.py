@@ -15,6 +15,7 @@ Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/mu
         ZeRO (arXiv:1910.02054), FSDP (arXiv:2304.11277), tensor and sequence parallel (arXiv:1909.08053, 2205.05198)
 """
 import argparse
+import atexit
 import contextlib
 import json
 import math
@@ -35,9 +36,9 @@ from safetensors import SafetensorError
 
 import sample
 from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
-                             saved_run, take_lock, trim_log, write_manifest)
+                             saved_run, steps_saved, take_lock, trim_log, write_manifest)
 from data.hub import read_json
-from data.machine import free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
+from data.machine import compiler_problem, free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
 from data.parallel import make_mesh, parallelize, whole, whole_model
 from data.plan import SHAPE, check, check_folder, check_model, fitting, report_plan, too_large
 from data.rescue import first_broken, give_up, halved, save, update
@@ -148,9 +149,10 @@ def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
     """Add up the gradients of factor x (sum of the losses of x -> y), micro sequences at a time. Returns that loss, or None
     if `asked` said between two of them that it is time to go.
 
-    Only the last of them talks to the other processes, as far as memory allows. A factor of (data-parallel processes) / (tokens that count, in the
-    whole step on all processes) makes it the mean over tokens however unequally they are spread: what averages the
-    gradients divides by the number of processes.
+    Gradients of different copies (ddp, hsdp) meet once, with the last of them. Who shares a copy hands out pieces every time
+    (fsdp, hsdp), or with zero2 keeps whole weights and gradients for the step and divides them at its end. A factor of
+    (data-parallel processes) / (tokens that count, in the whole step on all processes) makes it the mean over tokens however
+    unequally they are spread: what averages the gradients divides by the number of processes.
     """
     total = 0.0
     for first in range(0, len(x), micro):
@@ -160,9 +162,10 @@ def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
         if hasattr(model, "require_backward_grad_sync"):           # DDP
             model.require_backward_grad_sync = last
         elif hasattr(model, "set_requires_gradient_sync"):         # FSDP
-            model.set_requires_all_reduce(last)                    # between copies; within one, pieces every time, except in
-            model.set_requires_gradient_sync(last or not model.whole_in_a_step)        # zero2, which has room for whole ones
-            model.set_reshard_after_backward(last or not model.whole_in_a_step)
+            pieces = last or not model.zero2
+            model.set_requires_gradient_sync(pieces)               # these two among those who share a copy,
+            model.set_reshard_after_backward(pieces)
+            model.set_requires_all_reduce(last)                    # this one between the copies; it must come last
         part = slice(first, first + micro)
         documents = {} if segments is None else {"segments": segments[part]}
         loss = model(x[part], y[part], reduction="sum", **documents) * factor
@@ -317,7 +320,7 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             params, grads = self.with_gradient(group)
             if not params:
-                continue
+                continue                                           # else all of them have one, so t is one number
             means, squares = self.remember(params, "exp_avg"), self.remember(params, "exp_avg_sq")
             for p in params:
                 self.state[p]["step"] = self.state[p].get("step", torch.zeros(())) + 1
@@ -346,6 +349,7 @@ def make_optimizers(model, cfg, dtype, mesh=None):
     groups = [dict(params=[p for p in rest if p.dim() == 2 and p is not head], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
               dict(params=[head], weight_decay=cfg.weight_decay, lr=cfg.learning_rate * 128 / head.shape[1])]
+    dtype = torch.float32 if dtype == torch.float16 else dtype     # there small gradients would vanish
     muon = Muon([dict(params=inside)], dtype, mesh, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     adamw = AdamW(groups, lr=cfg.learning_rate, betas=(0.8, 0.95), eps=1e-10)
     for optimizer in (muon, adamw):
@@ -410,17 +414,18 @@ class Ordinary:
         return True
 
 
-def write_sample(model, tokenizer, cfg):
+def write_sample(model, tokenizer, cfg, device):
     """What the model writes at the beginning of a document, ready to be shown."""
     try:
-        ids = sample.generate(model, [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
+        ids = sample.generate(model.to(device), [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
                               constraint=Ordinary(tokenizer))[0]
         return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, ValueError) as error:                    # a sample is not worth a run
+        problem = str(error).strip().split("\n")[0]
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
     free_memory(next(model.parameters()).device)
-    return "  | out of memory: no sample. --sample_every=0 asks for none, a smaller --sample_tokens needs less"
+    return f"  | no sample ({problem}). --sample_every=0 asks for none, a smaller --sample_tokens needs less memory"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,11 +442,13 @@ def main(cfg):
     if again and not cfg.dry_run:
         cfg = Config(**saved_run(out)["config"] | {"out": str(out), "resume": True})
     dtype = pick_dtype(cfg.dtype, device, world)
+    peak = world * matmul_speed(device, dtype)
     train_tokens, val_tokens = check(cfg, folder, world)
     before = saved_run(out) if cfg.resume else None
     if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
         raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
-                         f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py --dataset={cfg.dataset}")
+                         f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py "
+                         f"--dataset={cfg.dataset}")
     if rank == 0 and not cfg.dry_run:
         check_folder(out)
 
@@ -472,10 +479,16 @@ def main(cfg):
         block.self_attn.fused = not (device.type == "cpu" and dtype == torch.bfloat16)
     flops, tokens_per_step = raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
     if cfg.compile == "auto":                                      # a CPU: 10 to 25 s of compiling, then 1.5 to 1.7 x in bf16
-        worth = cfg.max_steps >= 200 if device.type == "cuda" else device.type == "cpu" and world == 1 and \
-            dtype == torch.bfloat16 and flops * tokens_per_step * cfg.max_steps > 5e12
+        seconds = flops * tokens_per_step * cfg.max_steps / peak   # at full speed, of which a small model reaches a tenth
+        worth = cfg.max_steps >= 200 if device.type == "cuda" else \
+            device.type == "cpu" and world == 1 and dtype == torch.bfloat16 and seconds > 4
         cfg = replace(cfg, compile="on" if worth else "off")       # as written in the manifest: a resumed run does the same
     compiled = cfg.compile == "on"
+    if compiled and world > 1:                                     # in the middle of a step the others would wait forever
+        problem = compiler_problem(device)
+        compiled = not all_sum([bool(problem)], device)[0]
+        if problem:
+            print(f"--compile does not work on process {rank}, going on without it everywhere ({problem})", flush=True)
     if compiled:
         for block in raw.layers:                                   # one block's code serves all; names stay as they are
             block.compile(dynamic=False)
@@ -493,7 +506,8 @@ def main(cfg):
         if not cfg.resume:
             keep_earlier_run(out)
             take_lock(out)
-    if cfg.resume and not (again and not any((out / "state").glob("step-*"))):
+        atexit.register((out / "running.json").unlink, missing_ok=True)
+    if cfg.resume and not (again and not steps_saved(out, rank, device)):
         progress = load_state(out, raw, optimizers, rank, world)
     finished = cfg.resume and progress.step >= cfg.max_steps
 
@@ -504,10 +518,10 @@ def main(cfg):
     if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
         micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
     wanted, micro = micro, fitting(micro, cfg, raw, device, world, saved_bytes)
+    micro = int(min(all_sum([micro * (rank == i) for i in range(world)], device)))     # as many passes everywhere
     if micro < wanted:
         say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "
             f"--micro_batch={micro}, with more passes per step; the result is the same")
-    peak = world * matmul_speed(device, dtype)
     say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
         f"{len(train_tokens):,} tokens ({cfg.max_steps * tokens_per_step / len(train_tokens):.1f} epochs of it in "
         f"{cfg.max_steps} steps)")
@@ -525,6 +539,7 @@ def main(cfg):
         if cfg.wandb:
             import wandb
             curve = wandb.init(project="nanopath", name=out.name, config=asdict(cfg), id=curve, resume="allow").id
+            wandb.define_metric("*", step_metric="step")           # its own count of steps must not go back, ours may
         write_manifest(out, cfg, dtype, tokenizer, folder, raw.config, curve)
 
     def record(row):
@@ -532,7 +547,7 @@ def main(cfg):
             log.write(json.dumps(row) + "\n")
             log.flush()
             if cfg.wandb:
-                wandb.log(row, step=row["step"])
+                wandb.log(row)
 
     asked = stop = False                                           # asked: this process got a signal; stop: all agreed
 
@@ -568,6 +583,8 @@ def main(cfg):
                 if not (full or compiled):
                     raise
                 problem = str(error).strip().split("\n")[0]
+                if world > 1 and not full:
+                    raise SystemExit(f"process {rank}: {problem[:200]}. If that is the compiler: --compile=off") from error
             raw.zero_grad()                                        # out of the handler, which keeps tensors alive
             free_memory(device)
             if full:
@@ -655,7 +672,7 @@ def main(cfg):
             if progress.skipped < 3:
                 if not stop and step < cfg.max_steps:
                     continue
-            elif progress.rollbacks or not any((out / "state").glob("step-*")):
+            elif progress.rollbacks or not steps_saved(out, rank, device):
                 give_up(out, reason, progress, batch_at(step - 1), rank)
             else:
                 progress = load_state(out, raw, optimizers, rank, world)
@@ -716,7 +733,7 @@ def main(cfg):
             if sampling:
                 full = full if better else whole_model(raw, rank)  # asked of all or of none: only process 0 gets one
                 if rank == 0:
-                    say(write_sample(full, tokenizer, cfg))
+                    say(write_sample(full, tokenizer, cfg, device))
         if log and (evaluating or stop or (cfg.save_every and step % cfg.save_every == 0)):
             plot_losses(out)
 
@@ -758,5 +775,7 @@ if __name__ == "__main__":
         raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
                          "smaller model; what was saved before is whole: python train.py --resume, same --out") from None
     except (OSError, SafetensorError) as error:                    # a full disk, most likely
+        if isinstance(error, (ConnectionError, TimeoutError)):     # not a disk
+            raise
         raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
                          "room, then python train.py --resume with the same --out") from None

@@ -37,7 +37,7 @@ class Progress:
     step: int = 0                   # optimizer steps done; also the position in the data
     best: float | None = None       # lowest validation loss so far
     seconds: float = 0.0            # of training, without evaluation and saving
-    rollbacks: int = 0              # times the run went back because the gradient was not finite
+    rollbacks: int = 0              # times the run went back because the gradient was not finite; it may once
     lr_factor: float = 1.0          # on all rates; halved by a rollback
     loss_scale: float = 1.0         # float16 only: keeps small gradients above its smallest number
     skipped: int = 0                # steps in a row without a finite gradient; no checkpoint is written meanwhile
@@ -55,6 +55,15 @@ def state_tensors(model, optimizers):
 
 def json_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class SaveError(RuntimeError):
+    """Writing a checkpoint failed on some process; all of them get this."""
+
+
+def file_of(rank):
+    """What torch calls the file that a process writes."""
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
 def save_state(out, model, optimizers, progress, rank=0, world=1):
@@ -75,31 +84,44 @@ def save_state(out, model, optimizers, progress, rank=0, world=1):
         try:
             dcp.save(state_tensors(model, optimizers), no_dist=world == 1,
                      storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-        except dcp.CheckpointException as error:               # raised on all processes, with what went wrong on some;
-            raise next(iter(error.failures.values()))[0] from None     # no Exception itself, so nobody would catch it
-    all_sum([0], device)                                           # all have written
-    files = sorted(path.name for path in temporary.glob("*.safetensors"))
-    digests = np.zeros((len(files), 32))                           # each process hashes its part of the files
-    for i in range(rank, len(files), world):
-        digests[i] = list(bytes.fromhex(file_hash(temporary / files[i])))
-    digests = np.array(all_sum(digests.ravel().tolist(), device)).reshape(digests.shape)
+        except dcp.CheckpointException as error:                   # no Exception, so nobody would catch it
+            raise SaveError(next(iter(error.failures.values()))[0]) from None
+    digests = np.zeros((world, 32))                                # each process hashes the file it wrote, if it did
+    if (temporary / file_of(rank)).is_file():
+        digests[rank] = list(bytes.fromhex(file_hash(temporary / file_of(rank))))
+    digests = np.array(all_sum(digests.ravel().tolist(), device)).reshape(world, 32)
     if rank == 0:
-        state = asdict(progress) | {"files": {name: bytes(map(int, row)).hex() for name, row in zip(files, digests)}}
+        files = {file_of(i): bytes(map(int, row)).hex() for i, row in enumerate(digests) if row.any()}
+        state = asdict(progress) | {"files": files}
         write_json(temporary / "state.json", state | {"sha256": json_hash(state)})
-        final = folder / f"step-{progress.step:07d}"
-        shutil.rmtree(final, ignore_errors=True)
+        final, replaced = folder / f"step-{progress.step:07d}", folder / "replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():                                         # after a rollback: this step once more
+            os.replace(final, replaced)
         os.replace(temporary, final)
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+        for old in [replaced, *sorted(folder.glob("step-*"))[:-2]]:
+            shutil.rmtree(old, ignore_errors=True)
     all_sum([0], device)
+
+
+def steps_saved(out, rank, device):
+    """Steps of the checkpoints in `out`, newest first, at most eight. Process 0 looks: a shared disk may show others less."""
+    found = sorted((out / "state").glob("step-*"), reverse=True)[:8] if rank == 0 else []
+    found = [int(path.name.removeprefix("step-")) + 1 for path in found]
+    return [int(step) - 1 for step in all_sum(found + [0] * (8 - len(found)), device) if step]
 
 
 def load_state(out, model, optimizers, rank=0, world=1):
     """The newest undamaged checkpoint, however many processes wrote it, put into model and optimizers. Returns Progress."""
     import torch.distributed.checkpoint as dcp
     device = next(model.parameters()).device
-    for folder in sorted((out / "state").glob("step-*"), reverse=True):
-        problem = ""
+    replaced = out / "state/replaced"
+    if rank == 0 and (replaced / "state.json").is_file():          # a kill fell between two renames
+        step = out / f"state/step-{read_json(replaced / 'state.json')['step']:07d}"
+        if not step.exists():
+            os.replace(replaced, step)
+    for step in steps_saved(out, rank, device):
+        folder, problem = out / f"state/step-{step:07d}", ""
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state.pop("sha256") != json_hash(state):
@@ -125,11 +147,14 @@ def load_state(out, model, optimizers, rank=0, world=1):
                 for key, meta in saved.items():
                     if key.startswith(prefix):
                         optimizer.state[p][key.removeprefix(prefix)] = torch.zeros_like(p.detach()) \
-                            if meta.size == p.shape else torch.zeros(meta.size, dtype=meta.properties.dtype, device=device)
+                            if meta.size == p.shape else torch.zeros(meta.size, dtype=meta.properties.dtype)
         tensors = state_tensors(model, optimizers)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            try:
+                dcp.load(tensors, no_dist=world == 1, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            except dcp.CheckpointException as error:
+                raise next(iter(error.failures.values()))[0] from None
         torch.set_rng_state(tensors["rng"])
         for newer in (out / "state").glob("step-*") if rank == 0 else ():
             if newer.name > folder.name:                           # damaged: must not count among the two that are kept
@@ -141,9 +166,12 @@ def load_state(out, model, optimizers, rank=0, world=1):
 
 
 def launch():
-    """What tells this launch of torchrun from others: its id and the command. Empty without an id."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else " ".join([name, *sys.argv[1:]])
+    """What tells this launch of torchrun from others: its id, or else its process, and the command. Empty without torchrun.
+    --resume does not count: Slurm's second turn of a job has it and the first has not."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name == "none":
+        name = f"{platform.node()}:{os.getppid()}"
+    return name and " ".join([name, *(arg for arg in sys.argv[1:] if arg != "--resume")])
 
 
 def saved_run(out):

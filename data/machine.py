@@ -104,10 +104,19 @@ def memory_size(device):
         return 0
 
 
+def compiler_problem(device):
+    """Why torch.compile does not work in this process, in a line; empty where it does."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
+        return ""
+    except Exception as error:                                     # of many kinds, and new ones with every version
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200] if str(error) else type(error).__name__
+
+
 def out_of_memory(error):
     """CUDA has an exception of its own for it; MPS and the CPU only have words."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory"))
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"))
 
 
 def free_memory(device):

@@ -42,9 +42,8 @@ def parallelize(model, cfg, mesh, device, dtype):
     if mesh["tensor"].size() > 1:
         split_products(model, mesh["tensor"])
     elif cfg.parallel == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(model.to(device))
-        model.broadcast_buffers = False                            # they never change
-        return model
+        return torch.nn.parallel.DistributedDataParallel(model.to(device), broadcast_buffers=False,     # they never change
+                                                         gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # a mesh of two directions is what makes it hsdp; ddp with tensor parallel is hsdp in shards of one
     data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
@@ -57,7 +56,7 @@ def parallelize(model, cfg, mesh, device, dtype):
     for block in model.layers:
         fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=half)
     fully_shard(model, mesh=data, reshard_after_forward=again)     # embedding, last norm and head travel in fp32
-    model.whole_in_a_step = not again                              # for accumulate
+    model.zero2 = not again                                        # for train.accumulate
     return model
 
 

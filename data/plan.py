@@ -26,6 +26,8 @@ def bytes_needed(cfg, model, dtype, world):
     N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
     state = (2 * N + inside + 2 * (N - inside)) * size             # one moment of Muon, two of AdamW
     pieces = shards_of(cfg, world) * cfg.tensor_parallel
+    if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # within a step weights and gradients are whole
+        state += pieces * N * (dtype.itemsize + 4) / cfg.tensor_parallel
     return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
 
 
@@ -44,12 +46,13 @@ def too_large(cfg, model, dtype, device, world):
 def fitting(micro, cfg, raw, device, world, saved_bytes):
     """The micro-batch, on a CPU halved until it fits; on a GPU it is tried instead. saved_bytes is that of model.py."""
     c, T, there = raw.config, cfg.block_size, memory_size(device)
-    if device.type != "cpu" or micro * T * c.n_layer * c.n_embd * 500 < there:         # surely fits; counting takes a second
+    state, local = bytes_needed(cfg, raw, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)      # more than is kept; counting takes a second
+    if device.type != "cpu" or c.n_expert or local * (state + roughly) < 0.9 * there:
         return micro
     each = saved_bytes(c, 1, T, raw.dtype, cfg.checkpointing)
     if not raw.layers[0].self_attn.fused:                          # then the scores are kept as well
         each += c.n_head * T * T * raw.dtype.itemsize * (1 if cfg.checkpointing else c.n_layer)
-    state, local = bytes_needed(cfg, raw, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     while micro > 1 and local * (state + micro * each) > 0.9 * there:
         micro = (micro + 1) // 2
     return micro
@@ -62,14 +65,16 @@ def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rat
                 for tensors in optimizer.state.values() for t in tensors.values())
     weights = sum(p.numel() * p.element_size() for p in raw.parameters())
     pieces = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
-    print(f"memory per process: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
+    between = " between steps" * (cfg.parallel == "zero2" and pieces > 1)
+    print(f"memory per process{between}: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
           f"{state / pieces / 1e9:.3f} GB (1/{pieces} of all); its peak so far, with activations: "
           f"{memory_used(device) / 1e9:.3f} GB")
     tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
     minutes = tokens / speed / 60
     print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} "
           + (f"steps: {minutes:.1f} minutes" if minutes < 120 else f"steps: {minutes / 60:.1f} hours"))
-    need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(out if out.exists() else ".").free
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(there).free
     print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
           f"are free{'' if need < free else ': NOT ENOUGH'}")
     print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in rates)
@@ -86,6 +91,8 @@ def check(cfg, folder, world):
     """Settings that cannot work are refused before anything expensive starts. Returns the two splits."""
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise SystemExit("--wandb: the package is not installed: pip install wandb")
+    if not cfg.dry_run and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("loss.png needs the package matplotlib: pip install -r requirements.txt")
     for name in ("batch_size", "max_steps", "log_every", "block_size", "sample_tokens", "tensor_parallel"):
         if getattr(cfg, name) < 1:
             raise SystemExit(f"--{name}={getattr(cfg, name)}: must be at least 1")

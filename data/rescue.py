@@ -1,9 +1,10 @@
 """
 What can go wrong on the way of a run, and what is done about it: memory that is full, gradients that are not finite.
 """
+import torch
 from safetensors.torch import save_file
 
-from data.checkpoint import save_state
+from data.checkpoint import SaveError, save_state
 from data.hub import write_json
 from data.machine import free_memory, out_of_memory
 
@@ -15,16 +16,18 @@ def halved(micro, cfg, out, rank, world):
         raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
                          "smaller --block_size or a smaller model")
     micro = (micro + 1) // 2
+    if not cfg.dry_run:                                            # for --resume, which would round otherwise
+        write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
+    if world > 1 and cfg.dry_run:
+        raise SystemExit(f"process {rank} ran out of memory. The result is the same with --micro_batch={micro}")
     if world > 1:
-        if not cfg.dry_run:
-            write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
         raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
                          f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
     return micro
 
 
 def update(optimizers):
-    """The optimizers' step. It cannot be done in smaller pieces, nor twice; but what fits once fits always."""
+    """The optimizers' step. It cannot be done in smaller pieces, nor twice; but later ones need no more than the first."""
     try:
         for optimizer in optimizers:
             optimizer.step()
@@ -33,7 +36,7 @@ def update(optimizers):
             raise
         raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
                          "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller "
-                         "model (--n_layer, --n_embd)") from None
+                         "model (--n_layer, --n_embd); what was saved is whole: --resume") from None
 
 
 def save(out, raw, optimizers, progress, rank, world, last):
@@ -41,9 +44,9 @@ def save(out, raw, optimizers, progress, rank, world, last):
     try:
         save_state(out, raw, optimizers, progress, rank, world)
         return
-    except RuntimeError as error:                                  # the same one on all processes
+    except SaveError as error:                                     # the only one that all processes get
         if not out_of_memory(error):
-            raise
+            raise error.args[0] from None
     free_memory(next(raw.parameters()).device)
     newest = max((path.name for path in (out / "state").glob("step-*")), default="nothing")
     problem = (f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller "
@@ -63,7 +66,7 @@ def first_broken(raw):
 def give_up(out, reason, progress, batch, rank):
     """The end of a run that neither skipping nor going back could help: keep the batch, say what to try."""
     path = out / f"bad_batch_{rank}.safetensors"
-    save_file({name: ids.cpu().contiguous() for name, ids in zip("xy", batch)}, path)
+    save_file({name: ids.cpu().clone(memory_format=torch.contiguous_format) for name, ids in zip("xy", batch)}, path)
     saved = f"; what was saved is from before: python train.py --resume --out={out}" if progress.rollbacks else \
         "; nothing was saved yet, so start again"
     raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not "

@@ -34,7 +34,7 @@ if unfinished; then resume=(--resume); fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # after a restart processes meet in a new place
 trap : TERM         # the processes of srun get it too, and they are who must act
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max_restarts=3 --shutdown-timeout=110 \
-    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" train.py "$@" "${resume[@]}" || true
+    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" train.py "$@" ${resume[@]+"${resume[@]}"} || true
 if unfinished && [[ ! "$(newest)" > "$before" ]]; then
     echo "no step was saved in this turn: not handed in again"
     exit 1

@@ -6,7 +6,7 @@ numbers of tokens, some none at all. "fault" of an entry names something that go
     oom     forward passes of more than two sequences do not fit
     nan A B the loss is NaN from the A-th up to before the B-th training batch
     evaluation N    a pass without gradients of more than N sequences does not fit
-    count   not a fault: says how often a step gathers weights, and whether it leaves them in pieces
+    count   not a fault: says how often a step gathers weights and sums gradients over copies, and whether it leaves them in pieces
     kill N  the same as oom, and after the restart that follows process 1 dies without a word in its N-th forward pass
 """
 import json
@@ -49,19 +49,21 @@ def save_state_and_weights(out, raw, optimizers, progress, rank=0, world=1):
         save_file(full, out / "params.safetensors")
 
 
-class Gathers(TorchDispatchMode):
-    count = 0
+class Talk(TorchDispatchMode):
+    gathers = sums = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "allgather" in str(function)
+        self.gathers += "allgather" in str(function)
+        self.sums += "allreduce" in str(function)
         return function(*args, **kwargs or {})
 
 
 def counted(*args):
-    with Gathers() as mode:
+    with Talk() as mode:
         loss = accumulate(*args)
     pieces = all(hasattr(p, "full_tensor") for p in args[0].parameters())
-    print(f"{'zero2' if args[0].whole_in_a_step else 'fsdp'}: {len(args[1])} sequences by {args[4]}: {mode.count} gathers, in pieces {pieces}", flush=True)
+    print(f"{'zero2' if args[0].zero2 else 'fsdp'}: {len(args[1])} sequences by {args[4]}: {mode.gathers} gathers, "
+          f"{mode.sums} sums, in pieces {pieces}", flush=True)
     return loss
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, SMALL, run
+from data.checkpoint import Progress
 from data.shards import Tokens
 from model import GPT, GPTConfig, load_model
 
@@ -192,12 +193,13 @@ def runs(lines, tmp_path_factory):
     (folder / "two.txt").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "fsdp2", folder / "moved")            # step 10, saved by two processes
     shutil.rmtree(folder / "moved/state/step-0000020")
-    launch(4, lines, folder, [
+    text = launch(4, lines, folder, [
         {"name": name, "n_layer": 1, "micro_batch": 1} | more for name, more in {
-            "ddp4": {}, "fsdp4_tied": {"parallel": "fsdp", "tie_embeddings": True}, "hsdp4": {"parallel": "hsdp", "shards": 2},
+            "ddp4": {}, "fsdp4_tied": {"parallel": "fsdp", "tie_embeddings": True}, "hsdp4": {"parallel": "hsdp", "shards": 2, "fault": "count"},
             "moved": {"resume": True, "parallel": "hsdp", "shards": 2, "save_every": 5, "n_layer": 2},
             "fsdp4_single": {"parallel": "fsdp", "dtype": "float32", "n_layer": 2}, "ddp_tp": {"tensor_parallel": 2, "micro_batch": 4},
-            "tp_tied": {"parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True, "micro_batch": 4}}.items()])
+            "tp_tied": {"parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True, "micro_batch": 4}}.items()]).stdout
+    (folder / "four.txt").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "moved", folder / "home")             # step 15, saved by four
     shutil.rmtree(folder / "home/state/step-0000020")
     launch(0, lines, folder, [{"name": "home", "resume": True}])
@@ -223,8 +225,10 @@ def test_many_processes_equal_one(runs, name, reference, bound):
 def test_zero2_gathers_the_weights_once_per_step_and_lets_go_of_them(runs):
     """Three modules: two blocks and the rest. fsdp gathers each in both micro-batches, forward and backward."""
     text = (runs / "two.txt").read_text(encoding="utf-8")
-    assert text.count("zero2: 4 sequences by 2: 3 gathers, in pieces True") == 40      # 20 steps on two processes
-    assert text.count("fsdp: 4 sequences by 2: 12 gathers, in pieces True") == 40
+    assert text.count("zero2: 4 sequences by 2: 3 gathers, 0 sums, in pieces True") == 40      # 20 steps on two processes
+    assert text.count("fsdp: 4 sequences by 2: 12 gathers, 0 sums, in pieces True") == 40
+    text = (runs / "four.txt").read_text(encoding="utf-8")         # hsdp: two modules, once per step and not per micro-batch
+    assert text.count("fsdp: 2 sequences by 1: 8 gathers, 2 sums, in pieces True") == 80
 
 
 @pytest.fixture(scope="session")
@@ -618,7 +622,7 @@ def test_samples_hold_no_special_token(tiny):
         return logits
     ids = train.sample.generate(model, [[tokenizer.eos_id]], 20, seed=1)[0]
     assert set(ids) <= set(special)                                # such a model writes nothing else
-    text = train.write_sample(model, tokenizer, train.Config(sample_tokens=20))
+    text = train.write_sample(model, tokenizer, train.Config(sample_tokens=20), torch.device("cpu"))
     assert text.startswith("  | ") and not any(name in text for name in tokenizer.specials)
 
 
@@ -676,7 +680,7 @@ def test_out_of_memory_in_a_sample_and_while_saving_lets_the_run_go_on(here, tmp
     monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", lambda *args, **kwargs: next(saves)(*args, **kwargs))
     monkeypatch.setattr(train.sample, "generate", full)
     text = here(tmp_path / "run", "--max_steps=4", "--save_every=2", "--sample_every=1", "--eval_every=0")
-    assert "out of memory while saving step 2; nothing is there" in text and text.count("out of memory: no sample") == 4
+    assert "out of memory while saving step 2; nothing is there" in text and text.count("no sample (") == 4
     assert (tmp_path / "run/state/step-0000004/state.json").is_file() and "Next: python sample.py" in text
     with pytest.raises(SystemExit, match="out of memory while saving step 5; step-0000004 is there.*--micro_batch"):
         here(tmp_path / "run", "--resume", "--max_steps=5", "--sample_every=0")
@@ -697,7 +701,8 @@ def test_a_resumed_run_continues_its_curve_in_wandb(here, tmp_path, monkeypatch)
     fake, calls, rows = types.ModuleType("wandb"), [], []
     fake.__spec__ = ModuleSpec("wandb", None)
     fake.init = lambda **kwargs: calls.append(kwargs) or types.SimpleNamespace(id=kwargs["id"] or "abc123")
-    fake.log = lambda row, step: rows.append(step)
+    fake.log = lambda row: rows.append(row["step"])
+    fake.define_metric = lambda name, step_metric: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
     here(tmp_path / "run", "--max_steps=2", "--eval_every=0", "--wandb")
     here(tmp_path / "run", "--resume", "--max_steps=3", "--no_wandb")                  # does not forget it
@@ -779,3 +784,39 @@ def test_the_cluster_scripts_run(tiny, tmp_path):
         done = subprocess.run(["bash", ROOT / "runs/slurm.sh", *small], cwd=tmp_path, env=environment, timeout=60)
         assert (done.returncode == 0) == again and (tmp_path / "calls").exists() == again     # only if it got on
     assert (tmp_path / "calls").read_text(encoding="utf-8") == "scontrol requeue 7\n"
+
+
+def test_a_launch_is_known_again(monkeypatch):
+    from data.checkpoint import launch as name
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset=x"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert name() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")              # torchrun without --standalone and without an id
+    assert str(os.getppid()) in name()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    first = name()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset=x", "--resume"])          # the second turn of a Slurm job
+    assert name() == first != ""
+
+
+def test_a_kill_between_two_renames_loses_nothing(here, tmp_path):
+    """Saving a step once more (after a rollback) puts the old one aside first."""
+    state = tmp_path / "run/state"
+    here(tmp_path / "run", "--max_steps=4", "--save_every=4", "--eval_every=0")
+    (state / "step-0000004").rename(state / "replaced")
+    assert "resuming at step 4" in here(tmp_path / "run", "--resume", "--max_steps=5")
+
+
+def test_a_batch_of_one_sequence_is_kept_when_a_run_gives_up(tmp_path):
+    tokens = torch.arange(9)[None]
+    with pytest.raises(SystemExit, match="too large. .*bad_batch_0.safetensors"):
+        train.give_up(tmp_path, "too large", Progress(skipped=3), (tokens[:, :-1], tokens[:, 1:]), 0)
+    kept = load_file(tmp_path / "bad_batch_0.safetensors")
+    assert torch.equal(kept["x"][0], tokens[0, :-1]) and torch.equal(kept["y"][0], tokens[0, 1:])
+
+
+def test_a_sample_does_not_end_a_run(tiny):
+    _, tokenizer = train.open_dataset(train.Config(dataset=str(tiny)))
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_embd=32, n_head=1, n_kv_head=1, head_dim=32))
+    model.lm_head.weight.data.fill_(float("nan"))
+    assert "no sample" in train.write_sample(model, tokenizer, train.Config(sample_tokens=4), torch.device("cpu"))

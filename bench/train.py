@@ -7,7 +7,7 @@ long    what ours learns in nanoGPT's time, three seeds, with the time of torch.
 step    tokens per second of a model of 124M parameters, 4 x 1 x 1,024 tokens and the optimizer's step, medians of 3, and
         what follows for steps of 0.5M tokens; nanoGPT in fp32, all it knows on a CPU, ours in fp32 and in bf16
 start   wall seconds from the command to the first logged step, with --compile=off as in nanoGPT's command
-growth  tokens per second of the default model: 1, 2, 4 processes, width x 2, x 4, context x 4 (dry runs)
+growth  tokens per second of the default model: 1, 2, 4 processes, width x 2, x 4, context x 4 (dry runs, --compile=off)
 
 nanoGPT's README trains 4 layers of 128 on TinyShakespeare: --block_size=64 --batch_size=12 --max_iters=2000. We run that
 command in its checkout, take the loss at which it ends, and run our two sprints (three seeds each) to the same loss:
@@ -157,7 +157,8 @@ def first_step(command, cwd, threads, done):
 def speed(data, threads, processes, *flags):
     """Tokens per second of a dry run."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    text = timed([sys.executable, *launch, ROOT / "train.py", f"--dataset={data}", "--device=cpu", "--dry_run", *flags],
+    text = timed([sys.executable, *launch, ROOT / "train.py", f"--dataset={data}", "--device=cpu", "--dry_run", "--compile=off",
+                  *flags],
                  ROOT, threads)[2]
     return float(re.search(r"speed: ([\d,]+) tokens", text).group(1).replace(",", ""))
 

@@ -40,7 +40,7 @@ from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, pl
 from data.hub import read_json
 from data.machine import compiler_problem, free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
 from data.parallel import make_mesh, parallelize, whole, whole_model
-from data.plan import SHAPE, check, check_folder, check_model, fitting, report_plan, too_large
+from data.plan import SHAPE, check, check_folder, check_model, fitting, report_plan, surely_fits, too_large
 from data.rescue import first_broken, give_up, halved, save, update
 from data.shards import data_hashes, open_dataset
 from model import GPT, GPTConfig, load_model, pick_device, save_model, saved_bytes
@@ -462,8 +462,10 @@ def main(cfg):
         raw = first_model(cfg, tokenizer)
     else:
         config = model_config(cfg, tokenizer, before)
-        with torch.device("meta"):                                 # shapes only
-            problem = too_large(cfg, GPT(config), dtype, device, world)
+        problem = ""
+        if not surely_fits(config, device):
+            with torch.device("meta"):                             # shapes only
+                problem = too_large(cfg, GPT(config), dtype, device, world)
         if problem and cfg.dry_run:
             raise SystemExit(problem)
         if problem:

@@ -31,6 +31,12 @@ def bytes_needed(cfg, model, dtype, world):
     return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
 
 
+def surely_fits(c, device):
+    """A look at the numbers of a GPTConfig: the exact answer needs a model of shapes, whose first use takes torch a second."""
+    block = 4 * c.n_head * c.head_dim + 3 * c.n_hidden * max(1, c.n_expert)
+    return 64 * c.n_embd * (c.n_layer * block + 2 * c.vocab_size) < memory_size(device)
+
+
 def too_large(cfg, model, dtype, device, world):
     """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. It may have mere shapes."""
     need, there = sum(bytes_needed(cfg, model, dtype, world)), memory_size(device)

@@ -820,3 +820,10 @@ def test_a_sample_does_not_end_a_run(tiny):
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_embd=32, n_head=1, n_kv_head=1, head_dim=32))
     model.lm_head.weight.data.fill_(float("nan"))
     assert "no sample" in train.write_sample(model, tokenizer, train.Config(sample_tokens=4), torch.device("cpu"))
+
+
+def test_without_compiling_the_compiler_is_not_even_imported(tiny, tmp_path):
+    """It takes a second, half of what a small run needs to start."""
+    code = "import sys, train; train.main(train.parse(train.Config, train.PRESETS)); print('torch._dynamo' in sys.modules)"
+    done = run("-c", code, f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=2", "--compile=off", cwd=ROOT)
+    assert done.stdout.strip().endswith("False")

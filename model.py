@@ -39,9 +39,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data.families import (ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf,
+from nanopath.hf import (ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf,
                            tensors_to_hf)
-from data.hub import find_folder, read_json, weight_files, write_json
+from nanopath.devices import pick_device
+from nanopath.files import read_json, write_json
+from nanopath.hub import find_folder, weight_files
+from nanopath.plan import print_summary
 
 
 @dataclass
@@ -105,6 +108,11 @@ class GPTConfig:
             raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
         if not set(self.window_layers or ()) <= set(range(self.n_layer)):
             raise ValueError(f"window_layers={self.window_layers}: numbers from 0 to n_layer - 1 = {self.n_layer - 1}")
+
+    @property
+    def stop_ids(self):
+        """Every id that ends a text: eos_token_id and stop_token_ids, as a frozenset."""
+        return frozenset({self.eos_token_id, *self.stop_token_ids} - {None})
 
     @property
     def windows(self):
@@ -705,20 +713,6 @@ class KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # A model is a folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json
 
-def pick_device(name="auto"):
-    """torch.device for a --device flag: auto is CUDA, then MPS, then CPU. Raises ValueError for what is not here."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(str(name).split(":")[0], False):
-        raise ValueError(f"--device={name}: not available here. Use auto, or one of: "
-                         + ", ".join(kind for kind, there in available.items() if there))
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device={name}: no such device. Use auto, cpu, cuda, cuda:0, mps") from None
-
-
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder. Every file is complete before it gets its name."""
     assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
@@ -811,45 +805,6 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model costs, before it exists: python model.py --summary=NAME
-
-def saved_bytes(config, B, T, dtype, checkpointing):
-    """Bytes that autograd keeps between the forward and the backward pass of B x T tokens. Counted, not estimated: the
-    real forward runs on tensors that have a shape but no memory, for one and for two layers; the others are alike."""
-    from torch._subclasses.fake_tensor import FakeTensorMode       # the one private name in this file: tested per release
-
-    def count(n_layer):
-        model = GPT(replace(config, n_layer=n_layer, window_layers=None))
-        model.dtype, model.checkpointing = dtype, checkpointing
-        own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-        def keep(t):
-            if t.untyped_storage()._cdata not in own:
-                kept[t.untyped_storage()._cdata] = (t, t.untyped_storage().nbytes())     # t too: its number stays taken
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            ids = torch.zeros(B, T, dtype=torch.long)
-            loss = model(ids, ids)
-        assert loss.requires_grad
-        return sum(size for _, size in kept.values())
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        one, two = count(1), count(2)
-    return one + (config.n_layer - 1) * (two - one)
-
-
-def summarize(config, B, T, dtype=torch.bfloat16):
-    """A dictionary of everything that --summary prints: parameters, FLOPs, bytes."""
-    with torch.device("meta"):
-        model = GPT(config)
-    N, size = model.num_params(), dtype.itemsize
-    idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = idle * (config.n_expert - config.n_expert_used) // max(1, config.n_expert)
-    full, lean = (saved_bytes(config, B, T, dtype, checkpointing) for checkpointing in (False, True))
-    return dict(family=ARCHITECTURES[family_of(config)], parameters=N, active=N - idle,
-                flops_train=model.flops_per_token(T), flops_generate=model.flops_per_token(T) / 3,
-                weights=4 * N, gradients=4 * N, adamw=8 * N, activations=full, activations_checkpointed=lean, serve=size * N,
-                cache_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * size)
-
 
 @dataclass
 class Config:
@@ -877,28 +832,7 @@ def main(cfg):
     if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
         raise SystemExit(f"--summary={cfg.summary}: experts are reckoned only where they are gated, have no biases, and "
                          "widths that are multiples of 8")
-    s, B, dtype = summarize(config, cfg.batch_size, T, getattr(torch, cfg.dtype)), cfg.batch_size, cfg.dtype
-
-    def size(n):
-        unit = next(i for i in (3, 2, 1, 0) if n >= 1000 ** i or i == 0)
-        return f"{n / 1000 ** unit:,.{unit and 1}f} {['B', 'kB', 'MB', 'GB'][unit]}"
-    experts = f" x {config.n_expert} experts" if config.n_expert else ""
-    active = f"   {s['active']:,} of them at work on a token" if config.n_expert else ""
-    state, lean = s["weights"] + s["gradients"] + s["adamw"], s["activations_checkpointed"]
-    print(f"""{cfg.summary}: {s['family']}
-  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} on {config.n_kv_head} of keys \
-and values, MLP {config.n_hidden}{experts}, context {config.block_size:,}
-  parameters       {s['parameters']:>18,}{active}
-  FLOPs per token  {s['flops_train']:>18.4g}   to train on {T:,} tokens; {s['flops_generate']:.4g} to generate after as many
-to train, batch {B} x {T:,}, weights float32, activations {dtype}
-  weights          {size(s['weights']):>18}
-  gradients        {size(s['gradients']):>18}
-  AdamW            {size(s['adamw']):>18}   two moments; Muon keeps one for the matrices
-  activations      {size(s['activations']):>18}   {size(lean)} with activation checkpointing
-  together         {size(state + s['activations']):>18}   {size(state + lean)} with activation checkpointing
-to serve in {dtype}
-  weights          {size(s['serve']):>18}   int8 {size(s['parameters'])}, int4 {size(s['parameters'] / 2)}
-  cache per token  {size(s['cache_per_token']):>18}   {size(T * s['cache_per_token'])} for {T:,} tokens""")
+    print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
 
 
 if __name__ == "__main__":

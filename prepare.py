@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from bpe import PATTERNS, SPECIALS, Tokenizer, cuts_in, safe_cuts
 from data.chats import to_chat, to_preference
-from data.hub import file_hash, need_space
+from nanopath.files import file_hash, need_space
 from data.presets import PRESETS, locate, stdlib_sources
 from data.readers import (PIECE, Piece, Source, blocks_of, check_text, check_zst, fault, find_files, kind_of,
                           known_encoding, open_text, pieces, plain_errors, refuse, rows, text_columns)

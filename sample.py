@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from constrain import Constraint
+from nanopath.constrain import Constraint
 from model import KVCache, find_folder, load_model
 
 

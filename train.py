@@ -35,15 +35,16 @@ import tyro
 from safetensors import SafetensorError
 
 import sample
-from data.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
-                             saved_run, steps_saved, take_lock, trim_log, write_manifest)
-from data.hub import read_json
-from data.machine import compiler_problem, free_memory, matmul_speed, memory_size, memory_used, out_of_memory, pick_dtype, setup
-from data.parallel import make_mesh, parallelize, whole, whole_model
-from data.plan import SHAPE, check, check_folder, check_model, fitting, report_plan, surely_fits, too_large
-from data.rescue import first_broken, give_up, halved, save, update
 from data.shards import data_hashes, open_dataset
-from model import GPT, GPTConfig, load_model, pick_device, save_model, saved_bytes
+from model import GPT, GPTConfig, load_model, save_model
+from nanopath.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
+                                 saved_run, steps_saved, take_lock, trim_log, write_manifest)
+from nanopath.devices import (compiler_problem, free_memory, matmul_speed, memory_size, memory_used, out_of_memory,
+                              pick_device, pick_dtype, setup)
+from nanopath.files import read_json
+from nanopath.parallel import make_mesh, parallelize, whole, whole_model
+from nanopath.plan import fitting, report_plan, surely_fits, too_large
+from nanopath.run import SHAPE, check, check_folder, check_model, first_broken, give_up, halved, save, update
 
 
 @dataclass
@@ -519,7 +520,7 @@ def main(cfg):
     asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
     if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
         micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
-    wanted, micro = micro, fitting(micro, cfg, raw, device, world, saved_bytes)
+    wanted, micro = micro, fitting(micro, cfg, raw, device, world)
     micro = int(min(all_sum([micro * (rank == i) for i in range(world)], device)))     # as many passes everywhere
     if micro < wanted:
         say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "

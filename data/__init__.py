@@ -1,1 +1,1 @@
-"""Empty on purpose: a real package wins over any other folder or package called data."""
+"""Text and tokens. A real package, so that it wins over any other folder or package called data."""

@@ -9,7 +9,8 @@ import re
 import sysconfig
 from pathlib import Path
 
-from data.hub import DOWNLOADS, download, file_hash, hub_file
+from nanopath.files import file_hash
+from nanopath.hub import DOWNLOADS, download, hub_file
 from data.readers import Source
 
 HUB = "hf://datasets/"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from data.hub import read_json
+from nanopath.files import read_json
 
 
 class Tokens:

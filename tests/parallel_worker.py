@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
-from data import rescue
+from nanopath import run as rescue
 from data.shards import Tokens
 
 torch.set_num_threads(1)

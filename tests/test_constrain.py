@@ -10,7 +10,7 @@ import pytest
 
 from bpe import Tokenizer
 from conftest import DATA
-from constrain import Constraint
+from nanopath.constrain import Constraint
 
 BYTES = Tokenizer.train([], 264)
 MERGED = Tokenizer.train(['{"name": "a", "b": [1, 22, 333], "ccc": true}\n' * 20 + "ab abc été 😀😀 xyz" * 30], 290)

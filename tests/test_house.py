@@ -9,10 +9,10 @@ import pytest
 
 from conftest import ROOT
 
-ARROWS = {"bpe": set(), "model": set(), "constrain": set(), "prepare": {"bpe"}, "sample": {"bpe", "model", "constrain"},
+ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"},
           "train": {"bpe", "model", "sample"}}
 STAGES = sorted(ARROWS)
-COMMANDS = [stage for stage in STAGES if stage != "constrain"]     # constrain.py is a part of sample.py, without a Config
+COMMANDS = STAGES
 
 
 def source(stage):
@@ -32,8 +32,8 @@ def test_imports_follow_the_arrows(stage):
     assert not (ROOT / "data" / f"{stage}.py").exists()
 
 
-def test_data_holds_no_stage_and_imports_none_but_the_tokenizer():
-    for path in (ROOT / "data").glob("*.py"):
+def test_what_stages_stand_on_imports_none_but_the_tokenizer():
+    for path in [*(ROOT / "data").glob("*.py"), *(ROOT / "nanopath").glob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
@@ -45,7 +45,7 @@ def test_every_field_of_config_is_read_and_explained(stage):
     text = source(stage)
     config = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Config")
     lines = text.splitlines()
-    lent = "".join(source(f"data/{name}") for name in re.findall(r"^from data\.(\w+) import", text, re.M))
+    lent = "".join(source(f"{room}/{name}") for room, name in re.findall(r"^from (data|nanopath)\.(\w+) import", text, re.M))
     for field in config.body:
         if isinstance(field, ast.AnnAssign):
             name = field.target.id

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
-from data.hub import hub_file
+from nanopath import plan
+from nanopath.hub import hub_file
 
 TOKENIZER = Tokenizer.train([], 264)
 SMALL = dict(vocab_size=264, block_size=64, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, n_hidden=48)
@@ -747,7 +748,7 @@ def test_summaries_have_the_published_sizes_and_need_no_memory():
             assert m.GPT(m.GPTConfig(**m.PRESETS[name])).num_params() == parameters, name
     out = run(ROOT / "model.py", "--summary=llama3-70b").stdout
     assert "70,553,706,496" in out and "282.2 GB" in out and "cache per token" in out and "LlamaForCausalLM" in out
-    assert m.summarize(m.GPTConfig(**m.PRESETS["mixtral-8x7b"]), 1, 128)["active"] == 12_879_925_248
+    assert plan.summarize(m.GPT, m.GPTConfig(**m.PRESETS["mixtral-8x7b"]), 1, 128)["active"] == 12_879_925_248
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -766,7 +767,7 @@ def test_the_activations_reckoned_are_those_that_a_real_step_keeps(checkpointing
     ids = torch.randint(264, (2, 48))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(ids, ids)
-    assert abs(m.saved_bytes(config, 2, 48, torch.float32, checkpointing) / sum(kept.values()) - 1) < 0.02
+    assert abs(plan.saved_bytes(m.GPT, config, 2, 48, torch.float32, checkpointing) / sum(kept.values()) - 1) < 0.02
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
-from data import hub  # noqa: E402
+from nanopath import hub  # noqa: E402
 from bpe import PATTERNS, Tokenizer  # noqa: E402
 from prepare import Config  # noqa: E402
 

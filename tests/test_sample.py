@@ -18,7 +18,7 @@ import tyro
 import sample
 from bpe import Tokenizer
 from conftest import ROOT, run
-from constrain import Constraint
+from nanopath.constrain import Constraint
 from model import save_model
 from test_model import make
 

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, SMALL, run
-from data.checkpoint import Progress
+from nanopath.checkpoint import Progress
 from data.shards import Tokens
 from model import GPT, GPTConfig, load_model
+from nanopath.plan import saved_bytes
 
 
 def losses(out):
@@ -578,7 +579,7 @@ def test_compiled_on_a_cpu_only_where_a_long_run_in_bf16_gains_by_it(here, tmp_p
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.plan.memory_size", lambda device: 100_000)
+    monkeypatch.setattr("nanopath.plan.memory_size", lambda device: 100_000)
     assert "this may not go well. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")
     monkeypatch.setattr(GPT, "init_weights", None)
     with pytest.raises(SystemExit, match="GB of the 0.0 GB .*before any activation.*--n_layer"):
@@ -593,7 +594,7 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monke
     assert {p for o in optimizers for p in o.state} == set(model.parameters())
     need = 8 * model.num_params() + state + 3 * 4 * 2 * (3 * 32 * 64)                  # the largest stack: 2 x 3 matrices of the MLP
     for memory, fits in ((need / 0.9 - 10, False), (need / 0.9 + 10, True)):
-        monkeypatch.setattr("data.plan.memory_size", lambda device: memory)
+        monkeypatch.setattr("nanopath.plan.memory_size", lambda device: memory)
         text = train.too_large(train.Config(), model, torch.float32, torch.device("cpu"), 1)
         assert (text == "") == fits, text
 
@@ -603,9 +604,9 @@ def test_a_micro_batch_that_cannot_fit_is_halved_before_the_system_kills(here, t
     flags = ["--dry_run", "--batch_size=8", "--n_layer=1"]
     plain = here(tmp_path / "run", *flags)
     config = GPTConfig(vocab_size=264, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64)
-    each = train.saved_bytes(config, 1, 32, torch.float32, False)
+    each = saved_bytes(GPT, config, 1, 32, torch.float32, False)
     memory = (16 * GPT(config).num_params() + 3 * each) / 0.9     # a little more than the state needs
-    monkeypatch.setattr("data.plan.memory_size", lambda device: memory)
+    monkeypatch.setattr("nanopath.plan.memory_size", lambda device: memory)
     monkeypatch.setattr(train, "too_large", lambda *args: "")
     text = here(tmp_path / "run", *flags)
     assert "of 8 x 32 tokens" in plain and "now --micro_batch=2" in text and "micro-batch of 2 x 32 tokens" in text
@@ -787,7 +788,7 @@ def test_the_cluster_scripts_run(tiny, tmp_path):
 
 
 def test_a_launch_is_known_again(monkeypatch):
-    from data.checkpoint import launch as name
+    from nanopath.checkpoint import launch as name
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset=x"])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert name() == ""

@@ -1,90 +1,82 @@
 """
-Before a run begins: what it will need, and which settings cannot work.
-
-Memory comes from formulas, before a byte of it is allocated, for there is no second chance: when a CPU's memory is full
-the system ends the process without a word. Speed is measured by train.py --dry_run; `report_plan` says it all.
+What can go wrong on the way of a run, and what is done about it: memory that is full, gradients that are not finite.
 """
 import importlib.util
-import os
 import shlex
-import shutil
 import sys
-from collections import Counter
 
 import torch
+from safetensors.torch import save_file
 
-from data.machine import memory_size, memory_used
-from data.parallel import shards_of
 from data.shards import Tokens, prepare_command
+from nanopath.checkpoint import SaveError, save_state
+from nanopath.devices import free_memory, out_of_memory
+from nanopath.files import write_json
+from nanopath.parallel import shards_of
 
 
-def bytes_needed(cfg, model, dtype, world):
-    """Of one process: (weights, gradients and optimizer state, what Muon's step takes for a moment)."""
-    stacks = Counter()                                             # matrices of one shape are orthogonalized together
-    for p in model.layers.parameters():
-        stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
-    N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
-    state = (2 * N + inside + 2 * (N - inside)) * size             # one moment of Muon, two of AdamW
-    pieces = shards_of(cfg, world) * cfg.tensor_parallel
-    if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # within a step weights and gradients are whole
-        state += pieces * N * (dtype.itemsize + 4) / cfg.tensor_parallel
-    return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
-
-
-def surely_fits(c, device):
-    """A look at the numbers of a GPTConfig: the exact answer needs a model of shapes, whose first use takes torch a second."""
-    block = 4 * c.n_head * c.head_dim + 3 * c.n_hidden * max(1, c.n_expert)
-    return 64 * c.n_embd * (c.n_layer * block + 2 * c.vocab_size) < memory_size(device)
-
-
-def too_large(cfg, model, dtype, device, world):
-    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. It may have mere shapes."""
-    need, there = sum(bytes_needed(cfg, model, dtype, world)), memory_size(device)
-    if device.type == "cpu":                                       # the processes of one machine share its memory
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
-        return ""
-    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB "
-            f"of this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, "
-            "--n_layer or --n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
-
-
-def fitting(micro, cfg, raw, device, world, saved_bytes):
-    """The micro-batch, on a CPU halved until it fits; on a GPU it is tried instead. saved_bytes is that of model.py."""
-    c, T, there = raw.config, cfg.block_size, memory_size(device)
-    state, local = bytes_needed(cfg, raw, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)      # more than is kept; counting takes a second
-    if device.type != "cpu" or c.n_expert or local * (state + roughly) < 0.9 * there:
-        return micro
-    each = saved_bytes(c, 1, T, raw.dtype, cfg.checkpointing)
-    if not raw.layers[0].self_attn.fused:                          # then the scores are kept as well
-        each += c.n_head * T * T * raw.dtype.itemsize * (1 if cfg.checkpointing else c.n_layer)
-    while micro > 1 and local * (state + micro * each) > 0.9 * there:
-        micro = (micro + 1) // 2
+def halved(micro, cfg, out, rank, world):
+    """The micro-batch to go on with after this one did not fit. Several processes must start again for it: the others wait
+    for this one in the middle of a step."""
+    if micro == 1:
+        raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
+                         "smaller --block_size or a smaller model")
+    micro = (micro + 1) // 2
+    if not cfg.dry_run:                                            # for --resume, which would round otherwise
+        write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
+    if world > 1 and cfg.dry_run:
+        raise SystemExit(f"process {rank} ran out of memory. The result is the same with --micro_batch={micro}")
+    if world > 1:
+        raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
+                         f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
     return micro
 
 
-def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rates):
-    """What --dry_run prints: memory and disk from the formula, speed and peak memory as measured just now. rates: the factor
-    on the learning rates over the run."""
-    state = sum(t.numel() * t.element_size() for optimizer in optimizers
-                for tensors in optimizer.state.values() for t in tensors.values())
-    weights = sum(p.numel() * p.element_size() for p in raw.parameters())
-    pieces = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
-    between = " between steps" * (cfg.parallel == "zero2" and pieces > 1)
-    print(f"memory per process{between}: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
-          f"{state / pieces / 1e9:.3f} GB (1/{pieces} of all); its peak so far, with activations: "
-          f"{memory_used(device) / 1e9:.3f} GB")
-    tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
-    minutes = tokens / speed / 60
-    print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} "
-          + (f"steps: {minutes:.1f} minutes" if minutes < 120 else f"steps: {minutes / 60:.1f} hours"))
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(there).free
-    print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
-          f"are free{'' if need < free else ': NOT ENOUGH'}")
-    print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in rates)
-          + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
+def update(optimizers):
+    """The optimizers' step. It cannot be done in smaller pieces, nor twice; but later ones need no more than the first."""
+    try:
+        for optimizer in optimizers:
+            optimizer.step()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
+                         "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller "
+                         "model (--n_layer, --n_embd); what was saved is whole: --resume") from None
+
+
+def save(out, raw, optimizers, progress, rank, world, last):
+    """save_state; without memory for it the run goes on, unless this was its last chance to save."""
+    try:
+        save_state(out, raw, optimizers, progress, rank, world)
+        return
+    except SaveError as error:                                     # the only one that all processes get
+        if not out_of_memory(error):
+            raise error.args[0] from None
+    free_memory(next(raw.parameters()).device)
+    newest = max((path.name for path in (out / "state").glob("step-*")), default="nothing")
+    problem = (f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller "
+               "--micro_batch")
+    if last:
+        raise SystemExit(problem)
+    if rank == 0:
+        print(f"{problem}. Going on", flush=True)
+
+
+def first_broken(raw):
+    """The parameter whose gradient is the first that is not finite, in words."""
+    return next((name for name, p in raw.named_parameters() if p.grad is not None and not
+                 getattr(p.grad, "_local_tensor", p.grad).isfinite().all()), "their sum, or on another process")
+
+
+def give_up(out, reason, progress, batch, rank):
+    """The end of a run that neither skipping nor going back could help: keep the batch, say what to try."""
+    path = out / f"bad_batch_{rank}.safetensors"
+    save_file({name: ids.cpu().clone(memory_format=torch.contiguous_format) for name, ids in zip("xy", batch)}, path)
+    saved = f"; what was saved is from before: python train.py --resume --out={out}" if progress.rollbacks else \
+        "; nothing was saved yet, so start again"
+    raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not "
+                     f"help. The batch is in {path}. Lower --muon_lr and --learning_rate{saved}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.hub import file_hash, read_json, write_json
+from nanopath.files import file_hash, read_json, write_json
 from data.shards import data_hashes
 
 

@@ -6,14 +6,13 @@ HF_HOME, HF_HUB_CACHE   where Hugging Face's own cache is
 HF_ENDPOINT, HF_TOKEN   a mirror, an account (its token goes to that endpoint alone)
 HF_HUB_OFFLINE          1: never ask the network
 """
-import errno
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
 from pathlib import Path
+
+from nanopath.files import file_hash, need_space, read_json
 
 DOWNLOADS = Path("data") / "downloads"
 
@@ -99,17 +98,6 @@ def download(url, target, sha256=None, token=None, tries=3):
     raise ConnectionError(f"cannot get {url} ({problem}, {tries} tries). Put the file at {target}")
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def need_space(folder, size, what):
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"the {what} needs about {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB")
-
-
 def hub_folder(repo):
     """The folder of a model "OWNER/NAME" with everything that is needed to run it, downloaded where it is not here yet.
 
@@ -135,7 +123,7 @@ def hub_folder(repo):
         except FileNotFoundError:
             raise FileNotFoundError(f"{repo} has no safetensors weights that can be had; older models offer pickles only, "
                                     "which are never opened here") from None
-        found += [hub_file(repo, shard) for shard in shards_of(index)]
+        found += [hub_file(repo, shard) for shard in files_in_index(index)]
     folder = found[-1].parent
     for path in found:                                     # some from Hugging Face's cache, some of our own: put together
         if path.parent != folder:
@@ -148,25 +136,7 @@ def hub_folder(repo):
     return folder
 
 
-def read_json(path):
-    """The JSON object of a file as a dictionary; ValueError names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
-    return value
-
-
-def write_json(path, value):
-    """Write JSON under a temporary name, then move it into place: a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def shards_of(index):
+def files_in_index(index):
     """File names in a model.safetensors.index.json."""
     names = read_json(index).get("weight_map")
     names = set(names.values()) if isinstance(names, dict) else None
@@ -196,7 +166,7 @@ def weight_files(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():
-        files = [folder / name for name in shards_of(index)]
+        files = [folder / name for name in files_in_index(index)]
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file} is missing; {index.name} names {len(files)} shards. Copy it into the folder")

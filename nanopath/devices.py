@@ -124,3 +124,17 @@ def free_memory(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def pick_device(name="auto"):
+    """torch.device for a --device flag: auto is CUDA, then MPS, then CPU. Raises ValueError for what is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(str(name).split(":")[0], False):
+        raise ValueError(f"--device={name}: not available here. Use auto, or one of: "
+                         + ", ".join(kind for kind, there in available.items() if there))
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device={name}: no such device. Use auto, cpu, cuda, cuda:0, mps") from None

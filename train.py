@@ -1,109 +1,48 @@
 """
 Pretrain a GPT on the token shards that prepare.py wrote. One loop, from a laptop core to many nodes of GPUs.
 
-Run     python train.py                                          # laptop, TinyShakespeare: 91 s -> 2.127 bits per byte
+Run     python train.py                                          # laptop, TinyShakespeare: NUMBERS
         python train.py --dataset=stdlib --max_steps=300         # any prepared dataset; every field of Config is a flag
         python train.py --dry_run                                # memory, speed, time and disk this run will need
-        python train.py --resume                                 # go on exactly where the run in --out stopped
-        python train.py --init_from=out/shakespeare --dataset=x  # go on from a trained model, on other text
+        python train.py --resume                                 # continue exactly where the run in --out stopped
+        python train.py --init_from=out/shakespeare --dataset=x  # continue from a trained model, on other text
         torchrun --standalone --nproc_per_node=8 train.py --parallel=fsdp         # more of these in runs/
-Next    python sample.py --model=out/shakespeare
+Next    python sample.py
 Reads   data/<dataset>/            Writes  out/<run>/  the best model so far as a Hugging Face folder, log.jsonl, loss.png,
                                            manifest.json, state/step-*/ (everything needed to resume)
+Read    Config, then the loop at the end of main, then what it calls. nanopath/run.py holds what can go wrong
 Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/muon), AdamW (arXiv:1711.05101),
         warm-up, constant, decay schedule (arXiv:2405.18392), rates that survive a change of width (muP, arXiv:2203.03466),
         ZeRO (arXiv:1910.02054), FSDP (arXiv:2304.11277), tensor and sequence parallel (arXiv:1909.08053, 2205.05198)
 """
-import argparse
-import atexit
-import contextlib
-import json
+import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
-import os
-import signal
 import sys
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
-from safetensors import SafetensorError
 
 import sample
-from data.shards import data_hashes, open_dataset
+from data.shards import open_dataset
 from model import GPT, GPTConfig, load_model, save_model
-from nanopath.checkpoint import (Progress, all_sum, keep_earlier_run, load_state, plot_losses, restarted, save_state,
-                                 saved_run, steps_saved, take_lock, trim_log, write_manifest)
-from nanopath.devices import (compiler_problem, free_memory, matmul_speed, memory_size, memory_used, out_of_memory,
-                              pick_device, pick_dtype, setup)
-from nanopath.files import read_json
-from nanopath.parallel import make_mesh, parallelize, whole, whole_model
-from nanopath.plan import fitting, report_plan, surely_fits, too_large
-from nanopath.run import SHAPE, check, check_folder, check_model, first_broken, give_up, halved, save, update
-
-
-@dataclass
-class Config:
-    preset: str = "shakespeare"     # named set of defaults, see PRESETS; flags win over it
-    dataset: str = "shakespeare"    # folder under data/, or a path
-    out: str = ""                   # folder to write; empty: out/<name of the dataset>
-    init_from: str = ""             # model folder to go on training; its shape wins over the flags below
-    # model
-    n_layer: int = 4                # blocks
-    n_embd: int = 128               # width C
-    n_head: int = 2                 # query heads
-    n_kv_head: int = 0              # key/value heads; 0: as many as query heads
-    head_dim: int = 64              # channels per head
-    n_hidden: int = 344             # width of the MLP
-    block_size: int = 128           # context length T
-    rope_theta: float = 1000.0      # base of the rotary frequencies
-    qk_norm: bool = True            # normalize queries and keys (a Qwen3); without it the model is a Llama
-    tie_embeddings: bool = False    # share the embedding with the output head
-    # batch and length
-    batch_size: int = 16            # sequences per optimizer step, summed over all processes
-    micro_batch: int = 0            # sequences per forward pass and process; 0: all of its share; halved when memory is full
-    max_steps: int = 1000           # optimizer steps
-    document_mask: bool = False     # no token sees or predicts from another document than its own
-    # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms
-    muon_lr: float = 0.05           # peak rate of Muon; does not depend on the width
-    momentum: float = 0.9           # of Muon
-    learning_rate: float = 0.012    # peak rate of AdamW; of the head: times 128 / n_embd
-    weight_decay: float = 0.1       # decoupled, on matrices only, scaled by the learning rate
-    warmup_steps: int = 0           # linear warm-up; the recipe needs none, its blocks start as the identity
-    cooldown: float = 0.7           # last part of the run, in which the rates fall linearly to zero
-    grad_clip: float = 0.0          # largest global gradient norm; 0: off
-    # watching and saving
-    eval_every: int = 250           # steps between losses over the whole validation split; 0: only at the end
-    sample_every: int = 250         # steps between samples; 0: never
-    sample_tokens: int = 160        # length of those samples
-    save_every: int = 250           # steps between checkpoints to resume from; 0: only at the end
-    log_every: int = 25             # steps between lines on the screen; log.jsonl has every step
-    wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
-    dry_run: bool = False           # measure a micro-batch, then say what the whole run would need; writes nothing
-    # machine
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "auto"             # of the matmuls: auto, float32, bfloat16, float16, float64; weights are float32, or 64
-    compile: str = "auto"           # torch.compile the blocks: on, off, auto (if the run is long enough, on a CPU also in bf16)
-    checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
-    parallel: str = "ddp"           # under torchrun: ddp, zero2, fsdp (ZeRO-3), hsdp (fsdp in a node, ddp between nodes)
-    shards: int = 0                 # hsdp: data-parallel processes that share one copy; 0: those of one node
-    tensor_parallel: int = 1        # processes that share every matrix product
-    seed: int = 0                   # of initialisation, data order and samples
-    resume: bool = False            # continue the run in --out with its own settings; flags still win
-
+from nanopath.checkpoint import Progress, load_state
+from nanopath.devices import Machine, free_memory, out_of_memory, sum_over_processes
+from nanopath.flags import Count, Positive, Rate, Seed, Share
+from nanopath.parallel import (make_mesh, parallelize, reshard_weights, split_loss, sync_gradients, whole, whole_model)
+from nanopath.plan import compile_pays, dry_run, fitting, warn_too_large
+from nanopath.run import (SHAPE, Guard, Log, announce, check_model, check_settings, compiles, earlier_run, explained,
+                          new_manifest, parse_run, remembered_micro_batch, run_folder, step_optimizers)
 
 QUIET = dict(eval_every=0, sample_every=0, save_every=0)
 LARGE = dict(block_size=1024, rope_theta=10000.0, batch_size=512, micro_batch=16, max_steps=20000, muon_lr=0.02,
              momentum=0.95, weight_decay=0.1, grad_clip=1.0, warmup_steps=100, eval_every=500, sample_every=1000,
              save_every=500, tie_embeddings=True)
 PRESETS = {
-    # with `prepare.py shakespeare --vocab_size=512`: 91 s on two laptop-class cores -> 2.127 bits per byte
-    "shakespeare": {},
+    "shakespeare": {},                                             # for `prepare.py shakespeare --vocab_size=512`
     # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it. One block is
     # enough for words of 3 characters (`--vocab_size=2048`), and half of what two cost; single characters need two
     "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, momentum=0.85, learning_rate=0.025,
@@ -115,7 +54,7 @@ PRESETS = {
     # a larger model for a GPU; not measured yet
     "shakespeare_gpu": dict(n_layer=6, n_embd=384, n_head=6, n_hidden=1024, batch_size=64, max_steps=2000,
                             weight_decay=0.1, grad_clip=1.0, sample_every=500),
-    # the sizes of GPT-2 in today's form, 0.5M tokens per step, for a GPU or many; not trained by us yet
+    # the sizes of GPT-2 in today's form, 0.5M tokens per step, for one GPU or many; we have not trained these yet
     "gpt2": LARGE | dict(n_layer=12, n_embd=768, n_head=12, n_hidden=2048),
     "gpt2-medium": LARGE | dict(n_layer=24, n_embd=1024, n_head=16, n_hidden=2736),
     "gpt2-large": LARGE | dict(n_layer=36, n_embd=1280, n_head=20, n_hidden=3416, micro_batch=8),
@@ -126,99 +65,152 @@ PRESETS = {
 }
 
 
-def parse(Config, presets):
-    """Command line -> Config. Flags win over the saved run (--resume), that over the preset, that over the defaults."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default=Config.preset)
-    early.add_argument("--dataset", default=Config.dataset)
-    early.add_argument("--out", default="")
-    early.add_argument("--resume", action="store_true")
-    known, _ = early.parse_known_args([arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-    if known.preset not in presets:
-        raise SystemExit(f"--preset={known.preset}: no such preset. Choose one of: {', '.join(presets)}")
-    defaults = {"preset": known.preset} | presets[known.preset]
-    out = Path(known.out or f"out/{Path(known.dataset).name}")
-    if known.resume and not (out / "manifest.json").is_file():
-        raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: python train.py --out={out}")
-    if known.resume:
-        defaults = saved_run(out)["config"] | {"out": str(out), "resume": True}
-    return tyro.cli(Config, default=Config(**defaults), use_underscores=True,
-                    description=__doc__.split("\n\n")[0])        # the rest of it stands at the top of the file
+@dataclass
+class Config:
+    preset: Literal[*PRESETS] = "shakespeare"  # named set of defaults, see PRESETS; flags win over it
+    dataset: str = ""               # folder under data/, or a path; empty: shakespeare, or else the newest prepared text
+    out: str = ""                   # folder to write; empty: out/<name of the dataset>
+    init_from: str = ""             # model folder to start from; its shape wins over the flags below
+    # model
+    n_layer: Positive = 4           # blocks
+    n_embd: Positive = 128          # width C
+    n_head: Positive = 2            # query heads
+    n_kv_head: Count = 0            # key/value heads; 0: as many as query heads
+    head_dim: Positive = 64         # channels per head
+    n_hidden: Positive = 344        # width of the MLP
+    block_size: Positive = 128      # context length T
+    rope_theta: Rate = 1000.0       # base of the rotary frequencies
+    qk_norm: bool = True            # normalize queries and keys (a Qwen3); without it the model is a Llama
+    tie_embeddings: bool = False    # share the embedding with the output head
+    # batch and length
+    batch_size: Positive = 16       # sequences per optimizer step, summed over all processes
+    micro_batch: Count = 0          # sequences per forward pass and process; 0: all of its share; halved when memory is full
+    max_steps: Positive = 1000      # optimizer steps
+    document_mask: bool = False     # tokens see and predict only tokens of their own document
+    # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms
+    muon_lr: Rate = 0.05            # peak rate of Muon
+    momentum: Share = 0.9           # of Muon
+    learning_rate: Rate = 0.012     # peak rate of AdamW; of the head: times 128 / n_embd
+    weight_decay: Rate = 0.1        # decoupled, on matrices only, scaled by the learning rate
+    warmup_steps: Count = 0         # linear warm-up; the recipe needs none, its blocks start as the identity
+    cooldown: Share = 0.7           # last part of the run, in which the rates fall linearly to zero
+    grad_clip: Rate = 0.0           # largest global gradient norm; 0: off
+    # watching and saving
+    eval_every: Count = 250         # steps between validations; 0: only at the end
+    eval_tokens: Count = 1_000_000  # tokens of the validation split that are read each time; 0: all
+    sample_every: Count = 250       # steps between samples; 0: never
+    sample_tokens: Positive = 160   # length of those samples
+    save_every: Count = 250         # steps between checkpoints to resume from; 0: only at the end
+    log_every: Positive = 25        # steps between lines on the screen; log.jsonl has every step
+    wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
+    dry_run: bool = False           # measure a micro-batch, then print what the whole run would need; writes nothing
+    # machine
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the matmuls; weights stay float32 (or 64)
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: in long runs, on a CPU only in bf16
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
+    parallel: Literal["ddp", "zero2", "fsdp", "hsdp"] = "ddp"  # under torchrun; hsdp: fsdp in a node, ddp between nodes
+    shards: Count = 0               # hsdp: data-parallel processes that share one replica; 0: those of one node
+    tensor_parallel: Positive = 1   # processes that share every matrix product
+    seed: Seed = 0                  # of initialisation, data order and samples
+    resume: bool = False            # continue the run in --out with its own settings; flags still win
 
 
-def accumulate(model, x, y, segments, micro, factor, asked=lambda: False):
-    """Add up the gradients of factor x (sum of the losses of x -> y), micro sequences at a time. Returns that loss, or None
-    if `asked` said between two of them that it is time to go.
+def accumulate(model, x, y, segments, micro, factor, interrupted=lambda: False):
+    """Add up the gradients of factor x (sum of the losses of x -> y), `micro` sequences at a time.
 
-    Gradients of different copies (ddp, hsdp) meet once, with the last of them. Who shares a copy hands out pieces every time
-    (fsdp, hsdp), or with zero2 keeps whole weights and gradients for the step and divides them at its end. A factor of
-    (data-parallel processes) / (tokens that count, in the whole step on all processes) makes it the mean over tokens however
-    unequally they are spread: what averages the gradients divides by the number of processes.
+    x, y (B, T), segments (B, T) or None. Returns that loss, or None if `interrupted` said so between two micro-batches.
     """
     total = 0.0
     for first in range(0, len(x), micro):
-        if asked():
+        if interrupted():
             return None
-        last = first + micro >= len(x)
-        if hasattr(model, "require_backward_grad_sync"):           # DDP
-            model.require_backward_grad_sync = last
-        elif hasattr(model, "set_requires_gradient_sync"):         # FSDP
-            pieces = last or not model.zero2
-            model.set_requires_gradient_sync(pieces)               # these two among those who share a copy,
-            model.set_reshard_after_backward(pieces)
-            model.set_requires_all_reduce(last)                    # this one between the copies; it must come last
+        sync_gradients(model, last=first + micro >= len(x))
         part = slice(first, first + micro)
         documents = {} if segments is None else {"segments": segments[part]}
-        loss = model(x[part], y[part], reduction="sum", **documents) * factor
-        loss.backward()
-        total = total + loss.detach()                              # not yet read: that would wait for the GPU
+        with split_loss(model):
+            loss = model(x[part], y[part], reduction="sum", **documents) * factor
+            loss.backward()
+        total = total + loss.detach()                              # not read yet: that would wait for the GPU
     return float(whole(total))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data
 
-def documents(x, eos):
-    """Number of the document each token of x (B, T) belongs to. The end-of-text token before a document opens it: from it
-    the first token is predicted, in training as in sampling."""
-    return (x == eos).cumsum(dim=1)
+class Batches:
+    """The sequences of this process for every step; those of the next step are read meanwhile, by a thread."""
+    def __init__(self, tokens, cfg, machine):
+        self.tokens, self.batch_size, self.device = tokens, cfg.batch_size, machine.device
+        self.share = cfg.batch_size // machine.data_world
+        self.first = machine.data_rank * self.share
+        self.reader, self.ahead = ThreadPoolExecutor(1), {}
+
+    def at(self, step):
+        """x, y (share, T) on the device, and how many targets of y count."""
+        for wanted in (step, step + 1):
+            if wanted not in self.ahead:
+                first = wanted * self.batch_size + self.first
+                self.ahead[wanted] = self.reader.submit(self.tokens.batch, first, self.share)
+        x, y = self.ahead.pop(step).result()
+        self.ahead = {later: read for later, read in self.ahead.items() if later == step + 1}      # after a rollback
+        return x.to(self.device), y.to(self.device), (y != -100).sum().item()
+
+
+    def close(self):
+        self.reader.shutdown(cancel_futures=True)
+
+
+def documents_of(x, eos):
+    """Number of the document each token of x (B, T) belongs to, (B, T); None for eos=None. The end-of-text token before a
+    document belongs to it: the first token is predicted from it, in training as in sampling."""
+    return None if eos is None else (x == eos).cumsum(dim=1)
 
 
 @torch.no_grad()
-def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None):
-    """Mean loss (nats per token) over every token of a split, in windows of T; every process takes its share.
+def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None, limit=0):
+    """Mean loss (nats per token) of a split, or of its first `limit` tokens, in windows of T; every process takes its share.
 
     rank and world count data-parallel processes. With eos given, documents do not see each other.
     """
     device = next(model.parameters()).device
+    count = min(len(tokens), limit + 1) if limit else len(tokens)
     total, smaller = 0.0, 0
     model.eval()
-    for first in range(0, math.ceil((len(tokens) - 1) / tokens.T), world * batch):     # equally often on all processes
+    for first in range(0, math.ceil((count - 1) / tokens.T), world * batch):           # equally often on all processes
         x, y = [], []
         for window in range(first + rank * batch, first + (rank + 1) * batch):
             start = window * tokens.T
-            piece = tokens.read(start, min(tokens.T + 1, len(tokens) - start)) if start < len(tokens) else np.zeros(1, int)
-            padding = np.full(tokens.T + 1 - len(piece), -100)     # the last window may be shorter, or not there
+            piece = tokens.read(start, min(tokens.T + 1, count - start)) if start < count else np.zeros(1, int)
+            padding = np.full(tokens.T + 1 - len(piece), -100)     # the last window may be shorter, or missing
             x.append(np.concatenate([piece[:-1], padding.clip(0)]))
             y.append(np.concatenate([piece[1:], padding]))
         x, y = torch.from_numpy(np.stack(x)).to(device), torch.from_numpy(np.stack(y)).to(device)
-        segments = {} if eos is None else {"segments": documents(x, eos)}
+        segments = {} if eos is None else {"segments": documents_of(x, eos)}
         try:
-            total += whole(model(x, y, reduction="sum", **segments)).item()
+            with split_loss(model):
+                total += whole(model(x, y, reduction="sum", **segments)).item()
         except RuntimeError as error:
-            if batch == 1 or dist.is_initialized() or not out_of_memory(error):
+            if batch == 1 or world > 1 or not out_of_memory(error):
                 raise
             smaller = (batch + 1) // 2
-        if smaller:                                                # out of the handler, which keeps tensors alive
+        if smaller:                                                # outside the handler, which keeps tensors alive
             del x, y, segments
             free_memory(device)
-            return evaluate_loss(model, tokens, smaller, rank, world, eos)
-    for module in model.modules():                                 # zero2 keeps weights together until a backward pass
-        if hasattr(module, "reshard"):
-            module.reshard()
+            return evaluate_loss(model, tokens, smaller, rank, world, eos, limit)
+    reshard_weights(model)
     model.train()
-    copies = dist.get_world_size() // world if dist.is_initialized() else 1            # tensor-parallel processes agree
-    return all_sum([total], device)[0] / copies / (len(tokens) - 1)
+    total, processes = sum_over_processes([total, 1], device)
+    return total / (processes / world) / (count - 1)               # tensor-parallel processes have the same sums
+
+
+def validate(raw, tokens, tokenizer, cfg, machine, micro, eos):
+    """(nats per token, bits per byte) of the first cfg.eval_tokens of a split."""
+    # without gradients four times as many sequences fit; several processes cannot try again with fewer
+    rows = max(1, min(16384 // cfg.block_size, 4 * micro if machine.world == 1 else micro))
+    loss = evaluate_loss(raw, tokens, rows, machine.data_rank, machine.data_world, eos, cfg.eval_tokens)
+    targets = min(len(tokens) - 1, cfg.eval_tokens or len(tokens))
+    return loss, loss * targets / tokens.bytes_of(targets, tokenizer) / math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,11 +232,11 @@ def newton_schulz(X, steps=5):
 
 
 def orthogonalize(updates, dtype, mesh=None):
-    """newton_schulz of each matrix of a list, wherever its pieces lie; each result is laid out like what it came from.
+    """newton_schulz of each matrix of a list. Each result is sharded, or replicated, like its input.
 
-    Matrices of one shape (tall ones transposed) form a stack, so that one batched call does them all. If several
-    processes hold the stack, in pieces or each a copy (then `mesh` says who), they divide it into whole matrices,
-    work on their own and exchange the results: no matrix is done twice, and none is ever cut.
+    Matrices of one shape (tall ones transposed) form a stack, so that one batched call computes them all. If several
+    processes hold the stack, sharded or replicated (then `mesh` names them), each gets some of its matrices whole,
+    computes those and the results are exchanged: no matrix is computed twice.
     dtype is that of the products: bf16 is precise enough where the hardware is faster in it.
     """
     stacks, results = defaultdict(list), [None] * len(updates)
@@ -270,19 +262,19 @@ def orthogonalize(updates, dtype, mesh=None):
 
 
 class Optimizer:
-    """Groups of parameters and what is remembered of each, as in torch.optim, whose own class imports the compiler: a
-    second before the first step."""
+    """Parameter groups and a state per parameter, as in torch.optim, whose own class imports the compiler: 0.9 s before
+    the first step (torch 2.13)."""
     def __init__(self, groups, **defaults):
         self.param_groups = [defaults | group for group in groups]
         self.state = defaultdict(dict)                             # parameter -> name -> tensor
 
     def with_gradient(self, group):
-        """Those parameters of a group, and their gradients."""
+        """The parameters of a group that have a gradient, and these gradients."""
         params = [p for p in group["params"] if p.grad is not None]
         return params, [p.grad for p in params]
 
     def remember(self, params, name):
-        """One state of each of these parameters; at first zeros of its shape."""
+        """The state `name` of each of these parameters; at first zeros."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p, requires_grad=False)
@@ -321,19 +313,19 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             params, grads = self.with_gradient(group)
             if not params:
-                continue                                           # else all of them have one, so t is one number
+                continue                                           # torch._foreach_ functions need at least one tensor
             means, squares = self.remember(params, "exp_avg"), self.remember(params, "exp_avg_sq")
             for p in params:
                 self.state[p]["step"] = self.state[p].get("step", torch.zeros(())) + 1
-            t, (b1, b2) = self.state[params[0]]["step"].item(), group["betas"]
+            (b1, b2), counts = group["betas"], [self.state[p]["step"].item() for p in params]
             torch._foreach_lerp_(means, grads, 1 - b1)
             torch._foreach_mul_(squares, b2)
             torch._foreach_addcmul_(squares, grads, grads, value=1 - b2)
             roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, math.sqrt(1 - b2 ** t))
+            torch._foreach_div_(roots, [math.sqrt(1 - b2 ** t) for t in counts])
             torch._foreach_add_(roots, group["eps"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_addcdiv_(params, means, roots, value=-group["lr"] / (1 - b1 ** t))
+            torch._foreach_addcdiv_(params, means, roots, [-group["lr"] / (1 - b1 ** t) for t in counts])
 
 
 def make_optimizers(model, cfg, dtype, mesh=None):
@@ -341,21 +333,22 @@ def make_optimizers(model, cfg, dtype, mesh=None):
     of equal standing: a row of the embedding moves only when its token occurs.
 
     A step of Muon changes a layer's output equally much at any width. So does AdamW on embedding and norms; but a head
-    of C inputs moves its logits by C x rate, hence its rate falls with the width (arXiv:2203.03466); the recipe was
-    measured at 128. A larger batch changes no rate: it only makes the same step less noisy.
+    of C inputs moves its logits by C x rate, so its rate falls with the width (arXiv:2203.03466); the recipe was
+    measured at 128. WIDTHLIMITS A larger batch changes no rate: it only makes the same step less noisy.
     """
-    inside = [p for p in model.layers.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if all(p is not q for q in inside)]
-    head = model.lm_head.weight
+    inside = {p for p in model.layers.parameters() if p.dim() == 2}
+    rest, head = [p for p in model.parameters() if p not in inside], model.lm_head.weight
     groups = [dict(params=[p for p in rest if p.dim() == 2 and p is not head], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
               dict(params=[head], weight_decay=cfg.weight_decay, lr=cfg.learning_rate * 128 / head.shape[1])]
-    dtype = torch.float32 if dtype == torch.float16 else dtype     # there small gradients would vanish
-    muon = Muon([dict(params=inside)], dtype, mesh, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    matrices = [p for p in model.layers.parameters() if p in inside]                   # in a fixed order on all processes
+    replicas = mesh["replicas"] if mesh and cfg.parallel == "ddp" and cfg.tensor_parallel == 1 else None
+    dtype = torch.float32 if dtype == torch.float16 else dtype     # in float16 small gradients would become zero
+    muon = Muon([dict(params=matrices)], dtype, replicas, lr=cfg.muon_lr, momentum=cfg.momentum,
+                weight_decay=cfg.weight_decay)
     adamw = AdamW(groups, lr=cfg.learning_rate, betas=(0.8, 0.95), eps=1e-10)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    for group in muon.param_groups + adamw.param_groups:
+        group["peak_lr"] = group["lr"]
     return [muon, adamw]
 
 
@@ -366,35 +359,53 @@ def lr_at(step, cfg):
     return min(1.0, warmup, cooldown)
 
 
+def set_rates(optimizers, factor):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def finish_gradients(model, factor, clip):
+    """Multiply all gradients by a factor and clip their global norm to `clip` (0: off). Returns the norm before clipping."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if factor != 1:
+        torch._foreach_mul_(grads, factor)
+    norm = float(whole(torch.nn.utils.get_total_norm(grads)))
+    if clip and math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm, device=grads[0].device))
+    return norm
+
+
 # ---------------------------------------------------------------------------------------------------------------------
+# The model
 
-def model_config(cfg, tokenizer, before):
-    """The shape of a new model, or (before: its manifest) of that of the run to resume."""
-    saved = before["model"] if before else {}
-    longest = max(cfg.block_size, saved.get("block_size", 0))
-    shape = dict(vocab_size=tokenizer.vocab_size, block_size=longest, n_layer=cfg.n_layer, n_embd=cfg.n_embd,
-                 n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head, head_dim=cfg.head_dim,
-                 n_hidden=cfg.n_hidden, rope_theta=cfg.rope_theta, qk_norm=cfg.qk_norm, tie_embeddings=cfg.tie_embeddings,
-                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    try:
-        return GPTConfig(**saved | shape)
-    except ValueError as error:
-        raise SystemExit(f"--{error}. See python train.py --help") from None
-
-
-def first_model(cfg, tokenizer):
-    """The model of --init_from, to go on training."""
-    try:
-        model, own = load_model(cfg.init_from, device="cpu")
-    except ValueError as error:
-        raise SystemExit(f"--init_from={cfg.init_from}: {error}") from None
-    if own.hash != tokenizer.hash:
-        raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. Prepare "
-                         f"its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
-    if cfg.block_size > model.config.block_size:
-        raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} knows {model.config.block_size} positions. "
-                         f"Train with --block_size={model.config.block_size} or less")
-    return model.train()
+def build_model(cfg, tokenizer, before, machine):
+    """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume)."""
+    if cfg.init_from and not before:
+        try:
+            model, own = load_model(cfg.init_from, device="cpu")
+        except ValueError as error:
+            raise SystemExit(f"--init_from={cfg.init_from}: {error}") from None
+        if own.hash != tokenizer.hash:
+            raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. Prepare "
+                             f"its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
+        if cfg.block_size > model.config.block_size:
+            raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} has {model.config.block_size} positions. "
+                             f"Train with --block_size={model.config.block_size} or less")
+        model.train()
+    else:
+        saved = before["model"] if before else {}
+        shape = {name: getattr(cfg, name) for name in SHAPE} | dict(
+            n_kv_head=cfg.n_kv_head or cfg.n_head, block_size=max(cfg.block_size, saved.get("block_size", 0)),
+            vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+        try:
+            config = GPTConfig(**saved | shape)
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"--{error}. See python train.py --help") from None
+        warn_too_large(GPT, config, cfg, machine)
+        model = GPT(config).init_weights()
+    model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    return model.double() if machine.dtype == torch.float64 else model
 
 
 class Ordinary:
@@ -431,354 +442,100 @@ def write_sample(model, tokenizer, cfg, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def due(step, every):
+    return every and step % every == 0
+
+
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
-    out = Path(cfg.out or f"out/{folder.name}")
-    try:
-        device, rank, world = setup(cfg.device, pick_device(cfg.device))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    again = bool(all_sum([rank == 0 and restarted(out)], device)[0])           # process 0 decides, before anyone writes
-    if again and not cfg.dry_run:
-        cfg = Config(**saved_run(out)["config"] | {"out": str(out), "resume": True})
-    dtype = pick_dtype(cfg.dtype, device, world)
-    peak = world * matmul_speed(device, dtype)
-    train_tokens, val_tokens = check(cfg, folder, world)
-    before = saved_run(out) if cfg.resume else None
-    if before and (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
-        raise SystemExit(f"--resume: {folder} is not the dataset this run began with (that had vocab_size="
-                         f"{before['vocab_size']}). Prepare that one again, or start anew: python train.py "
-                         f"--dataset={cfg.dataset}")
-    if rank == 0 and not cfg.dry_run:
-        check_folder(out)
+    out = run_folder(cfg.out, cfg.dataset)
+    machine = Machine(cfg.device, cfg.tensor_parallel)
+    cfg, before = earlier_run(cfg, out, machine)
+    machine.measure(cfg.dtype)
+    train_tokens, val_tokens = check_settings(cfg, folder, out, machine)
 
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
-    # the model: raw is the bare module, model what the training forward goes through
-    torch.manual_seed(cfg.seed)                                    # after the measurements, which draw numbers too
-    if cfg.init_from and not before:
-        raw = first_model(cfg, tokenizer)
-    else:
-        config = model_config(cfg, tokenizer, before)
-        problem = ""
-        if not surely_fits(config, device):
-            with torch.device("meta"):                             # shapes only
-                problem = too_large(cfg, GPT(config), dtype, device, world)
-        if problem and cfg.dry_run:
-            raise SystemExit(problem)
-        if problem:
-            say(f"this may not go well. {problem}")
-        raw = GPT(config).init_weights()
-    if cfg.init_from:
-        cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE})
-    check_model(cfg, raw.config, before, out)
-    raw.dtype, raw.checkpointing = dtype, cfg.checkpointing
-    if dtype == torch.float64:
-        raw.double()
-    for block in raw.layers:                                       # in bf16 a CPU's fused attention trains slowly
-        block.self_attn.fused = not (device.type == "cpu" and dtype == torch.bfloat16)
+    # the model: raw is the bare module, model what the training forward calls
+    torch.manual_seed(cfg.seed)
+    raw = build_model(cfg, tokenizer, before, machine)
+    cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE if cfg.init_from})
+    check_model(cfg, raw.config, before, tokenizer, folder, out)
     flops, tokens_per_step = raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
-    if cfg.compile == "auto":                                      # a CPU: 10 to 25 s of compiling, then 1.5 to 1.7 x in bf16
-        seconds = flops * tokens_per_step * cfg.max_steps / peak   # at full speed, of which a small model reaches a tenth
-        worth = cfg.max_steps >= 200 if device.type == "cuda" else \
-            device.type == "cpu" and world == 1 and dtype == torch.bfloat16 and seconds > 4
-        cfg = replace(cfg, compile="on" if worth else "off")       # as written in the manifest: a resumed run does the same
-    compiled = cfg.compile == "on"
-    if compiled and world > 1:                                     # in the middle of a step the others would wait forever
-        problem = compiler_problem(device)
-        compiled = not all_sum([bool(problem)], device)[0]
-        if problem:
-            print(f"--compile does not work on process {rank}, going on without it everywhere ({problem})", flush=True)
+    if cfg.compile == "auto":                                      # decided once: the manifest keeps it for a resumed run
+        cfg = replace(cfg, compile="on" if compile_pays(cfg, flops * tokens_per_step * cfg.max_steps, machine) else "off")
+    compiled = cfg.compile == "on" and compiles(machine)
     if compiled:
         for block in raw.layers:                                   # one block's code serves all; names stay as they are
             block.compile(dynamic=False)
-    mesh = make_mesh(cfg, device, world) if world > 1 else None
-    count = raw.num_params()
-    model = parallelize(raw, cfg, mesh, device, dtype) if mesh else raw.to(device)
-    plain = mesh and cfg.parallel == "ddp" and cfg.tensor_parallel == 1
-    optimizers = make_optimizers(raw, cfg, dtype, mesh["replicas"] if plain else None)
-    data_rank, data_world = rank // cfg.tensor_parallel, world // cfg.tensor_parallel
+    count, mesh = raw.num_params(), make_mesh(cfg, machine)
+    model = parallelize(raw, cfg, mesh, machine)
+    optimizers = make_optimizers(raw, cfg, machine.dtype, mesh)
     eos = tokenizer.eos_id if cfg.document_mask else None
 
-    progress = Progress(loss_scale=2.0 ** 16 if dtype == torch.float16 else 1.0)
-    if rank == 0 and not cfg.dry_run:
-        take_lock(out)
-        if not cfg.resume:
-            keep_earlier_run(out)
-            take_lock(out)
-        atexit.register((out / "running.json").unlink, missing_ok=True)
-    if cfg.resume and not (again and not steps_saved(out, rank, device)):
-        progress = load_state(out, raw, optimizers, rank, world)
-    finished = cfg.resume and progress.step >= cfg.max_steps
-
-    # what the run will cost
-    share = cfg.batch_size // data_world
-    micro = min(cfg.micro_batch or share, share)
-    asked_for = any(arg.replace("-", "_").startswith("__micro_batch") for arg in sys.argv) and not again
-    if cfg.resume and not asked_for:                               # has an earlier start run out of memory?
-        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
-    wanted, micro = micro, fitting(micro, cfg, raw, device, world)
-    micro = int(min(all_sum([micro * (rank == i) for i in range(world)], device)))     # as many passes everywhere
-    if micro < wanted:
-        say(f"--micro_batch={wanted} needs more memory than the {memory_size(device) / 1e9:.1f} GB of this machine: now "
-            f"--micro_batch={micro}, with more passes per step; the result is the same")
-    say(f"{f'resuming at step {progress.step}' if cfg.resume else 'training'}: {count:,} parameters on {folder.name}, "
-        f"{len(train_tokens):,} tokens ({cfg.max_steps * tokens_per_step / len(train_tokens):.1f} epochs of it in "
-        f"{cfg.max_steps} steps)")
-    for name in ("batch_size", "block_size", "seed") if before else ():
-        if before["config"].get(name) != getattr(cfg, name):
-            say(f"--{name}={getattr(cfg, name)}, before {before['config'].get(name)}: the text goes on at another place, some "
-                "of it comes twice or not at all")
-    layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
-    say(f"machine: {world} x {device}{layout}, matmuls in {str(dtype).removeprefix('torch.')} at {peak / 1e9:,.0f} GFLOP/s "
-        f"measured, {torch.get_num_threads()} threads{', blocks compiled' * compiled}")
-    log = None
-    if rank == 0 and not cfg.dry_run:
-        log = trim_log(out, progress.step)
-        curve = before.get("wandb") if before else None            # the run there that a resumed one continues
-        if cfg.wandb:
-            import wandb
-            curve = wandb.init(project="nanopath", name=out.name, config=asdict(cfg), id=curve, resume="allow").id
-            wandb.define_metric("*", step_metric="step")           # its own count of steps must not go back, ours may
-        write_manifest(out, cfg, dtype, tokenizer, folder, raw.config, curve)
-
-    def record(row):
-        if log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            if cfg.wandb:
-                wandb.log(row)
-
-    asked = stop = False                                           # asked: this process got a signal; stop: all agreed
-
-    def ask_to_stop(number, frame):
-        nonlocal asked
-        if asked and number == signal.SIGINT:                      # a second Ctrl-C means it
-            raise KeyboardInterrupt
-        asked = True
-    if not cfg.dry_run:                                            # which has nothing to save
-        signal.signal(signal.SIGINT, ask_to_stop)
-        signal.signal(signal.SIGTERM, ask_to_stop)
-
-    reader, ahead = ThreadPoolExecutor(1), {}
-
-    def batch_at(step):
-        """This process's sequences of a step; those of the next are read meanwhile."""
-        for wanted in (step, step + 1):
-            if wanted not in ahead:
-                first = wanted * cfg.batch_size + data_rank * share
-                ahead[wanted] = reader.submit(train_tokens.batch, first, share)
-        x, y = ahead.pop(step).result()
-        return x.to(device), y.to(device)
-
-    def gradients(x, y, factor):
-        """accumulate, in smaller pieces when memory is full, without the compiler where that does not work."""
-        nonlocal micro, compiled
-        segments = None if eos is None else documents(x, eos)
-        while True:
-            try:                                                   # several processes can only leave a step together
-                return accumulate(model, x, y, segments, micro, factor, lambda: asked and world == 1)
-            except Exception as error:
-                full = isinstance(error, RuntimeError) and out_of_memory(error)
-                if not (full or compiled):
-                    raise
-                problem = str(error).strip().split("\n")[0]
-                if world > 1 and not full:
-                    raise SystemExit(f"process {rank}: {problem[:200]}. If that is the compiler: --compile=off") from error
-            raw.zero_grad()                                        # out of the handler, which keeps tensors alive
-            free_memory(device)
-            if full:
-                micro = halved(micro, cfg, out, rank, world)
-                say(f"out of memory: now --micro_batch={micro}, with more passes per step; the result is the same")
-            else:
-                compiled = False
-                torch.compiler.set_stance("force_eager")
-                say(f"--compile does not work here, going on without it ({problem[:100]})")
-
-    def take_step(step):
-        """One optimizer step; none if the gradient is not finite. Returns its mean loss and gradient norm, or None if a
-        signal came in the middle: then nothing has changed."""
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_at(step, cfg) * progress.lr_factor
-        x, y = batch_at(step)
-        tokens = all_sum([(y != -100).sum().item()], device)[0] / cfg.tensor_parallel
-        loss = gradients(x, y, progress.loss_scale * data_world / max(tokens, 1))
-        if loss is None:
-            return None
-        grads = [p.grad for p in raw.parameters() if p.grad is not None]
-        if progress.loss_scale != 1:
-            torch._foreach_mul_(grads, 1 / progress.loss_scale)
-        norm = float(whole(torch.nn.utils.get_total_norm(grads)))
-        if math.isfinite(norm):                                    # the same on all processes
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(raw.parameters(), cfg.grad_clip, torch.tensor(norm, device=device))
-            update(optimizers)
-        return loss / progress.loss_scale / data_world, norm
-
-    def step_seconds():
-        """How long a step will take: one micro-batch and one update, measured. Each micro-batch is measured as the last of
-        its step, which talks to the other processes: with several of them a step may be faster than that."""
-        x, y = batch_at(progress.step)
-        say(f"measuring about one micro-batch of {micro} x {cfg.block_size:,} tokens on {device}, of which a step has "
-            f"{math.ceil(share / micro)}, and one update of the weights ...")
-
-        def clock():
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            return time.perf_counter()
-        passes, size = [], micro                                   # the first only warms up, unless it takes a minute
-        while len(passes) < 4 and (all_sum([sum(passes)], device)[0] < 60 * world or compiled and len(passes) < 2):
-            raw.zero_grad()
-            start = clock()
-            gradients(x[:micro], y[:micro], 1 / (micro * cfg.block_size))
-            passes, size = passes * (micro == size) + [clock() - start], micro
-        for _ in range(2):                                         # the first makes the optimizer's state
-            start = clock()
-            update(optimizers)
-        return math.ceil(share / micro) * np.median(passes[1:] or passes) + clock() - start
-
+    # the run: its folder, what it has done so far, what protects it
+    log = Log(out, cfg, machine)
+    progress = Progress(loss_scale=2.0 ** 16 if machine.dtype == torch.float16 else 1.0)
+    resumed = cfg.resume and load_state(out, raw, optimizers, progress, machine)
+    micro = fitting(remembered_micro_batch(cfg, before, out, machine), cfg, raw, machine)
+    guard = Guard(log, raw, optimizers, progress, micro, compiled)
+    batches = Batches(train_tokens, cfg, machine)
+    announce(log, cfg, before, resumed, progress, count, train_tokens, mesh, compiled)
     if cfg.dry_run:
-        speed = tokens_per_step / step_seconds()
-        if rank == 0:
-            rates = [lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)]
-            report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rates)
-            print("Next: the same command without --dry_run")
+        x, y, _ = batches.at(progress.step)
+        dry_run(cfg, out, raw, machine, mesh, guard,
+                lambda micro: accumulate(model, x[:micro], y[:micro], documents_of(x[:micro], eos), micro, 1 / tokens_per_step),
+                step_optimizers, rates=[lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)],
+                evaluated=min(len(val_tokens), cfg.eval_tokens or len(val_tokens)))
+        batches.close()
+        return machine.close()
+    log.open(progress.step, new_manifest(cfg, machine, tokenizer, folder, raw.config, before, progress))
 
     # the loop
-    losses, shown = [], None                                       # shown: (step, seconds) at the last line
-    while progress.step < cfg.max_steps and not stop and not cfg.dry_run:
-        start = time.perf_counter()
-        taken = take_step(progress.step)
-        if taken is None:                                          # half a step: dropped, the weights are as before
-            stop = True
-            save(out, raw, optimizers, progress, rank, world, last=True)
+    while progress.step < cfg.max_steps and not guard.stop:
+        log.start_step()
+        rate = lr_at(progress.step, cfg) * progress.lr_factor
+        set_rates(optimizers, rate)
+        x, y, targets = batches.at(progress.step)
+        scale = progress.loss_scale * machine.data_world / tokens_per_step             # as if every target counted
+        loss = guard.attempt(lambda micro: accumulate(model, x, y, documents_of(x, eos), micro, scale, guard.interrupted))
+        if loss is None:                                           # a signal in the middle of a step: the step is dropped
+            guard.stop = True
+            guard.save(last=True)
             break
-        loss, norm = taken
-        row = {"step": progress.step + 1, "lr_factor": lr_at(progress.step, cfg) * progress.lr_factor}
-        # the same loss, and the same wish to stop, everywhere
-        loss, stop = all_sum([loss / cfg.tensor_parallel, asked], device)
-        progress.step += 1
-        step = progress.step
-        if not math.isfinite(norm):
-            reason = f"the gradient became {norm} at step {step} (loss {loss}), first in {first_broken(raw)}"
-            raw.zero_grad()
-            record({"step": step, "skipped": reason})
-            if dtype == torch.float16 and progress.loss_scale > 1:  # too large for float16: not the run's fault
-                progress.loss_scale /= 2
-            else:
-                progress.skipped += 1
-                say(f"{reason}: no update, batch skipped")
-            if progress.skipped < 3:
-                if not stop and step < cfg.max_steps:
-                    continue
-            elif progress.rollbacks or not steps_saved(out, rank, device):
-                give_up(out, reason, progress, batch_at(step - 1), rank)
-            else:
-                progress = load_state(out, raw, optimizers, rank, world)
-                progress.rollbacks += 1
-                progress.lr_factor /= 2
-                say(f"went back to step {progress.step} with half the learning rates")
-                if log:
-                    log.close()
-                    log = trim_log(out, progress.step)
-                record({"step": progress.step, "rolled_back": reason})
-                save_state(out, raw, optimizers, progress, rank, world)
-                shown = None
-                continue
-        else:
-            raw.zero_grad()
-            progress.skipped = 0
-            if dtype == torch.float16 and step % 1000 == 0:
-                progress.loss_scale *= 2
-            progress.seconds += time.perf_counter() - start
-            losses.append(loss)
-            row |= {"loss": loss, "grad_norm": norm, "seconds": progress.seconds}
-            if step % cfg.log_every == 0 or step == cfg.max_steps:
-                rates = ""
-                if shown and step > shown[0]:                      # the first step, with its compilation, is left out
-                    speed = (step - shown[0]) * tokens_per_step / max(progress.seconds - shown[1], 1e-9)
-                    left = (cfg.max_steps - step) * tokens_per_step / speed
-                    row |= {"tokens_per_second": speed, "mfu": speed * flops / peak}
-                    rates = f"{speed:,.0f} tok/s  mfu {row['mfu']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}  "
-                shown = (step, progress.seconds)
-                row["memory"] = memory_used(device)
-                say(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}  lr x{row['lr_factor']:.2f}  "
-                    f"grad {norm:.2f}  {rates}{row['memory'] / 1e9:.1f} GB")
-            shown = shown or (step, progress.seconds)
-            record(row)
+        loss, targets, asked = machine.sum([loss, targets, guard.asked])               # the one all-reduce of a step
+        correction = tokens_per_step * cfg.tensor_parallel / max(targets, 1) / progress.loss_scale
+        loss *= correction / machine.world                         # mean over the targets that count, of all processes
+        norm = finish_gradients(raw, correction, cfg.grad_clip)
+        progress.step, guard.stop = progress.step + 1, asked > 0
+        if math.isfinite(norm):                                    # the same on all processes
+            guard.update()
+            log.step(progress, loss, norm, rate, flops)
+        elif guard.not_finite(loss, norm, (x, y)):
+            continue
 
-        done = step == cfg.max_steps
-        evaluating = done or (cfg.eval_every and step % cfg.eval_every == 0)
-        sampling = cfg.sample_every and (done or step % cfg.sample_every == 0)
-        better, full = False, None
-        eager = compiled and (evaluating or sampling)              # other shapes, seldom: not worth compiling
-        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-            if evaluating:
-                # without gradients four times as many fit; several processes cannot try again with fewer
-                rows = max(1, min(16384 // cfg.block_size, 4 * micro if world == 1 else micro))
-                val_loss = evaluate_loss(raw, val_tokens, rows, data_rank, data_world, eos)
-                bits = val_loss * (len(val_tokens) - 1) / val_tokens.bytes / math.log(2)
-                better = progress.best is None or val_loss < progress.best
-                say(f"step {step:5d}  validation {val_loss:.4f} nats per token, {bits:.4f} bits per byte"
-                    + "  <- best" * better)
-                record({"step": step, "val_loss": val_loss, "bits_per_byte": bits})
-                if better:
-                    progress.best = val_loss
-                    full = whole_model(raw, rank)
-                    if rank == 0:
-                        save_model(out, full, tokenizer)
-            if done or stop or (cfg.save_every and step % cfg.save_every == 0):
-                save(out, raw, optimizers, progress, rank, world, last=done or stop)
-            if sampling:
-                full = full if better else whole_model(raw, rank)  # asked of all or of none: only process 0 gets one
-                if rank == 0:
-                    say(write_sample(full, tokenizer, cfg, device))
-        if log and (evaluating or stop or (cfg.save_every and step % cfg.save_every == 0)):
-            plot_losses(out)
+        done = progress.step == cfg.max_steps
+        evaluating, saving = done or due(progress.step, cfg.eval_every), done or guard.stop or due(progress.step, cfg.save_every)
+        sampling = cfg.sample_every and (done or due(progress.step, cfg.sample_every))
+        if not (evaluating or saving or sampling):
+            continue
+        with guard.eager():
+            better = evaluating and log.evaluation(progress, *validate(raw, val_tokens, tokenizer, cfg, machine, guard.micro, eos))
+            full = whole_model(raw, machine.rank) if better or sampling else None      # all ranks call it, rank 0 gets it
+            if better:
+                guard.write(save_model, full, tokenizer)
+            if saving:
+                guard.save(last=done or guard.stop)
+            if sampling and machine.rank == 0:
+                log.say(write_sample(full, tokenizer, cfg, machine.device))
+        log.plot()
 
-    # the end
-    reader.shutdown(cancel_futures=True)
-    if not cfg.dry_run:
-        if all_sum([rank == 0 and not (out / "model.safetensors").is_file()], device)[0]:   # stopped before an evaluation
-            final = whole_model(raw, rank)
-            if rank == 0:
-                save_model(out, final, tokenizer)
-        if finished:
-            say(f"{out} had all its {progress.step} steps already. Go on: python train.py --resume --out={out} "
-                f"--max_steps={2 * progress.step}")
-        elif progress.step < cfg.max_steps:
-            say(f"stopped at step {progress.step}; everything is saved. Go on: python train.py --resume --out={out}")
-        else:
-            best = "" if progress.best is None else f" best validation loss {progress.best:.4f}."
-            say(f"{progress.seconds:.0f} s of training in all;{best} Loss curve: {out / 'loss.png'}")
-            say(f"Next: python sample.py --model={out}")
-    if log:
-        log.close()
-        (out / "running.json").unlink(missing_ok=True)
-    if world > 1:
-        dist.destroy_process_group()
+    batches.close()
+    if machine.any(machine.rank == 0 and not (out / "model.safetensors").is_file()):   # stopped before any evaluation
+        guard.write(save_model, whole_model(raw, machine.rank), tokenizer)
+    log.finish(progress)
+    machine.close()
 
 
 if __name__ == "__main__":
-    cfg = parse(Config, PRESETS)
-    try:
-        main(cfg)
-    except BrokenPipeError:                                        # whoever read our lines has gone: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:                                      # in a dry run, or for the second time
-        raise SystemExit("stopped at once") from None
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or out_of_memory(error)):
-            raise
-        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
-                         "smaller model; what was saved before is whole: python train.py --resume, same --out") from None
-    except (OSError, SafetensorError) as error:                    # a full disk, most likely
-        if isinstance(error, (ConnectionError, TimeoutError)):     # not a disk
-            raise
-        raise SystemExit(f"--out={cfg.out or 'out/...'}: cannot be written ({error}). What was saved before is whole: make "
-                         "room, then python train.py --resume with the same --out") from None
+    with explained():
+        main(parse_run(Config, PRESETS, __doc__))

@@ -4,6 +4,7 @@ meets them. train.py learns from it; a folder that is incomplete, or has another
 """
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ class Tokens:
     """
     def __init__(self, folder, split, T, seed=0):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.T, self.seed, self.epoch = T, seed, None
+        self.folder, self.T, self.seed, self.epoch = folder, T, seed, None
         self.shards = [np.memmap(folder / shard["file"], dtype=f"<u{np.dtype(meta['dtype']).itemsize}", mode="r")
                        for shard in meta["splits"][split]["shards"]]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
@@ -41,6 +42,15 @@ class Tokens:
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)
 
+    def bytes_of(self, targets, tokenizer):
+        """Bytes of text of the first `targets` tokens that are predicted (the very first token is not)."""
+        if targets >= len(self) - 1:
+            return self.bytes
+        lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for token, spelling in tokenizer.bytes_of.items():
+            lengths[token] = len(spelling) if token not in tokenizer.specials.values() else 0
+        return int(lengths[self.read(1, targets)].sum())
+
     def batch(self, first, count):
         """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by one."""
         rows = []
@@ -58,6 +68,7 @@ class Tokens:
 
 def open_dataset(cfg):
     """The dataset's folder and its tokenizer; a clear word where something does not fit."""
+    cfg = replace(cfg, dataset=cfg.dataset or default_dataset())
     folder = Path(cfg.dataset) if (Path(cfg.dataset) / "meta.json").is_file() else Path("data") / cfg.dataset
     if not (folder / "meta.json").is_file():
         there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
@@ -101,3 +112,10 @@ def prepare_command(folder, **changes):
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in recipe.items()
              if name != "sources" and value and value != usual.get(name)]
     return shlex.join(["python", "prepare.py", *recipe["sources"], *flags])
+
+
+def default_dataset():
+    """Name of the dataset that is meant where none is named: shakespeare, or without it the newest prepared text."""
+    prepared = [path for path in Path("data").glob("*/meta.json") if "tokenizer_hash" in path.read_text(encoding="utf-8")]
+    newest = max(prepared, key=lambda path: path.stat().st_mtime, default=None)
+    return "shakespeare" if newest is None or Path("data/shakespeare/meta.json") in prepared else newest.parent.name

@@ -1,71 +1,77 @@
 """
-One model on many processes: who holds which piece, and how the pieces come together again.
+One model on many processes: which process holds which part, and how the parts become whole tensors again.
 
-The processes form a box (replicas, shards, tensor). `parallelize` lays a model over it, `whole` puts a tensor together
-again; in between, training is the same few lines as on one process.
+The processes form a mesh (replicas, shards, tensor). `parallelize` distributes a model over it, `whole` gathers a tensor;
+in between, training is the same few lines as on one process.
 """
+import contextlib
 import logging
 import os
 
 import torch
 
 
-def make_mesh(cfg, device, world):
-    """The processes as a box (replicas, shards, tensor): copies of the model, pieces of a copy, pieces of a product.
+def make_mesh(cfg, machine):
+    """The processes as a mesh (replicas, shards, tensor): replicas of the model, shards of a replica, parts of a matrix
+    product. None on one process.
 
-    The tensor direction is the innermost: it talks in every layer, so its processes should sit side by side in one node.
+    The tensor dimension is the innermost: it communicates in every layer, so its ranks belong in one node.
     """
-    from torch.distributed.device_mesh import init_device_mesh     # half a second, not spent where nobody needs it
-    data, shards = world // cfg.tensor_parallel, shards_of(cfg, world)
-    return init_device_mesh(device.type, (data // shards, shards, cfg.tensor_parallel),
+    if machine.world == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh     # half a second that one process does not need
+    data, shards = machine.world // cfg.tensor_parallel, shards_of(cfg, machine.world)
+    return init_device_mesh(machine.device.type, (data // shards, shards, cfg.tensor_parallel),
                             mesh_dim_names=("replicas", "shards", "tensor"))
 
 
 def shards_of(cfg, world):
-    """Data-parallel processes that share one copy: with hsdp those of one node, unless --shards says another number."""
+    """Number of data-parallel processes that share one replica: with hsdp those of one node, unless --shards is given."""
     node = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
     return {"ddp": 1, "hsdp": cfg.shards or node}.get(cfg.parallel, world // cfg.tensor_parallel)
 
 
-def parallelize(model, cfg, mesh, device, dtype):
-    """Lay a model that every process built alike over the mesh. Returns what the training forward goes through.
+def parallelize(model, cfg, mesh, machine):
+    """Distribute a model that every process built alike over the mesh. Returns the module that training calls.
 
-    ddp      every process has everything, gradients are averaged.
-    zero2    optimizer state in pieces, weights and gradients between steps too; within a step they are whole.
-    fsdp     everything in pieces; a block's weights are put together while it computes, forward and backward: the least
-             memory, the most traffic.
-    hsdp     fsdp among `shards` neighbours, ddp between those groups.
-    tensor   each matrix is cut in columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
+    ddp      every process has the whole model; gradients are averaged.
+    zero2    optimizer state is sharded, and weights and gradients too between steps; during a step they are whole.
+    fsdp     everything is sharded; a block's weights are gathered while it computes, forward and backward: the least
+             memory, the most communication.
+    hsdp     fsdp within groups of `shards` processes, ddp between the groups.
+    tensor   each matrix is cut by columns (q, k, v, gate, up, head) or rows (o, down, embedding), so that a pair of
              them needs one exchange; between the pairs every process holds its part of the sequence (2205.05198).
-    Whatever the mode, gradients come out divided by the number of data-parallel processes, in all of them alike.
+    In every mode gradients come out divided by the number of data-parallel processes.
     """
+    if mesh is None:
+        return model.to(machine.device)
     if mesh["tensor"].size() > 1:
         split_products(model, mesh["tensor"])
     elif cfg.parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model.to(device), broadcast_buffers=False,     # they never change
-                                                         gradient_as_bucket_view=True)
+        return torch.nn.parallel.DistributedDataParallel(model.to(machine.device), gradient_as_bucket_view=True,
+                                                         broadcast_buffers=False)      # buffers never change
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    # a mesh of two directions is what makes it hsdp; ddp with tensor parallel is hsdp in shards of one
+    # a mesh of two dimensions makes it hsdp; ddp with tensor parallel is hsdp with shards of one process
     data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
-    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype.itemsize == 2 else \
+    policy = MixedPrecisionPolicy(param_dtype=machine.dtype, reduce_dtype=torch.float32) if machine.dtype.itemsize == 2 else \
         MixedPrecisionPolicy()
-    again = cfg.parallel != "zero2"
-    if device.type == "cpu":                                       # gloo goes another way and says so, which helps nobody
+    reshard = cfg.parallel != "zero2"
+    if machine.device.type == "cpu":                               # gloo has no all-to-all; torch warns and uses all-gather
         logging.getLogger("torch.distributed.tensor._collective_utils").addFilter(
             lambda record: "does not support alltoall" not in record.getMessage())
     for block in model.layers:
-        fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=half)
-    fully_shard(model, mesh=data, reshard_after_forward=again)     # embedding, last norm and head travel in fp32
-    model.zero2 = not again                                        # for train.accumulate
+        fully_shard(block, mesh=data, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=data, reshard_after_forward=reshard)   # embedding, last norm and head communicate in fp32
+    model.zero2 = not reshard                                      # read by sync_gradients
     return model
 
 
 def split_products(model, mesh):
-    """Tensor parallel with sequence parallel. The norms of queries and keys take part in it: left out, every process
-    would train their weights on its own heads alone, and no error would tell."""
+    """Tensor parallel with sequence parallel. The norms of queries and keys must be part of the plan: without them every
+    process trains their weights on its own heads alone, and no error says so."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleOutput, RowwiseParallel,
-                                                   SequenceParallel, loss_parallel, parallelize_module)
+                                                   SequenceParallel, parallelize_module)
     sequence, heads = SequenceParallel(), SequenceParallel(sequence_dim=2, use_local_output=True)
     gather = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=False)
     columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
@@ -78,28 +84,59 @@ def split_products(model, mesh):
         "embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "norm": sequence,
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
     parallelize_module(model, mesh, {"norm": gather})
-    model.max_logits = 1 << 62                                      # each process has its part of them anyway
+    model.max_logits = 1 << 62                                     # each process has only its part of the logits
     for block in model.layers:
         parallelize_module(block, mesh, plan)
         parallelize_module(block, mesh, {"input_layernorm": gather, "post_attention_layernorm": gather})
     if model.config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight           # the line above made two of it
-    loss_parallel().__enter__()                                    # cross-entropy without gathering the logits; for good
+        model.lm_head.weight = model.embed_tokens.weight           # parallelize_module made two of it
+    model.split_logits = True                                      # read by split_loss
+
+
+def split_loss(model):
+    """Context for a loss and its backward pass: under tensor parallel the cross-entropy of logits that are never gathered."""
+    if not getattr(model, "split_logits", False):
+        return contextlib.nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel
+    return loss_parallel()
+
+
+def sync_gradients(model, last):
+    """Before each micro-batch: which gradients its backward pass communicates. last: is it the last one of the step?
+
+    ddp and the replicas of hsdp all-reduce once per step, with the last micro-batch. fsdp and hsdp reduce-scatter
+    gradients after every micro-batch; zero2 keeps full weights and gradients during the step and shards once at its end.
+    """
+    if hasattr(model, "require_backward_grad_sync"):               # DDP
+        model.require_backward_grad_sync = last
+    elif hasattr(model, "set_requires_gradient_sync"):             # FSDP
+        shard = last or not model.zero2
+        model.set_requires_gradient_sync(shard)                    # reduce-scatter within a replica
+        model.set_reshard_after_backward(shard)
+        model.set_requires_all_reduce(last)                        # all-reduce between replicas; must be set last
+
+
+def reshard_weights(model):
+    """zero2 keeps weights whole until a backward pass; after an evaluation there is none."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def whole(tensor):
-    """A tensor put together from its pieces, on every process; all must ask."""
+    """A sharded tensor gathered on every process; all processes must call it. Other tensors come back as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_model(raw, rank):
-    """The model as one process would have it, to save or to sample: itself, or on process 0 a copy put together."""
+    """The model as one process would have it, to save or to sample: raw itself, or on rank 0 a gathered copy. All
+    processes must call it; the other ranks get None where the model is sharded."""
     if not any(hasattr(p, "full_tensor") for p in raw.parameters()):
         return raw
     copy = type(raw)(raw.config).to(next(raw.parameters()).dtype) if rank == 0 else None
     places = dict(copy.named_parameters()) if rank == 0 else {}
     for name, p in raw.named_parameters():
-        tensor = whole(p.detach())                                 # all take part, one keeps it
+        tensor = whole(p.detach())
         if rank == 0:
             places[name].data.copy_(tensor)
     if rank == 0:

@@ -1,88 +1,151 @@
 """
-Before a run begins: what it will need, in bytes, operations and time.
+What a model or a run needs, in bytes, operations and time, before it begins.
 
-Memory comes from formulas, before a byte of it is allocated, for there is no second chance: when a CPU's memory is full
-the system ends the process without a word. Speed is measured by train.py --dry_run; `report_plan` says it all.
+On a CPU, running out of memory kills the process without an exception, so memory comes from formulas before anything is
+allocated. Speed is measured by `dry_run`; `print_summary` is the table of python model.py --summary=NAME.
 """
+import math
 import os
 import shutil
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from nanopath.devices import memory_size, memory_used
 from nanopath.hf import ARCHITECTURES, family_of
 from nanopath.parallel import shards_of
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Will it fit?
 
 def bytes_needed(cfg, model, dtype, world):
-    """Of one process: (weights, gradients and optimizer state, what Muon's step takes for a moment)."""
+    """Of one process: (weights, gradients and optimizer state; what one step of Muon takes temporarily)."""
     stacks = Counter()                                             # matrices of one shape are orthogonalized together
     for p in model.layers.parameters():
         stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
     N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
-    state = (2 * N + inside + 2 * (N - inside)) * size             # one moment of Muon, two of AdamW
-    pieces = shards_of(cfg, world) * cfg.tensor_parallel
-    if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # within a step weights and gradients are whole
-        state += pieces * N * (dtype.itemsize + 4) / cfg.tensor_parallel
-    return state / pieces, 3 * max(stacks.values()) * dtype.itemsize / pieces          # three copies of the largest stack
+    state = (2 * N + inside + 2 * (N - inside)) * size             # Muon keeps one moment, AdamW two
+    parts = shards_of(cfg, world) * cfg.tensor_parallel
+    if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # during a step weights and gradients are whole
+        state += parts * N * (dtype.itemsize + 4) / cfg.tensor_parallel
+    return state / parts, 3 * max(stacks.values()) * dtype.itemsize / parts            # three copies of the largest stack
 
 
 def surely_fits(c, device):
-    """A look at the numbers of a GPTConfig: the exact answer needs a model of shapes, whose first use takes torch a second."""
+    """A quick bound from a GPTConfig: the exact answer builds a model of shapes, which takes torch a second."""
     block = 4 * c.n_head * c.head_dim + 3 * c.n_hidden * max(1, c.n_expert)
     return 64 * c.n_embd * (c.n_layer * block + 2 * c.vocab_size) < memory_size(device)
 
 
-def too_large(cfg, model, dtype, device, world):
-    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. It may have mere shapes."""
-    need, there = sum(bytes_needed(cfg, model, dtype, world)), memory_size(device)
-    if device.type == "cpu":                                       # the processes of one machine share its memory
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def local_processes(device):
+    """How many processes share the memory of this device: on a CPU all of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+
+
+def too_large(cfg, model, machine):
+    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. Shapes are enough of it."""
+    need = sum(bytes_needed(cfg, model, machine.dtype, machine.world)) * local_processes(machine.device)
+    there = memory_size(machine.device)
     if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
         return ""
-    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB "
-            f"of this {'machine' if device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, "
-            "--n_layer or --n_embd, or spread it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
+    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of "
+            f"this {'machine' if machine.device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, "
+            "--n_layer or --n_embd, or distribute it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
 
 
-def fitting(micro, cfg, raw, device, world):
-    """The micro-batch, on a CPU halved until it fits; on a GPU it is tried instead."""
-    c, T, there = raw.config, cfg.block_size, memory_size(device)
-    state, local = bytes_needed(cfg, raw, raw.dtype, world)[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def warn_too_large(GPT, config, cfg, machine):
+    """Before the model is built: refuse a dry run of what cannot fit, warn before a real one."""
+    if surely_fits(config, machine.device):
+        return
+    with torch.device("meta"):                                     # shapes only
+        problem = too_large(cfg, GPT(config), machine)
+    if problem and cfg.dry_run:
+        raise SystemExit(problem)
+    if problem:
+        machine.say(f"this will probably fail. {problem}")
+
+
+def fitting(micro, cfg, raw, machine):
+    """The micro-batch, on a CPU halved until it fits, the same on all processes. On a GPU the run itself tries."""
+    c, T, there = raw.config, cfg.block_size, memory_size(machine.device)
+    state, local = bytes_needed(cfg, raw, raw.dtype, machine.world)[0], local_processes(machine.device)
     roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)      # more than is kept; counting takes a second
-    if device.type != "cpu" or c.n_expert or local * (state + roughly) < 0.9 * there:
-        return micro
-    each = saved_bytes(type(raw), c, 1, T, raw.dtype, cfg.checkpointing)
-    if not raw.layers[0].self_attn.fused:                          # then the scores are kept as well
-        each += c.n_head * T * T * raw.dtype.itemsize * (1 if cfg.checkpointing else c.n_layer)
-    while micro > 1 and local * (state + micro * each) > 0.9 * there:
-        micro = (micro + 1) // 2
+    wanted = micro
+    if machine.device.type == "cpu" and not c.n_expert and local * (state + roughly) >= 0.9 * there:
+        each = saved_bytes(type(raw), c, 1, T, raw.dtype, cfg.checkpointing)
+        while micro > 1 and local * (state + micro * each) > 0.9 * there:
+            micro = (micro + 1) // 2
+    micro = int(machine.least(micro))
+    if micro < wanted:
+        machine.say(f"--micro_batch={wanted} needs more memory than the {there / 1e9:.1f} GB of this machine: now "
+                    f"--micro_batch={micro}, with more passes per step; the result is the same")
     return micro
 
 
-def report_plan(cfg, out, raw, optimizers, mesh, device, speed, flops, peak, rates):
-    """What --dry_run prints: memory and disk from the formula, speed and peak memory as measured just now. rates: the factor
-    on the learning rates over the run."""
+def compile_pays(cfg, flops, machine):
+    """--compile=auto. flops: of the whole run. Compiling takes 10 to 25 s on a CPU and gains 1.5 to 1.7 x in bf16, so the
+    run must be long enough; the answer depends on the settings alone, never on a timing."""
+    if machine.device.type == "cuda":
+        return cfg.max_steps >= 200
+    return machine.device.type == "cpu" and machine.world == 1 and machine.dtype == torch.bfloat16 and flops > 3e12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How long will it take?
+
+def dry_run(cfg, out, raw, machine, mesh, guard, one_pass, step_optimizers, rates, evaluated):
+    """--dry_run: measure one micro-batch and one update, and print what the whole run would need. one_pass(micro) computes
+    the gradients of one micro-batch as the last of its step, with its communication: a real step may be faster. rates: the
+    factor on the learning rates over the run. evaluated: tokens of one validation."""
+    share = cfg.batch_size // machine.data_world
+    guard.log.say(f"measuring one micro-batch of {guard.micro} x {cfg.block_size:,} tokens on {machine.device}, of which a step "
+                  f"has {math.ceil(share / guard.micro)}, and one update of the weights")
+    passes, size = [], guard.micro                                 # the first only warms up, unless it takes a minute
+    while len(passes) < 4 and (machine.sum([sum(passes)])[0] < 60 * machine.world or guard.compiled and len(passes) < 2):
+        raw.zero_grad()
+        start = machine.clock()
+        guard.attempt(one_pass)
+        passes, size = passes * (guard.micro == size) + [machine.clock() - start], guard.micro
+        if passes[-1] > 2:
+            guard.log.say(f"  pass {len(passes)} of at most 4: {passes[-1]:.1f} s")
+    for _ in range(2):                                             # the first allocates the optimizer's state
+        start = machine.clock()
+        step_optimizers(guard.optimizers)
+    micro_seconds, update_seconds = np.median(passes[1:] or passes), machine.clock() - start
+    seconds = math.ceil(share / guard.micro) * micro_seconds + update_seconds
+    evaluations = cfg.max_steps // cfg.eval_every + bool(cfg.max_steps % cfg.eval_every) if cfg.eval_every else 1
+    forward = micro_seconds / 3 / (guard.micro * cfg.block_size * machine.data_world)      # per token; backward is twice that
+    if machine.rank == 0:
+        report_plan(cfg, out, raw, guard.optimizers, mesh, machine, cfg.batch_size * cfg.block_size / seconds, rates,
+                    evaluations, evaluations * evaluated * forward)
+
+
+def report_plan(cfg, out, raw, optimizers, mesh, machine, speed, rates, evaluations, evaluation_seconds):
+    """What --dry_run prints: memory and disk from formulas, speed (tokens per second) and peak memory as measured."""
     state = sum(t.numel() * t.element_size() for optimizer in optimizers
                 for tensors in optimizer.state.values() for t in tensors.values())
     weights = sum(p.numel() * p.element_size() for p in raw.parameters())
-    pieces = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
-    between = " between steps" * (cfg.parallel == "zero2" and pieces > 1)
-    print(f"memory per process{between}: weights {weights / pieces / 1e9:.3f} GB, gradients the same, optimizer "
-          f"{state / pieces / 1e9:.3f} GB (1/{pieces} of all); its peak so far, with activations: "
-          f"{memory_used(device) / 1e9:.3f} GB")
+    parts = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
+    between = " between steps" * (cfg.parallel == "zero2" and parts > 1)
+    print(f"memory per process{between}: weights {weights / parts / 1e9:.3f} GB, gradients the same, optimizer "
+          f"{state / parts / 1e9:.3f} GB (1/{parts} of all); its peak so far, with activations: "
+          f"{memory_used(machine.device) / 1e9:.3f} GB")
     tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
-    minutes = tokens / speed / 60
-    print(f"speed: {speed:,.0f} tokens per second, mfu {speed * flops / peak:.0%}; {tokens:,} tokens in {cfg.max_steps} "
-          + (f"steps: {minutes:.1f} minutes" if minutes < 120 else f"steps: {minutes / 60:.1f} hours"))
+
+    def span(seconds):
+        return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    mfu = speed * raw.flops_per_token(cfg.block_size) / machine.peak
+    print(f"speed: {speed:,.0f} tokens per second, mfu {mfu:.0%}; {tokens:,} tokens in {cfg.max_steps} steps: "
+          f"{span(tokens / speed)}, and {span(evaluation_seconds)} for {evaluations} evaluations")
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(there).free
     print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
           f"are free{'' if need < free else ': NOT ENOUGH'}")
     print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in rates)
           + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
+    print("Next: the same command without --dry_run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

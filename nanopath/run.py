@@ -1,39 +1,578 @@
 """
-What can go wrong on the way of a run, and what is done about it: memory that is full, gradients that are not finite.
-"""
-import importlib.util
-import shlex
-import sys
+A run: its settings, its folder, what it tells, and what can go wrong on the way. Every stage that trains uses these.
 
+parse_run, earlier_run, check_*   the command line, the run to resume, and what is refused before anything is written
+Log     the lock on the folder, lines on the screen, log.jsonl, Weights & Biases, loss.png, manifest.json
+Guard   signals, full memory, a compiler that fails, numbers that are not finite, saving and going back
+"""
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.shards import Tokens, prepare_command
-from nanopath.checkpoint import SaveError, save_state
-from nanopath.devices import free_memory, out_of_memory
-from nanopath.files import write_json
+from data.shards import Tokens, data_hashes, default_dataset, prepare_command
+from nanopath.checkpoint import SaveError, broken_state, checkpoints, json_hash, load_state, save_state, steps_saved
+from nanopath.devices import compiler_problem, free_memory, memory_size, memory_used, out_of_memory
+from nanopath.files import read_json, write_json
+from nanopath.flags import parse
 from nanopath.parallel import shards_of
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, and the run to resume
 
-def halved(micro, cfg, out, rank, world):
-    """The micro-batch to go on with after this one did not fit. Several processes must start again for it: the others wait
-    for this one in the middle of a step."""
-    if micro == 1:
-        raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
-                         "smaller --block_size or a smaller model")
-    micro = (micro + 1) // 2
-    if not cfg.dry_run:                                            # for --resume, which would round otherwise
-        write_json(out / f"micro_batch.{rank}.json", {"micro_batch": micro})
-    if world > 1 and cfg.dry_run:
-        raise SystemExit(f"process {rank} ran out of memory. The result is the same with --micro_batch={micro}")
-    if world > 1:
-        raise SystemExit(f"process {rank} ran out of memory. With --micro_batch={micro} the result is the same: "
-                         f"torchrun --max_restarts=3 does that by itself, or add it to --resume --out={out}")
+SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta", "qk_norm", "tie_embeddings")
+
+
+def command(*words, **flags):
+    """A command line to show: command("train.py", resume=True, out=path) -> python train.py --resume --out=path, quoted."""
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+    return shlex.join(["python", *map(str, words), *given])
+
+
+def run_folder(out, dataset):
+    """The folder of a run: --out, or out/ and the name of its dataset."""
+    return Path(out or Path("out") / (Path(dataset).resolve().name if dataset else default_dataset()))
+
+
+def parse_run(Config, presets, doc, args=None):
+    """The command line -> Config. Flags override the saved run (--resume), that the preset, that the defaults."""
+    args = sys.argv[1:] if args is None else list(args)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "dataset", "out"):
+        early.add_argument(f"--{name}")
+    early.add_argument("--resume", action="store_true")
+    known, _ = early.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
+    if known.preset is not None and known.preset not in presets:
+        raise SystemExit(f"--preset={known.preset}: no such preset. Choose one of: {', '.join(presets)}")
+    if known.resume and known.preset is not None:
+        raise SystemExit(f"--resume --preset={known.preset}: a resumed run keeps its own settings, a preset would have no "
+                         "effect. Leave out --preset; single flags such as --max_steps can be changed")
+    default = Config(**({} if known.preset is None else {"preset": known.preset} | presets[known.preset]))
+    if known.resume:
+        out = run_folder(known.out, known.dataset)
+        if not (out / "manifest.json").is_file():
+            raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: {command('train.py', out=out)}")
+        default = saved_config(Config, out) | {"out": str(out), "resume": True}
+        default = Config(**default)
+    return parse(Config, doc, default=default, args=args)
+
+
+def read_manifest(out):
+    """The manifest of the run in `out`, after its hash. SystemExit where it is damaged or of another version."""
+    path, advice = out / "manifest.json", "Start a new run with another --out"
+    try:
+        manifest = read_json(path)
+    except ValueError as error:
+        raise SystemExit(f"--out={out}: {error}. {advice}") from None
+    if manifest.pop("sha256", None) != json_hash(manifest):
+        raise SystemExit(f"--out={out}: {path} differs from its hash: it was changed by hand, is damaged, or was written by "
+                         f"another version of nanopath. {advice}")
+    return manifest
+
+
+def write_manifest(out, manifest):
+    write_json(out / "manifest.json", manifest | {"sha256": json_hash(manifest)})
+
+
+def saved_config(Config, out):
+    """The settings of the run in `out`. A setting that is new since then has its default."""
+    config = read_manifest(out)["config"]
+    unknown = sorted(config.keys() - {field.name for field in fields(Config)})
+    if unknown:
+        raise SystemExit(f"--resume: the run in {out} was made with --{unknown[0]}, which this script does not have. Resume it "
+                         "with the version that began it, or start a new run with another --out")
+    return config
+
+
+def launch():
+    """Identifies this launch of torchrun: its id, or else its process, and the command. Empty without torchrun. --resume
+    does not count: the second turn of a Slurm job has it and the first has not."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name == "none":
+        name = f"{platform.node()}:{os.getppid()}"
+    return name and " ".join([name, *(arg for arg in sys.argv[1:] if arg != "--resume")])
+
+
+def restarted(out):
+    """Did torchrun --max_restarts start this process again, after this very launch had begun the run in `out`? Its count of
+    restarts is not enough: each machine counts for itself, and not at all when another machine was lost."""
+    return bool(launch()) and (out / "manifest.json").is_file() and read_manifest(out).get("launch") == launch()
+
+
+def earlier_run(cfg, out, machine):
+    """The run to resume, if any. Returns (settings, manifest or None). A process that torchrun restarted resumes the run
+    that this launch began, with its settings."""
+    if machine.any(machine.rank == 0 and restarted(out)) and not cfg.dry_run:          # rank 0 decides for all
+        cfg = type(cfg)(**saved_config(type(cfg), out) | {"out": str(out), "resume": True})
+    return cfg, read_manifest(out) if cfg.resume else None
+
+
+def new_manifest(cfg, machine, tokenizer, folder, config, before, progress):
+    """What made this run: settings, data, versions, commit. dtype is written as resolved, so that a resumed run does not
+    decide again. A resume keeps the record of the start and adds its own to `resumed`."""
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip() \
+        if shutil.which("git") else ""
+    record = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "commit": commit,
+              "processor": platform.processor() or platform.machine(), "processes": machine.world, "step": progress.step}
+    return {"config": asdict(cfg) | {"resume": False, "dtype": str(machine.dtype).removeprefix("torch.")},
+            "model": asdict(config),
+            "launch": launch(), "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
+            "data": data_hashes(folder), "wandb": before["wandb"] if before else None,
+            "started": before["started"] if before else record,
+            "resumed": [*before["resumed"], record] if before else []}
+
+
+def remembered_micro_batch(cfg, before, out, machine):
+    """Sequences per forward pass of this process: --micro_batch, or what an earlier start of this run had to halve it to."""
+    share = cfg.batch_size // machine.data_world
+    micro = min(cfg.micro_batch or share, share)
+    if before and before["config"].get("micro_batch") == cfg.micro_batch:
+        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
     return micro
 
 
-def update(optimizers):
-    """The optimizers' step. It cannot be done in smaller pieces, nor twice; but later ones need no more than the first."""
+def compiles(machine):
+    """Does torch.compile work? One process finds out at its first step; several must know before, as in the middle of a step
+    the others would wait for ever."""
+    problem = compiler_problem(machine.device) if machine.world > 1 else ""
+    if problem:
+        print(f"--compile does not work on process {machine.rank}, training continues without it everywhere ({problem})",
+              flush=True)
+    return not machine.any(problem)
+
+
+def announce(log, cfg, before, resumed, progress, count, tokens, mesh, compiled):
+    """The first lines of a run: what is trained on what, what a resume changes, and on which machine."""
+    machine, total = log.machine, cfg.max_steps * cfg.batch_size * cfg.block_size
+    what = "training" if not cfg.resume else f"resuming at step {progress.step}" if resumed else \
+        "nothing was saved yet, so this starts at step 0"
+    log.say(f"{what}: {count:,} parameters on {tokens.folder.name}, {len(tokens):,} tokens ({total / len(tokens):.1f} epochs in "
+            f"{cfg.max_steps} steps)")
+    for name in ("batch_size", "block_size", "seed") if before else ():
+        old = before["config"].get(name)
+        if old != getattr(cfg, name):
+            log.say(f"--{name}={getattr(cfg, name)}, before {old}: the data order changes, so some sequences are repeated, some "
+                    "skipped")
+    layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
+    log.say(f"machine: {machine.world} x {machine.device}{layout}, matmuls in {str(machine.dtype).removeprefix('torch.')} at "
+            f"{machine.peak / 1e9:,.0f} GFLOP/s measured, {torch.get_num_threads()} threads{', blocks compiled' * compiled}")
+    if compiled and not cfg.dry_run:
+        log.say("the first step compiles the blocks, which takes up to half a minute")
+
+
+def check_settings(cfg, folder, out, machine):
+    """Settings that cannot work together are refused before anything is written. Returns the train and validation split."""
+    world, data = machine.world, max(1, machine.world // cfg.tensor_parallel)
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise SystemExit("--wandb: the package is not installed: pip install wandb")
+    if not cfg.dry_run and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("loss.png needs the package matplotlib: pip install -r requirements.txt")
+    if world == 1 and cfg.parallel != "ddp":
+        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is distributed. Several processes: torchrun "
+              f"--standalone --nproc_per_node=2 {shlex.join(sys.argv)}")
+    if data * cfg.tensor_parallel != world:
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes that torchrun started")
+    if data % (cfg.shards or 1):
+        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes. torchrun starts several: "
+                         "torchrun --standalone --nproc_per_node=N train.py ...")
+    if cfg.batch_size % data:
+        raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
+                         "each has the same number of sequences")
+    if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
+        raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
+                         f"{shards_of(cfg, world)}, the number in one node. Choose --shards=")
+    here = Path.cwd().resolve()
+    if out.resolve() == here or out.resolve() in here.parents:
+        raise SystemExit(f"--out={out}: the folder of a run is moved aside when a new one starts, so it cannot be the current "
+                         "folder or one above it. Choose a folder such as --out=out/name")
+    if not cfg.dry_run and machine.rank == 0:
+        check_writable(out)
+    splits = []
+    for split in ("train", "val"):
+        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
+        if split == "val" and not len(tokens):
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to validate on. "
+                             f"Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
+        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
+            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
+                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
+                             "python prepare.py PATH...")
+        splits.append(tokens)
+    return splits
+
+
+def check_writable(out):
+    """A run's folder must be one that this process can make and write to. It is not made yet: the checks go on."""
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise SystemExit(f"--out={out}: cannot write there ({place} is {'not writable' if place.is_dir() else 'a file'}). "
+                         "Choose another folder with --out=")
+
+
+def check_model(cfg, config, before, tokenizer, folder, out):
+    """Can this model be distributed as asked, and is it the model, and the data, of the run to resume (its manifest)?"""
+    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
+        value = cfg.block_size if name == "block_size" else getattr(config, name)
+        if value % cfg.tensor_parallel:
+            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
+    if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
+                         "be cut. Use --parallel=fsdp")
+    if not before:
+        return
+    if (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
+        raise SystemExit(f"--resume: {folder} is not the dataset this run began with (which had vocab_size="
+                         f"{before['vocab_size']}). Prepare that one again, or start a new run: "
+                         + command("train.py", dataset=folder))
+    for name in SHAPE:
+        old, new = before["model"].get(name), getattr(config, name)
+        if old != new:
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
+                             "the flags that change the model, or choose another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run tells and leaves behind
+
+@contextlib.contextmanager
+def writing(out):
+    """Around everything that writes into a run's folder: a disk that is full or gone ends the run with one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"--out={out}: cannot be written ({error}). What was saved before is complete: free some space, then "
+                         + command("train.py", resume=True, out=out)) from None
+
+
+class Log:
+    """The folder of a run. On rank 0: holds its lock, prints, and writes log.jsonl, manifest.json, loss.png and W&B.
+
+    The lock is the operating system's, so that it ends with its process, whatever happens to that process.
+    """
+    def __init__(self, out, cfg, machine):
+        self.out, self.cfg, self.machine, self.file, self.wandb = out, cfg, machine, None, None
+        self.losses, self.shown, self.printed, self.began = [], None, time.monotonic(), time.perf_counter()
+        if machine.rank == 0 and not cfg.dry_run:
+            with writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(out.parent / f".{out.name}.lock")
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout:
+                raise SystemExit(f"--out={out}: another run is writing there. Choose another --out, or wait for it") from None
+
+    def say(self, *words):
+        self.machine.say(*words)
+
+    def open(self, step, manifest):
+        """All checks have passed: keep an earlier run under another name, write the manifest, open log.jsonl after `step`."""
+        if self.machine.rank or step >= self.cfg.max_steps:        # a run that is finished stays as it is
+            return
+        if self.cfg.wandb:
+            import wandb
+            curve = wandb.init(project="nanopath", name=self.out.name, config=manifest["config"], id=manifest["wandb"],
+                               resume="allow")
+            wandb.define_metric("*", step_metric="step")           # W&B's own count of steps cannot go back, ours may
+            self.wandb, manifest = wandb, manifest | {"wandb": curve.id}
+        with writing(self.out):
+            if not self.cfg.resume:
+                keep_earlier_run(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_manifest(self.out, manifest)
+            self.file = trim_log(self.out, step)
+
+    def rewind(self, step):
+        """After a rollback: the steps after this one will be taken again."""
+        self.shown = None
+        if self.file:
+            self.file.close()
+            self.file = trim_log(self.out, step)
+
+    def record(self, **row):
+        if self.file:
+            with writing(self.out):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            if self.wandb:
+                self.wandb.log(row)
+
+    def start_step(self):
+        self.began = time.perf_counter()
+
+    def step(self, progress, loss, norm, rate, flops):
+        """One optimizer step: a row in log.jsonl; a line on the screen at the first step, every log_every steps, at the
+        last one, and after ten seconds of silence. flops: per token; mfu is the share of the measured matmul speed.
+        Seconds are those of training alone."""
+        cfg, step = self.cfg, progress.step
+        progress.seconds += time.perf_counter() - self.began
+        self.losses = [*self.losses[1 - cfg.log_every:], loss] if cfg.log_every > 1 else [loss]
+        row = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": rate, "seconds": progress.seconds}
+        if step == 1 or step % cfg.log_every == 0 or step == cfg.max_steps or time.monotonic() - self.printed > 10:
+            speed = ""
+            if self.shown and step > self.shown[0]:                # the first step, with its compilation, is left out
+                tokens = (step - self.shown[0]) * cfg.batch_size * cfg.block_size
+                row["tokens_per_second"] = tokens / max(progress.seconds - self.shown[1], 1e-9)
+                row["mfu"] = row["tokens_per_second"] * flops / self.machine.peak
+                left = int((cfg.max_steps - step) * cfg.batch_size * cfg.block_size / row["tokens_per_second"])
+                speed = f"{row['tokens_per_second']:,.0f} tok/s  mfu {row['mfu']:.0%}  left {left // 60}:{left % 60:02d}  "
+            self.shown = (step, progress.seconds)
+            row["memory"] = memory_used(self.machine.device)
+            self.line(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(self.losses):.4f}  lr x{rate:.2f}  grad {norm:.2f}  "
+                      f"{speed}{row['memory'] / 1e9:.1f} GB")
+        self.shown = self.shown or (step, progress.seconds)
+        self.record(**row)
+
+    def line(self, text):
+        self.printed = time.monotonic()
+        self.say(text)
+
+    def evaluation(self, progress, val_loss, bits):
+        """Tell a validation loss (nats per token, bits per byte). Returns whether it is the best so far."""
+        better = math.isfinite(val_loss) and (progress.best is None or not progress.best <= val_loss)
+        self.line(f"step {progress.step:5d}  validation {val_loss:.4f} nats per token, {bits:.4f} bits per byte"
+                  + ("  <- best" if better else "" if math.isfinite(val_loss) else "  (not finite: not kept)"))
+        self.record(step=progress.step, val_loss=val_loss, bits_per_byte=bits)
+        if better:
+            progress.best = val_loss
+        return better
+
+    def plot(self):
+        if self.file:
+            with writing(self.out):
+                plot_losses(self.out)
+
+    def finish(self, progress):
+        """The last lines, with the next command; the lock ends."""
+        out, steps, again = self.out, self.cfg.max_steps, command("train.py", resume=True, out=self.out)
+        if progress.step >= steps and not self.file and self.machine.rank == 0:
+            self.say(f"{out} had all its {progress.step} steps already. Train longer: {again} --max_steps={2 * progress.step}")
+        elif progress.step < steps:
+            self.say(f"stopped at step {progress.step}; everything is saved. Continue: {again}")
+        elif progress.best is None:
+            raise SystemExit(f"the validation loss of {out} was not finite. Lower --muon_lr and --learning_rate")
+        else:
+            self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss curve: "
+                     f"{out / 'loss.png'}")
+            self.say(f"Next: {command('sample.py', model=out)}")
+        if self.machine.rank == 0:
+            if self.file:
+                self.file.close()
+            self.lock.release()
+
+
+def keep_earlier_run(out):
+    """A new run never overwrites an old one: out/name becomes out/name.1, or the first free number."""
+    if (out / "manifest.json").is_file() or (out / "model.safetensors").is_file():
+        number = next(n for n in range(1, 10000) if not Path(f"{out}.{n}").exists())
+        os.replace(out, f"{out}.{number}")
+        print(f"the earlier run in {out} is kept as {out}.{number}")
+
+
+def log_rows(out):
+    """The rows of log.jsonl. A line that a power cut left unreadable is skipped."""
+    path, rows = out / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+    return rows
+
+
+def trim_log(out, step):
+    """Remove from log.jsonl the steps after this one: they will be taken again. Returns the file, open for more."""
+    path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
+    kept = [json.dumps(row) + "\n" for row in log_rows(out) if step and row["step"] <= step]
+    temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+    return open(path, "a", encoding="utf-8", newline="\n")
+
+
+def plot_losses(out):
+    """loss.png from log.jsonl: training loss (smoothed) and validation loss over the steps."""
+    import matplotlib                                              # slow to import, and only needed here
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = log_rows(out)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    if train:
+        steps, losses = zip(*train)
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+        axes.plot(steps[width - 1:], smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    if val:
+        axes.plot(*zip(*val), "o-", color="tab:orange", label=f"validation, last {val[-1][1]:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=out.name)
+    if train or val:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "loss.tmp.png", dpi=120)
+    plt.close(figure)
+    os.replace(out / "loss.tmp.png", out / "loss.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go wrong
+
+class Guard:
+    """Signals, full memory, a compiler that fails, gradients that are not finite, and saving.
+
+    asked   this process got a signal       stop    all processes have agreed to stop
+    micro   sequences per forward pass; halved when memory is full
+    All processes take the same branch: what one process alone notices is agreed on first.
+    """
+    def __init__(self, log, raw, optimizers, progress, micro, compiled):
+        self.log, self.out, self.cfg, self.machine = log, log.out, log.cfg, log.machine
+        self.raw, self.optimizers, self.progress = raw, optimizers, progress
+        self.micro, self.compiled, self.asked, self.stop = micro, compiled, False, False
+        if not self.cfg.dry_run:                                   # a dry run has nothing to save
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # SIGHUP: the terminal was closed; not on Windows
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.asked and number == signal.SIGINT:                 # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def interrupted(self):
+        """May a step be left in the middle? Several processes can only leave a step together, at its end."""
+        return self.asked and self.machine.world == 1
+
+    def attempt(self, passes):
+        """passes(micro) accumulates the gradients of a step. With full memory again with half the micro-batch; without
+        the compiler where the compiler fails."""
+        while True:
+            try:
+                return passes(self.micro)
+            except Exception as error:
+                full = out_of_memory(error)
+                if not (full or self.compiled):
+                    raise
+                problem = str(error).strip().split("\n")[0]
+                if self.machine.world > 1 and not full:
+                    raise SystemExit(f"process {self.machine.rank}: {problem[:200]}. If the compiler is the cause: "
+                                     "--compile=off") from error
+            self.raw.zero_grad()                                   # outside the handler, which keeps tensors alive
+            free_memory(self.machine.device)
+            if full:
+                self.halve()
+            else:
+                self.compiled = False
+                torch.compiler.set_stance("force_eager")
+                self.log.say(f"--compile does not work here, training continues without it ({problem[:100]})")
+
+    def halve(self):
+        """Several processes must start again for it: the others wait for this one in the middle of a step."""
+        machine, micro = self.machine, (self.micro + 1) // 2
+        if self.micro == 1:
+            raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
+                             "smaller --block_size or a smaller model")
+        if not self.cfg.dry_run:                                   # for --resume
+            write_json(self.out / f"micro_batch.{machine.rank}.json", {"micro_batch": micro})
+        if machine.world > 1:
+            again = "" if self.cfg.dry_run else (": torchrun --max_restarts=3 does that by itself, or add it to --resume "
+                                                 f"--out={self.out}")
+            raise SystemExit(f"process {machine.rank} ran out of memory. With --micro_batch={micro} the result is the "
+                             f"same{again}")
+        self.micro = micro
+        self.log.say(f"out of memory: now --micro_batch={micro}, with more passes per step; the result is the same")
+
+    def eager(self):
+        """Context for an evaluation or a sample: other shapes, rarely, are not worth compiling."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+
+    def update(self):
+        """One optimizer step with gradients that are finite."""
+        step_optimizers(self.optimizers)
+        self.raw.zero_grad()
+        self.progress.skipped = 0
+        if self.machine.dtype == torch.float16 and self.progress.step % 1000 == 0:
+            self.progress.loss_scale *= 2
+
+    def not_finite(self, loss, norm, batch):
+        """A gradient that is not finite: no update. Three in a row: back to the checkpoint with half the rates, once.
+        Then the run ends. Returns True where the loop should begin its next step at once."""
+        progress, step = self.progress, self.progress.step
+        reason = f"the gradient became {norm} at step {step} (loss {loss}), first in {first_broken(self.raw)}"
+        self.raw.zero_grad()
+        self.log.record(step=step, skipped=reason)
+        if self.machine.dtype == torch.float16 and progress.loss_scale > 1:            # too large for float16, not a fault
+            progress.loss_scale /= 2
+        else:
+            progress.skipped += 1
+            self.log.line(f"{reason}: no update, batch skipped")
+        if progress.skipped >= 3:
+            self.go_back(reason, batch)
+            return True
+        return not self.stop and step < self.cfg.max_steps
+
+    def go_back(self, reason, batch=None):
+        """To the newest usable checkpoint, with half the rates; if that was done before, or there is none, the run ends."""
+        progress, rates = self.progress, self.progress.lr_factor
+        back = progress.rollbacks + 1
+        if progress.rollbacks or not steps_saved(self.out, self.machine):
+            give_up(self.out, reason, progress, batch, self.machine.rank)
+        load_state(self.out, self.raw, self.optimizers, progress, self.machine)
+        progress.rollbacks, progress.lr_factor = back, rates / 2
+        self.log.line(f"went back to step {progress.step} with half the learning rates")
+        self.log.rewind(progress.step)
+        self.log.record(step=progress.step, rolled_back=reason)
+        save_state(self.out, self.raw, self.optimizers, progress, self.machine)
+
+    def save(self, last=False):
+        """A checkpoint to resume from; not of weights that are not finite. Without memory for it the run continues, unless
+        this was its last chance to save."""
+        machine, name = self.machine, broken_state(self.raw, self.optimizers)
+        if machine.any(name):
+            return self.go_back(f"the weights became not finite by step {self.progress.step}"
+                                + (f", first {name}" if name else ""))
+        try:
+            with writing(self.out):
+                return save_state(self.out, self.raw, self.optimizers, self.progress, machine)
+        except SaveError as error:                                 # the only one that all processes get
+            if not out_of_memory(error):
+                with writing(self.out):
+                    raise error.args[0] from None
+        free_memory(machine.device)
+        newest = max((path.name for path in checkpoints(self.out).values()), default="nothing")
+        problem = (f"out of memory while saving step {self.progress.step}; {newest} is there to --resume from. Try a smaller "
+                   "--micro_batch")
+        if last:
+            raise SystemExit(problem)
+        self.log.say(f"{problem}. The run continues")
+
+    def write(self, save, *args):
+        """save(folder of the run, *args) on rank 0."""
+        if self.machine.rank == 0:
+            with writing(self.out):
+                save(self.out, *args)
+
+
+def step_optimizers(optimizers):
+    """It cannot be cut into smaller parts when memory is full; but later steps need no more memory than the first."""
     try:
         for optimizer in optimizers:
             optimizer.step()
@@ -42,25 +581,7 @@ def update(optimizers):
             raise
         raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
                          "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller "
-                         "model (--n_layer, --n_embd); what was saved is whole: --resume") from None
-
-
-def save(out, raw, optimizers, progress, rank, world, last):
-    """save_state; without memory for it the run goes on, unless this was its last chance to save."""
-    try:
-        save_state(out, raw, optimizers, progress, rank, world)
-        return
-    except SaveError as error:                                     # the only one that all processes get
-        if not out_of_memory(error):
-            raise error.args[0] from None
-    free_memory(next(raw.parameters()).device)
-    newest = max((path.name for path in (out / "state").glob("step-*")), default="nothing")
-    problem = (f"out of memory while saving step {progress.step}; {newest} is there to --resume from. Try a smaller "
-               "--micro_batch")
-    if last:
-        raise SystemExit(problem)
-    if rank == 0:
-        print(f"{problem}. Going on", flush=True)
+                         "model (--n_layer, --n_embd); what was saved is complete: --resume") from None
 
 
 def first_broken(raw):
@@ -71,92 +592,35 @@ def first_broken(raw):
 
 def give_up(out, reason, progress, batch, rank):
     """The end of a run that neither skipping nor going back could help: keep the batch, say what to try."""
-    path = out / f"bad_batch_{rank}.safetensors"
-    save_file({name: ids.cpu().clone(memory_format=torch.contiguous_format) for name, ids in zip("xy", batch)}, path)
-    saved = f"; what was saved is from before: python train.py --resume --out={out}" if progress.rollbacks else \
+    kept = ""
+    if batch is not None:
+        path = out / f"bad_batch_{rank}.safetensors"
+        save_file({name: ids.cpu().clone(memory_format=torch.contiguous_format) for name, ids in zip("xy", batch)}, path)
+        kept = f" The batch is in {path}."
+    tried = [f"skipping {progress.skipped} batches"] * bool(progress.skipped) + ["going back"] * bool(progress.rollbacks)
+    saved = f"; what was saved is from before: {command('train.py', resume=True, out=out)}" if progress.rollbacks else \
         "; nothing was saved yet, so start again"
-    raise SystemExit(f"{reason}. Skipping {progress.skipped} batches{' and going back' * bool(progress.rollbacks)} did not "
-                     f"help. The batch is in {path}. Lower --muon_lr and --learning_rate{saved}")
+    helped = f" {' and '.join(tried).capitalize()} did not help." if tried else ""
+    raise SystemExit(f"{reason}.{helped}{kept} Lower --muon_lr and --learning_rate{saved}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refused before anything expensive starts
-
-SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta", "qk_norm", "tie_embeddings")
-
-
-def check(cfg, folder, world):
-    """Settings that cannot work are refused before anything expensive starts. Returns the two splits."""
-    if cfg.wandb and importlib.util.find_spec("wandb") is None:
-        raise SystemExit("--wandb: the package is not installed: pip install wandb")
-    if not cfg.dry_run and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("loss.png needs the package matplotlib: pip install -r requirements.txt")
-    for name in ("batch_size", "max_steps", "log_every", "block_size", "sample_tokens", "tensor_parallel"):
-        if getattr(cfg, name) < 1:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: must be at least 1")
-    for name in ("micro_batch", "muon_lr", "momentum", "learning_rate", "weight_decay", "warmup_steps", "grad_clip",
-                 "eval_every", "sample_every", "save_every", "n_kv_head", "shards"):
-        if not getattr(cfg, name) >= 0:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: must not be negative; 0 is off")
-    if not (cfg.momentum < 1 and cfg.rope_theta > 0):
-        raise SystemExit(f"--momentum={cfg.momentum} --rope_theta={cfg.rope_theta}: momentum must be below 1, "
-                         "rope_theta above 0")
-    if not 0 <= cfg.cooldown <= 1:
-        raise SystemExit(f"--cooldown={cfg.cooldown}: a share of the run, between 0 and 1")
-    for name, allowed in (("parallel", ("ddp", "zero2", "fsdp", "hsdp")), ("compile", ("auto", "on", "off"))):
-        if getattr(cfg, name) not in allowed:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    if world == 1 and cfg.parallel != "ddp":
-        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is spread. Several: torchrun --standalone "
-              f"--nproc_per_node=2 {shlex.join(sys.argv)}")
-    data = max(1, world // cfg.tensor_parallel)
-    if data * cfg.tensor_parallel != world:
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes that torchrun started")
-    if data % (cfg.shards or 1):
-        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes"
-                         + "; torchrun starts several: torchrun --standalone --nproc_per_node=N train.py ..." * (world == 1))
-    if cfg.batch_size % data:
-        raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
-                         "every one does the same work")
-    if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
-        raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
-                         f"{shards_of(cfg, world)}, those of one node. Choose --shards=")
-    if not 0 <= cfg.seed < 2 ** 32:
-        raise SystemExit(f"--seed={cfg.seed}: a whole number from 0 to {2 ** 32 - 1}")
-    splits = []
-    for split in ("train", "val"):
-        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
-        if split == "val" and not len(tokens):
-            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so nothing is there to validate on. "
-                             f"Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
-        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
-            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
-                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
-                             "python prepare.py PATH...")
-        splits.append(tokens)
-    return splits
-
-
-def check_model(cfg, config, before, out):
-    """Can this model be spread as asked, and is it that of the run to resume (before: its manifest)?"""
-    for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
-        value = cfg.block_size if name == "block_size" else getattr(config, name)
-        if value % cfg.tensor_parallel:
-            raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
-    if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
-                         "be cut. Use --parallel=fsdp")
-    for name in SHAPE if before else ():
-        old, new = before["model"].get(name), getattr(config, name)
-        if old != new:
-            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
-                             "the flags that change the model, or choose another --out")
-
-
-def check_folder(out):
+@contextlib.contextmanager
+def explained():
+    """Around a stage's main: what a user meets ends with one line instead of a traceback. Others than rank 0 do not repeat
+    what is wrong with a flag."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "writable.tmp").touch()
-        (out / "writable.tmp").unlink()
-    except OSError as error:
-        raise SystemExit(f"--out={out}: cannot write there ({error.strerror}). Choose another folder with --out=") from None
+        yield
+    except KeyboardInterrupt:                                      # in a dry run, before the loop, or for the second time
+        raise SystemExit("stopped at once") from None
+    except BrokenPipeError:                                        # | head: nobody reads our lines any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+    except SystemExit as stop:
+        if isinstance(stop.code, str) and stop.code.startswith("--") and int(os.environ.get("RANK", 0)):
+            raise SystemExit(1) from None
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
+                         "smaller model; what was saved before is complete: python train.py --resume, same --out") from None

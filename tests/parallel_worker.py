@@ -28,7 +28,7 @@ from nanopath import run as rescue
 from data.shards import Tokens
 
 torch.set_num_threads(1)
-batch_of, save_state, forward, accumulate = Tokens.batch, train.save_state, model.GPT.forward, train.accumulate
+batch_of, save_state, forward, accumulate = Tokens.batch, rescue.save_state, model.GPT.forward, train.accumulate
 
 
 def uneven_batch(self, first, count):
@@ -42,10 +42,10 @@ def uneven_batch(self, first, count):
     return x, y
 
 
-def save_state_and_weights(out, raw, optimizers, progress, rank=0, world=1):
-    save_state(out, raw, optimizers, progress, rank, world)
+def save_state_and_weights(out, raw, optimizers, progress, machine):
+    save_state(out, raw, optimizers, progress, machine)
     full = {name: train.whole(p.detach()).contiguous() for name, p in raw.named_parameters()}
-    if rank == 0:
+    if machine.rank == 0:
         save_file(full, out / "params.safetensors")
 
 
@@ -91,8 +91,8 @@ def main():
     base = dict(dataset=sys.argv[1], n_layer=2, n_embd=16, n_head=4, n_kv_head=2, head_dim=8, n_hidden=24, block_size=16,
                 batch_size=8, max_steps=20, sample_every=0, eval_every=0, save_every=0, device="cpu", dtype="float64", grad_clip=0.5,
                 weight_decay=0.1, micro_batch=2, log_every=10)
-    Tokens.batch, train.save_state, rescue.save_state = uneven_batch, save_state_and_weights, save_state_and_weights
-    train.plot_losses = lambda out: None                           # slow, and tested elsewhere
+    Tokens.batch, rescue.save_state = uneven_batch, save_state_and_weights
+    rescue.plot_losses = lambda out: None                           # slow, and tested elsewhere
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     for entry in json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")):
         fault = entry.pop("fault", "").split()

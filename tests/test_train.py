@@ -1,7 +1,6 @@
 """train.py: it learns, it resumes bit for bit, many processes equal one, nothing is lost or half written."""
 import json
 import os
-import platform
 import random
 import shlex
 import shutil
@@ -20,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, SMALL, run
-from nanopath.checkpoint import Progress
+from nanopath import run as rescue
+from nanopath.checkpoint import Progress, load_state
+from nanopath.devices import Machine
 from data.shards import Tokens
 from model import GPT, GPTConfig, load_model
+from nanopath import plan
 from nanopath.plan import saved_bytes
 
 
@@ -45,12 +47,13 @@ def here(tiny, monkeypatch, capsys):
     """train.py inside this process: saves its start-up. Returns what it printed."""
     def inside(out, *flags):
         monkeypatch.setattr(sys, "argv", ["train.py", f"--dataset={tiny}", f"--out={out}", *SMALL, *flags])
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = [signal.getsignal(number) for number in numbers]
         try:
-            train.main(train.parse(train.Config, train.PRESETS))
+            train.main(train.parse_run(train.Config, train.PRESETS, train.__doc__))
         finally:
             torch.set_flush_denormal(False)
-            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
         return capsys.readouterr().out
     return inside
@@ -143,11 +146,13 @@ def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, damage, capsys
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     model = GPT(GPTConfig(**manifest["model"]))
     optimizers = train.make_optimizers(model, train.Config(), torch.float32)
-    assert train.load_state(out, model, optimizers).step == 20 and "is damaged" in capsys.readouterr().out
+    progress = Progress()
+    assert load_state(out, model, optimizers, progress, Machine("cpu")) and progress.step == 20
+    assert "is damaged" in capsys.readouterr().out
     for path in out.glob("state/*/*.safetensors"):
         os.truncate(path, 100)
     with pytest.raises(SystemExit, match="no usable checkpoint"):
-        train.load_state(out, model, optimizers)
+        load_state(out, model, optimizers, progress, Machine("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -332,7 +337,7 @@ def test_documents_do_not_see_each_other(lines, runs):
     model = GPT(GPTConfig(vocab_size=264, block_size=64, n_layer=2, n_embd=16, n_head=2, n_kv_head=1, head_dim=8, n_hidden=24))
     tokens, eos = Tokens(lines, "train", 64), train.open_dataset(train.Config(dataset=str(lines)))[1].eos_id
     x, y = tokens.batch(0, 2)
-    segments = train.documents(x, eos)
+    segments = train.documents_of(x, eos)
     assert segments.max() > 1
     with torch.no_grad():
         packed = model(x, y, reduction="none", segments=segments)
@@ -481,15 +486,19 @@ def test_a_signal_during_a_skipped_step_saves(here, tmp_path, monkeypatch):
 def test_two_runs_never_share_a_folder(here, reference, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(reference, out)
-    lock = {"pid": os.getppid(), "host": platform.node(), "launch": ""}
-    for flags in ([], ["--resume"]):
-        (out / "running.json").write_text(json.dumps(lock), encoding="utf-8")
-        with pytest.raises(SystemExit, match=f"--out={out}: another run is writing there"):
-            here(out, *flags)
+    code = f"import filelock, time; lock = filelock.FileLock({str(tmp_path / '.run.lock')!r}); lock.acquire(); print(1, flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.read(1) == b"1"
+        for flags in ([], ["--resume"]):
+            with pytest.raises(SystemExit, match=f"--out={out}: another run is writing there"):
+                here(out, *flags)
+    finally:
+        other.kill()                                               # without a word: the lock ends with its process
+        other.communicate()
     assert losses(out) == losses(reference) and not (tmp_path / "run.1").exists()
-    (out / "running.json").write_text(json.dumps(lock | {"pid": 2 ** 22 + 1}), encoding="utf-8")     # no such process
     here(out, "--max_steps=1")
-    assert (tmp_path / "run.1").is_dir() and not (out / "running.json").exists()
+    assert (tmp_path / "run.1").is_dir()
 
 
 def test_evaluation_halves_its_batch_when_memory_is_full(tiny):
@@ -515,6 +524,8 @@ def test_a_refused_flag_does_not_move_the_earlier_run(here, reference, tmp_path)
 
 def test_an_infinite_gradient_stops_before_it_reaches_the_weights(here, tmp_path):
     with pytest.raises(SystemExit, match="the gradient became"):
+        here(tmp_path / "run", "--max_steps=60", "--learning_rate=1e30", "--save_every=0")
+    with pytest.raises(SystemExit, match="the weights became not finite by step 2"):   # and never into a checkpoint
         here(tmp_path / "run", "--max_steps=60", "--learning_rate=1e30", "--save_every=1")
 
 
@@ -561,7 +572,7 @@ def test_a_dry_run_measures_one_micro_batch_and_leaves_nothing(here, tmp_path, m
     text = here(tmp_path / "run", "--dry_run", "--max_steps=500", "--batch_size=64", "--micro_batch=4")
     assert all(word in text for word in ("memory per process", "tokens per second", "minutes", "disk:", "are free", "schedule: █"))
     assert "micro-batch of 4 x 32 tokens on cpu, of which a step has 16" in text and "now --micro_batch=2" in text
-    assert passes == [4, 2, 2, 2, 2, 2] and not (tmp_path / "run").exists()
+    assert passes == [4, 2, 2, 2, 2] and not (tmp_path / "run").exists()
 
 
 def test_compiled_on_a_cpu_only_where_a_long_run_in_bf16_gains_by_it(here, tmp_path, monkeypatch):
@@ -580,7 +591,7 @@ def test_compiled_on_a_cpu_only_where_a_long_run_in_bf16_gains_by_it(here, tmp_p
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monkeypatch):
     monkeypatch.setattr("nanopath.plan.memory_size", lambda device: 100_000)
-    assert "this may not go well. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")
+    assert "this will probably fail. --preset=shakespeare" in here(tmp_path / "run", "--max_steps=1")
     monkeypatch.setattr(GPT, "init_weights", None)
     with pytest.raises(SystemExit, match="GB of the 0.0 GB .*before any activation.*--n_layer"):
         here(tmp_path / "other", "--dry_run")
@@ -589,13 +600,13 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monke
     model = GPT(config).init_weights()
     optimizers = train.make_optimizers(model, train.Config(), torch.float32)
     model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
-    train.update(optimizers)                                       # from the first step on everything is there
+    rescue.step_optimizers(optimizers)                             # from the first step on everything is there
     state = sum(t.nbytes for o in optimizers for p in o.state for t in o.state[p].values() if t.dim())
     assert {p for o in optimizers for p in o.state} == set(model.parameters())
     need = 8 * model.num_params() + state + 3 * 4 * 2 * (3 * 32 * 64)                  # the largest stack: 2 x 3 matrices of the MLP
     for memory, fits in ((need / 0.9 - 10, False), (need / 0.9 + 10, True)):
         monkeypatch.setattr("nanopath.plan.memory_size", lambda device: memory)
-        text = train.too_large(train.Config(), model, torch.float32, torch.device("cpu"), 1)
+        text = plan.too_large(train.Config(), model, Machine("cpu"))
         assert (text == "") == fits, text
 
 
@@ -607,7 +618,7 @@ def test_a_micro_batch_that_cannot_fit_is_halved_before_the_system_kills(here, t
     each = saved_bytes(GPT, config, 1, 32, torch.float32, False)
     memory = (16 * GPT(config).num_params() + 3 * each) / 0.9     # a little more than the state needs
     monkeypatch.setattr("nanopath.plan.memory_size", lambda device: memory)
-    monkeypatch.setattr(train, "too_large", lambda *args: "")
+    monkeypatch.setattr(plan, "too_large", lambda *args: "")
     text = here(tmp_path / "run", *flags)
     assert "of 8 x 32 tokens" in plain and "now --micro_batch=2" in text and "micro-batch of 2 x 32 tokens" in text
 
@@ -775,8 +786,8 @@ def test_the_cluster_scripts_run(tiny, tmp_path):
     assert text.startswith("--nnodes=4 --nproc_per_node=2 ") and "--rdzv_endpoint=10.0.0.1:29500" in text \
         and text.endswith("train.py --dry_run\n")
     assert max(losses(tmp_path / "run")) == 3 and not (tmp_path / "calls").exists()
-    path = tmp_path / "run/manifest.json"                          # a run that a signal stopped early is handed in again
-    path.write_text(path.read_text(encoding="utf-8").replace('"max_steps": 3', '"max_steps": 9'), encoding="utf-8")
+    manifest = rescue.read_manifest(tmp_path / "run")              # a run that a signal stopped early is handed in again
+    rescue.write_manifest(tmp_path / "run", manifest | {"config": manifest["config"] | {"max_steps": 9}})
     del environment["NPROC"]                                       # nor is there a GPU to count, perhaps
     text = subprocess.run(["bash", ROOT / "runs/node.sh"], env=environment, capture_output=True, text=True, check=True).stdout
     assert "--nproc_per_node=" in text
@@ -788,7 +799,7 @@ def test_the_cluster_scripts_run(tiny, tmp_path):
 
 
 def test_a_launch_is_known_again(monkeypatch):
-    from nanopath.checkpoint import launch as name
+    from nanopath.run import launch as name
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset=x"])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert name() == ""
@@ -811,7 +822,7 @@ def test_a_kill_between_two_renames_loses_nothing(here, tmp_path):
 def test_a_batch_of_one_sequence_is_kept_when_a_run_gives_up(tmp_path):
     tokens = torch.arange(9)[None]
     with pytest.raises(SystemExit, match="too large. .*bad_batch_0.safetensors"):
-        train.give_up(tmp_path, "too large", Progress(skipped=3), (tokens[:, :-1], tokens[:, 1:]), 0)
+        rescue.give_up(tmp_path, "too large", Progress(skipped=3), (tokens[:, :-1], tokens[:, 1:]), 0)
     kept = load_file(tmp_path / "bad_batch_0.safetensors")
     assert torch.equal(kept["x"][0], tokens[0, :-1]) and torch.equal(kept["y"][0], tokens[0, 1:])
 
@@ -825,6 +836,6 @@ def test_a_sample_does_not_end_a_run(tiny):
 
 def test_without_compiling_the_compiler_is_not_even_imported(tiny, tmp_path):
     """It takes a second, half of what a small run needs to start."""
-    code = "import sys, train; train.main(train.parse(train.Config, train.PRESETS)); print('torch._dynamo' in sys.modules)"
+    code = "import sys, train; train.main(train.parse_run(train.Config, train.PRESETS, train.__doc__)); print('torch._dynamo' in sys.modules)"
     done = run("-c", code, f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=2", "--compile=off", cwd=ROOT)
     assert done.stdout.strip().endswith("False")

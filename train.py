@@ -8,34 +8,31 @@ Run     python train.py                                          # laptop, TinyS
         python train.py --init_from=out/shakespeare --dataset=x  # continue from a trained model, on other text
         torchrun --standalone --nproc_per_node=8 train.py --parallel=fsdp         # more of these in runs/
 Next    python sample.py
-Reads   data/<dataset>/            Writes  out/<run>/  the best model so far as a Hugging Face folder, log.jsonl, loss.png,
-                                           manifest.json, state/step-*/ (everything needed to resume)
+Reads   data/<dataset>/            Writes  out/<run>/  the best model so far as a Hugging Face folder, log.jsonl,
+                                           loss.png, manifest.json, state/step-*/ (everything needed to resume)
 Read    Config, then the loop at the end of main, then what it calls. nanopath/run.py holds what can go wrong
 Papers  GPT-2 (Radford 2019), Muon (Jordan 2024, kellerjordan.github.io/posts/muon), AdamW (arXiv:1711.05101),
-        warm-up, constant, decay schedule (arXiv:2405.18392), rates that survive a change of width (muP, arXiv:2203.03466),
-        ZeRO (arXiv:1910.02054), FSDP (arXiv:2304.11277), tensor and sequence parallel (arXiv:1909.08053, 2205.05198)
+        warm-up, constant, decay schedule (arXiv:2405.18392), rates that survive a change of width (muP,
+        arXiv:2203.03466), ZeRO (arXiv:1910.02054), FSDP (arXiv:2304.11277), tensor and sequence parallel
+        (arXiv:1909.08053, 2205.05198)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import numpy as np
 import torch
 
 import sample
-from data.shards import open_dataset
+from data.shards import Batches, open_dataset
 from model import GPT, GPTConfig, load_model, save_model
-from nanopath.checkpoint import Progress, load_state
-from nanopath.devices import Machine, free_memory, out_of_memory, sum_over_processes
-from nanopath.flags import Count, Positive, Rate, Seed, Share
-from nanopath.parallel import (make_mesh, parallelize, reshard_weights, split_loss, sync_gradients, whole, whole_model)
-from nanopath.plan import compile_pays, dry_run, fitting, warn_too_large
-from nanopath.run import (SHAPE, Guard, Log, announce, check_model, check_settings, compiles, earlier_run, explained,
-                          new_manifest, parse_run, remembered_micro_batch, run_folder, step_optimizers)
+from nanopath.devices import Machine
+from nanopath.flags import Count, Positive, Rate, Share
+from nanopath.parallel import evaluation, micro_step, parallelize, whole, whole_model
+from nanopath.plan import compile_blocks, dry_run, warn_too_large
+from nanopath.run import Guard, Log, check_model, check_settings, earlier_run, run_stage
 
 QUIET = dict(eval_every=0, sample_every=0, save_every=0)
 LARGE = dict(block_size=1024, rope_theta=10000.0, batch_size=512, micro_batch=16, max_steps=20000, muon_lr=0.02,
@@ -43,12 +40,13 @@ LARGE = dict(block_size=1024, rope_theta=10000.0, batch_size=512, micro_batch=16
              save_every=500, tie_embeddings=True)
 PRESETS = {
     "shakespeare": {},                                             # for `prepare.py shakespeare --vocab_size=512`
-    # the loss at which nanoGPT's CPU command ends, as fast as we can: see bench/train.py for times against it. One block is
-    # enough for words of 3 characters (`--vocab_size=2048`), and half of what two cost; single characters need two
+    # the loss at which nanoGPT's CPU command ends, as fast as we can: bench/train.py times both. One block is enough
+    # for tokens of 3 characters (`--vocab_size=2048`), and costs half of two; single characters need two
     "sprint": dict(n_layer=1, block_size=64, batch_size=24, max_steps=66, momentum=0.85, learning_rate=0.025,
                    weight_decay=0.0, **QUIET),
-    "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, momentum=0.85, weight_decay=0.0, **QUIET),
-    # as much as can be learnt in the time of that command. Characters, read twice in it, are better without weight decay
+    "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, momentum=0.85, weight_decay=0.0,
+                        **QUIET),
+    # as much as can be learnt in the time of that command. Characters, read twice in it, need no weight decay
     "marathon": dict(n_embd=192, n_head=3, n_hidden=512, max_steps=630, cooldown=1.0, **QUIET),
     "marathon_char": dict(block_size=64, batch_size=32, max_steps=1040, cooldown=1.0, weight_decay=0.0, **QUIET),
     # a larger model for a GPU; not measured yet
@@ -68,7 +66,7 @@ PRESETS = {
 @dataclass
 class Config:
     preset: Literal[*PRESETS] = "shakespeare"  # named set of defaults, see PRESETS; flags win over it
-    dataset: str = ""               # folder under data/, or a path; empty: shakespeare, or else the newest prepared text
+    dataset: str = ""              # folder under data/, or a path; empty: shakespeare, or else the newest prepared text
     out: str = ""                   # folder to write; empty: out/<name of the dataset>
     init_from: str = ""             # model folder to start from; its shape wins over the flags below
     # model
@@ -84,7 +82,7 @@ class Config:
     tie_embeddings: bool = False    # share the embedding with the output head
     # batch and length
     batch_size: Positive = 16       # sequences per optimizer step, summed over all processes
-    micro_batch: Count = 0          # sequences per forward pass and process; 0: all of its share; halved when memory is full
+    micro_batch: Count = 0     # sequences per forward pass and process; 0: all of its share; halved when memory is full
     max_steps: Positive = 1000      # optimizer steps
     document_mask: bool = False     # tokens see and predict only tokens of their own document
     # optimizer: Muon for the matrices inside the blocks, AdamW for embedding, head and norms
@@ -106,18 +104,18 @@ class Config:
     dry_run: bool = False           # measure a micro-batch, then print what the whole run would need; writes nothing
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the matmuls; weights stay float32 (or 64)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: in long runs, on a CPU only in bf16
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matmuls; weights: float32, or 64
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: long runs, on a CPU in bf16
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
     parallel: Literal["ddp", "zero2", "fsdp", "hsdp"] = "ddp"  # under torchrun; hsdp: fsdp in a node, ddp between nodes
     shards: Count = 0               # hsdp: data-parallel processes that share one replica; 0: those of one node
     tensor_parallel: Positive = 1   # processes that share every matrix product
-    seed: Seed = 0                  # of initialisation, data order and samples
+    seed: Count = 0                 # of initialisation, data order and samples
     resume: bool = False            # continue the run in --out with its own settings; flags still win
 
 
-def accumulate(model, x, y, segments, micro, factor, interrupted=lambda: False):
-    """Add up the gradients of factor x (sum of the losses of x -> y), `micro` sequences at a time.
+def accumulate(model, x, y, segments, micro, scale, interrupted=lambda: False):
+    """Add up the gradients of scale x (sum of the losses of x -> y), `micro` sequences at a time.
 
     x, y (B, T), segments (B, T) or None. Returns that loss, or None if `interrupted` said so between two micro-batches.
     """
@@ -125,90 +123,43 @@ def accumulate(model, x, y, segments, micro, factor, interrupted=lambda: False):
     for first in range(0, len(x), micro):
         if interrupted():
             return None
-        sync_gradients(model, last=first + micro >= len(x))
         part = slice(first, first + micro)
         documents = {} if segments is None else {"segments": segments[part]}
-        with split_loss(model):
-            loss = model(x[part], y[part], reduction="sum", **documents) * factor
+        with micro_step(model, last=first + micro >= len(x)):
+            loss = model(x[part], y[part], reduction="sum", **documents) * scale
             loss.backward()
         total = total + loss.detach()                              # not read yet: that would wait for the GPU
     return float(whole(total))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data
-
-class Batches:
-    """The sequences of this process for every step; those of the next step are read meanwhile, by a thread."""
-    def __init__(self, tokens, cfg, machine):
-        self.tokens, self.batch_size, self.device = tokens, cfg.batch_size, machine.device
-        self.share = cfg.batch_size // machine.data_world
-        self.first = machine.data_rank * self.share
-        self.reader, self.ahead = ThreadPoolExecutor(1), {}
-
-    def at(self, step):
-        """x, y (share, T) on the device, and how many targets of y count."""
-        for wanted in (step, step + 1):
-            if wanted not in self.ahead:
-                first = wanted * self.batch_size + self.first
-                self.ahead[wanted] = self.reader.submit(self.tokens.batch, first, self.share)
-        x, y = self.ahead.pop(step).result()
-        self.ahead = {later: read for later, read in self.ahead.items() if later == step + 1}      # after a rollback
-        return x.to(self.device), y.to(self.device), (y != -100).sum().item()
-
-
-    def close(self):
-        self.reader.shutdown(cancel_futures=True)
-
+# The loss on text the model has not seen
 
 def documents_of(x, eos):
-    """Number of the document each token of x (B, T) belongs to, (B, T); None for eos=None. The end-of-text token before a
-    document belongs to it: the first token is predicted from it, in training as in sampling."""
+    """Number of the document each token of x (B, T) belongs to, (B, T); None for eos=None. The end-of-text token before
+    a document belongs to it: the first token is predicted from it, in training as in sampling."""
     return None if eos is None else (x == eos).cumsum(dim=1)
 
 
-@torch.no_grad()
-def evaluate_loss(model, tokens, batch, rank=0, world=1, eos=None, limit=0):
-    """Mean loss (nats per token) of a split, or of its first `limit` tokens, in windows of T; every process takes its share.
-
-    rank and world count data-parallel processes. With eos given, documents do not see each other.
-    """
-    device = next(model.parameters()).device
-    count = min(len(tokens), limit + 1) if limit else len(tokens)
-    total, smaller = 0.0, 0
-    model.eval()
-    for first in range(0, math.ceil((count - 1) / tokens.T), world * batch):           # equally often on all processes
-        x, y = [], []
-        for window in range(first + rank * batch, first + (rank + 1) * batch):
-            start = window * tokens.T
-            piece = tokens.read(start, min(tokens.T + 1, count - start)) if start < count else np.zeros(1, int)
-            padding = np.full(tokens.T + 1 - len(piece), -100)     # the last window may be shorter, or missing
-            x.append(np.concatenate([piece[:-1], padding.clip(0)]))
-            y.append(np.concatenate([piece[1:], padding]))
-        x, y = torch.from_numpy(np.stack(x)).to(device), torch.from_numpy(np.stack(y)).to(device)
-        segments = {} if eos is None else {"segments": documents_of(x, eos)}
-        try:
-            with split_loss(model):
-                total += whole(model(x, y, reduction="sum", **segments)).item()
-        except RuntimeError as error:
-            if batch == 1 or world > 1 or not out_of_memory(error):
-                raise
-            smaller = (batch + 1) // 2
-        if smaller:                                                # outside the handler, which keeps tensors alive
-            del x, y, segments
-            free_memory(device)
-            return evaluate_loss(model, tokens, smaller, rank, world, eos, limit)
-    reshard_weights(model)
-    model.train()
-    total, processes = sum_over_processes([total, 1], device)
-    return total / (processes / world) / (count - 1)               # tensor-parallel processes have the same sums
+def evaluate_loss(model, tokens, rows, machine, eos=None, limit=0):
+    """Mean loss (nats per token) of a split, or of its first `limit` tokens, in windows of T; every process takes its
+    share. rows: windows per forward pass. With eos, documents do not see each other."""
+    targets, total, step = min(len(tokens) - 1, limit or len(tokens)), 0.0, machine.data_world * rows
+    with evaluation(model):
+        for first in range(0, math.ceil(targets / tokens.T), step):                    # equally often on all processes
+            x, y = tokens.windows_from(first + machine.data_rank * rows, rows, targets)
+            x, y = x.to(machine.device), y.to(machine.device)
+            segments = {} if eos is None else {"segments": documents_of(x, eos)}
+            total += whole(model(x, y, reduction="sum", **segments)).item()
+    return machine.sum([total])[0] / (machine.world / machine.data_world) / targets    # tensor-parallel ones are equal
 
 
-def validate(raw, tokens, tokenizer, cfg, machine, micro, eos):
+def validate(raw, tokens, tokenizer, guard, eos):
     """(nats per token, bits per byte) of the first cfg.eval_tokens of a split."""
+    cfg, machine = guard.cfg, guard.machine
     # without gradients four times as many sequences fit; several processes cannot try again with fewer
-    rows = max(1, min(16384 // cfg.block_size, 4 * micro if machine.world == 1 else micro))
-    loss = evaluate_loss(raw, tokens, rows, machine.data_rank, machine.data_world, eos, cfg.eval_tokens)
+    rows = max(1, min(16384 // cfg.block_size, 4 * guard.micro if machine.world == 1 else guard.micro))
+    loss = guard.fewer_rows(rows, lambda rows: evaluate_loss(raw, tokens, rows, machine, eos, cfg.eval_tokens))
     targets = min(len(tokens) - 1, cfg.eval_tokens or len(tokens))
     return loss, loss * targets / tokens.bytes_of(targets, tokenizer) / math.log(2)
 
@@ -257,7 +208,9 @@ def orthogonalize(updates, dtype, mesh=None):
         else:
             Y = newton_schulz(X)
         for (i, _), o in zip(members, Y.unbind(0)):
-            results[i] = o if updates[i].shape[0] <= updates[i].shape[1] else o.mT
+            o = o if updates[i].shape[0] <= updates[i].shape[1] else o.mT
+            # stack and unbind replicate a matrix that has fewer rows than processes
+            results[i] = o.redistribute(placements=updates[i].placements) if hasattr(o, "placements") else o
     return results
 
 
@@ -341,7 +294,7 @@ def make_optimizers(model, cfg, dtype, mesh=None):
     groups = [dict(params=[p for p in rest if p.dim() == 2 and p is not head], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
               dict(params=[head], weight_decay=cfg.weight_decay, lr=cfg.learning_rate * 128 / head.shape[1])]
-    matrices = [p for p in model.layers.parameters() if p in inside]                   # in a fixed order on all processes
+    matrices = [p for p in model.layers.parameters() if p in inside]                 # in a fixed order on all processes
     replicas = mesh["replicas"] if mesh and cfg.parallel == "ddp" and cfg.tensor_parallel == 1 else None
     dtype = torch.float32 if dtype == torch.float16 else dtype     # in float16 small gradients would become zero
     muon = Muon([dict(params=matrices)], dtype, replicas, lr=cfg.muon_lr, momentum=cfg.momentum,
@@ -366,7 +319,8 @@ def set_rates(optimizers, factor):
 
 
 def finish_gradients(model, factor, clip):
-    """Multiply all gradients by a factor and clip their global norm to `clip` (0: off). Returns the norm before clipping."""
+    """Multiply all gradients by a factor and clip their global norm to `clip` (0: off). Returns the norm before
+    clipping."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if factor != 1:
         torch._foreach_mul_(grads, factor)
@@ -380,32 +334,36 @@ def finish_gradients(model, factor, clip):
 # The model
 
 def build_model(cfg, tokenizer, before, machine):
-    """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume)."""
+    """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume).
+    Returns it, and cfg with the shape it has."""
+    torch.manual_seed(cfg.seed)
+    shape = {field.name for field in fields(Config)} & {field.name for field in fields(GPTConfig)} - {"block_size"}
     if cfg.init_from and not before:
         try:
             model, own = load_model(cfg.init_from, device="cpu")
         except ValueError as error:
             raise SystemExit(f"--init_from={cfg.init_from}: {error}") from None
         if own.hash != tokenizer.hash:
-            raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. Prepare "
-                             f"its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
+            raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. "
+                             f"Prepare its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")
         if cfg.block_size > model.config.block_size:
             raise SystemExit(f"--block_size={cfg.block_size}: {cfg.init_from} has {model.config.block_size} positions. "
                              f"Train with --block_size={model.config.block_size} or less")
         model.train()
     else:
         saved = before["model"] if before else {}
-        shape = {name: getattr(cfg, name) for name in SHAPE} | dict(
+        flags = {name: getattr(cfg, name) for name in shape} | dict(
             n_kv_head=cfg.n_kv_head or cfg.n_head, block_size=max(cfg.block_size, saved.get("block_size", 0)),
             vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
         try:
-            config = GPTConfig(**saved | shape)
+            config = GPTConfig(**saved | flags)
         except (ValueError, TypeError) as error:
             raise SystemExit(f"--{error}. See python train.py --help") from None
         warn_too_large(GPT, config, cfg, machine)
         model = GPT(config).init_weights()
     model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
-    return model.double() if machine.dtype == torch.float64 else model
+    model = model.double() if machine.dtype == torch.float64 else model
+    return model, replace(cfg, **{name: getattr(model.config, name) for name in shape if cfg.init_from})
 
 
 class Ordinary:
@@ -428,77 +386,48 @@ class Ordinary:
 
 def write_sample(model, tokenizer, cfg, device):
     """What the model writes at the beginning of a document, ready to be shown."""
-    try:
-        ids = sample.generate(model.to(device), [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
-                              constraint=Ordinary(tokenizer))[0]
-        return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
-    except (RuntimeError, ValueError) as error:                    # a sample is not worth a run
-        problem = str(error).strip().split("\n")[0]
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-    free_memory(next(model.parameters()).device)
-    return f"  | no sample ({problem}). --sample_every=0 asks for none, a smaller --sample_tokens needs less memory"
+    ids = sample.generate(model.to(device), [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
+                          constraint=Ordinary(tokenizer))[0]
+    return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def due(step, every):
-    return every and step % every == 0
-
-
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
     folder, tokenizer = open_dataset(cfg)
-    out = run_folder(cfg.out, cfg.dataset)
     machine = Machine(cfg.device, cfg.tensor_parallel)
-    cfg, before = earlier_run(cfg, out, machine)
+    cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
     machine.measure(cfg.dtype)
     train_tokens, val_tokens = check_settings(cfg, folder, out, machine)
 
-    # the model: raw is the bare module, model what the training forward calls
-    torch.manual_seed(cfg.seed)
-    raw = build_model(cfg, tokenizer, before, machine)
-    cfg = replace(cfg, **{name: getattr(raw.config, name) for name in SHAPE if cfg.init_from})
+    raw, cfg = build_model(cfg, tokenizer, before, machine)        # the bare module
     check_model(cfg, raw.config, before, tokenizer, folder, out)
-    flops, tokens_per_step = raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
-    if cfg.compile == "auto":                                      # decided once: the manifest keeps it for a resumed run
-        cfg = replace(cfg, compile="on" if compile_pays(cfg, flops * tokens_per_step * cfg.max_steps, machine) else "off")
-    compiled = cfg.compile == "on" and compiles(machine)
-    if compiled:
-        for block in raw.layers:                                   # one block's code serves all; names stay as they are
-            block.compile(dynamic=False)
-    count, mesh = raw.num_params(), make_mesh(cfg, machine)
-    model = parallelize(raw, cfg, mesh, machine)
-    optimizers = make_optimizers(raw, cfg, machine.dtype, mesh)
+    cfg, compiled = compile_blocks(raw, cfg, machine)
+    model = parallelize(raw, cfg, machine)                         # what the training forward calls
+    optimizers = make_optimizers(raw, cfg, machine.dtype, machine.mesh)
     eos = tokenizer.eos_id if cfg.document_mask else None
+    flops, tokens_per_step = raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
 
-    # the run: its folder, what it has done so far, what protects it
-    log = Log(out, cfg, machine)
-    progress = Progress(loss_scale=2.0 ** 16 if machine.dtype == torch.float16 else 1.0)
-    resumed = cfg.resume and load_state(out, raw, optimizers, progress, machine)
-    micro = fitting(remembered_micro_batch(cfg, before, out, machine), cfg, raw, machine)
-    guard = Guard(log, raw, optimizers, progress, micro, compiled)
-    batches = Batches(train_tokens, cfg, machine)
-    announce(log, cfg, before, resumed, progress, count, train_tokens, mesh, compiled)
+    log = Log(out, cfg, machine)                                   # screen, files, the lock on the folder
+    guard = Guard(log, raw, optimizers, before, compiled)          # what can go wrong; resumes the run
+    progress, batches = guard.progress, Batches(train_tokens, cfg.batch_size, machine)
+    log.announce(raw, before, guard, train_tokens)
     if cfg.dry_run:
         x, y, _ = batches.at(progress.step)
-        dry_run(cfg, out, raw, machine, mesh, guard,
-                lambda micro: accumulate(model, x[:micro], y[:micro], documents_of(x[:micro], eos), micro, 1 / tokens_per_step),
-                step_optimizers, rates=[lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)],
-                evaluated=min(len(val_tokens), cfg.eval_tokens or len(val_tokens)))
-        batches.close()
-        return machine.close()
-    log.open(progress.step, new_manifest(cfg, machine, tokenizer, folder, raw.config, before, progress))
+        return dry_run(raw, guard, lambda micro: accumulate(
+            model, x[:micro], y[:micro], documents_of(x[:micro], eos), micro, 1 / tokens_per_step),
+            validation=len(val_tokens), rates=[lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)])
+    log.open(progress, tokenizer, folder, raw.config, before)
 
-    # the loop
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates(optimizers, rate)
         x, y, targets = batches.at(progress.step)
-        scale = progress.loss_scale * machine.data_world / tokens_per_step             # as if every target counted
-        loss = guard.attempt(lambda micro: accumulate(model, x, y, documents_of(x, eos), micro, scale, guard.interrupted))
-        if loss is None:                                           # a signal in the middle of a step: the step is dropped
+        documents, scale = documents_of(x, eos), progress.loss_scale * machine.data_world / tokens_per_step
+        loss = guard.attempt(lambda micro: accumulate(model, x, y, documents, micro, scale, guard.interrupted))
+        if loss is None:                                         # a signal in the middle of a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
             break
@@ -513,20 +442,19 @@ def main(cfg):
         elif guard.not_finite(loss, norm, (x, y)):
             continue
 
-        done = progress.step == cfg.max_steps
-        evaluating, saving = done or due(progress.step, cfg.eval_every), done or guard.stop or due(progress.step, cfg.save_every)
-        sampling = cfg.sample_every and (done or due(progress.step, cfg.sample_every))
-        if not (evaluating or saving or sampling):
+        last = guard.stop or progress.step == cfg.max_steps
+        evaluating, sampling, saving = guard.due()
+        if not (evaluating or sampling or saving):
             continue
         with guard.eager():
-            better = evaluating and log.evaluation(progress, *validate(raw, val_tokens, tokenizer, cfg, machine, guard.micro, eos))
-            full = whole_model(raw, machine.rank) if better or sampling else None      # all ranks call it, rank 0 gets it
+            better = evaluating and log.evaluation(progress, *validate(raw, val_tokens, tokenizer, guard, eos))
+            full = whole_model(raw, machine.rank) if better or sampling else None    # all ranks call it, rank 0 gets it
             if better:
                 guard.write(save_model, full, tokenizer)
             if saving:
-                guard.save(last=done or guard.stop)
+                guard.save(last)
             if sampling and machine.rank == 0:
-                log.say(write_sample(full, tokenizer, cfg, machine.device))
+                log.say(guard.sample(lambda: write_sample(full, tokenizer, cfg, machine.device)))
         log.plot()
 
     batches.close()
@@ -537,5 +465,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with explained():
-        main(parse_run(Config, PRESETS, __doc__))
+    run_stage(main, Config, PRESETS, __doc__)

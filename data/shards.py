@@ -1,9 +1,11 @@
 """
 Reading what prepare.py wrote: shards of token ids on disk that look like one long text, and the order in which a run
-meets them. train.py learns from it; a folder that is incomplete, or has another tokenizer than it was made with, is refused.
+meets them. train.py learns from it; a folder that is incomplete, or has another tokenizer than it was made with, is
+refused.
 """
 import json
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,19 +53,56 @@ class Tokens:
             lengths[token] = len(spelling) if token not in tokenizer.specials.values() else 0
         return int(lengths[self.read(1, targets)].sum())
 
+    def windows_from(self, first, count, targets):
+        """Windows first ... first + count - 1 of the first `targets` + 1 tokens, in their order: x, y (count, T), y
+        -100 beyond the end."""
+        x, y = np.zeros((count, self.T), dtype=np.int64), np.full((count, self.T), -100)
+        for row in range(count):
+            start = (first + row) * self.T
+            if start < targets:
+                piece = self.read(start, min(self.T, targets - start) + 1)
+                x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
+        return torch.from_numpy(x), torch.from_numpy(y)
+
     def batch(self, first, count):
-        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by one."""
+        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by
+        one."""
         rows = []
         for sequence in range(first, first + count):
             epoch, index = divmod(sequence, self.windows)
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
                 self.offset = int(torch.randint(self.T, (1,), generator=generator))
                 self.order = torch.randperm(self.windows, generator=generator)
                 self.epoch = epoch
             rows.append(self.read(self.offset + int(self.order[index]) * self.T, self.T + 1))
         xy = torch.from_numpy(np.stack(rows))
         return xy[:, :-1], xy[:, 1:]
+
+
+class Batches:
+    """The sequences of one process for every step; those of the next step are read meanwhile, by a thread.
+
+    machine: data_rank of data_world processes, and the device the ids are moved to.
+    """
+    def __init__(self, tokens, batch_size, machine):
+        self.tokens, self.batch_size, self.device = tokens, batch_size, machine.device
+        self.share = batch_size // machine.data_world
+        self.first = machine.data_rank * self.share
+        self.reader, self.ahead = ThreadPoolExecutor(1), {}
+
+    def at(self, step):
+        """x, y (share, T) on the device, and how many targets of y count (are not -100)."""
+        reads = {}
+        for wanted in (step, step + 1):                            # after a rollback what was read ahead is forgotten
+            first = wanted * self.batch_size + self.first
+            reads[wanted] = self.ahead.get(wanted) or self.reader.submit(self.tokens.batch, first, self.share)
+        x, y = reads.pop(step).result()
+        self.ahead = reads
+        return x.to(self.device), y.to(self.device), (y != -100).sum().item()
+
+    def close(self):
+        self.reader.shutdown(cancel_futures=True)
 
 
 def open_dataset(cfg):
@@ -79,8 +118,8 @@ def open_dataset(cfg):
     except ValueError as error:
         raise SystemExit(f"--dataset={cfg.dataset}: {error}. Prepare it again: python prepare.py PATH...") from None
     if "tokenizer_hash" not in meta:
-        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining reads "
-                         "text: python prepare.py PATH...")
+        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining "
+                         "reads text: python prepare.py PATH...")
     try:
         tokenizer = Tokenizer.load(folder)
     except ValueError as error:
@@ -116,6 +155,7 @@ def prepare_command(folder, **changes):
 
 def default_dataset():
     """Name of the dataset that is meant where none is named: shakespeare, or without it the newest prepared text."""
-    prepared = [path for path in Path("data").glob("*/meta.json") if "tokenizer_hash" in path.read_text(encoding="utf-8")]
+    prepared = [path for path in Path("data").glob("*/meta.json")
+                if "tokenizer_hash" in path.read_text(encoding="utf-8")]
     newest = max(prepared, key=lambda path: path.stat().st_mtime, default=None)
     return "shakespeare" if newest is None or Path("data/shakespeare/meta.json") in prepared else newest.parent.name

@@ -63,8 +63,8 @@ def shard_file(rank):
 
 def checkpoints(out):
     """{step: folder} of the checkpoints in `out`, oldest first. Other names in state/ are left alone."""
-    found = {int(path.name[5:]): path for path in (out / "state").glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)}
-    return dict(sorted(found.items()))
+    found = [path for path in (out / "state").glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
+    return dict(sorted((int(path.name[5:]), path) for path in found))
 
 
 def steps_saved(out, machine):
@@ -76,9 +76,11 @@ def steps_saved(out, machine):
 
 
 def save_state(out, model, optimizers, progress, machine):
-    """All processes write their part into a folder that gets its name only when it is complete. The two newest are kept.
+    """All processes write their part into a folder that gets its name only when it is complete. The two newest are
+    kept.
 
-    The default format of torch.distributed.checkpoint is a pickle, which can run any code when loaded: hence safetensors.
+    The default format of torch.distributed.checkpoint is a pickle, which can run any code when loaded: hence
+    safetensors.
     """
     import torch.distributed.checkpoint as dcp
     folder, rank, world = out / "state", machine.rank, machine.world
@@ -113,7 +115,8 @@ def save_state(out, model, optimizers, progress, machine):
 
 
 def read_state(folder, rank=0, world=1):
-    """state.json of a checkpoint, after its hash and those of this process's share of the files. ValueError: damaged."""
+    """state.json of a checkpoint, after its hash and those of this process's share of the files. ValueError:
+    damaged."""
     state = read_json(folder / "state.json")
     if state.pop("sha256", None) != json_hash(state):
         raise ValueError("state.json differs from its hash")
@@ -133,8 +136,8 @@ def load_tensors(folder, model, optimizers, machine):
     named = dict(model.named_parameters())
     if {f"model.{name}": p.shape for name, p in named.items()} != \
             {name: meta.size for name, meta in saved.items() if name.startswith("model.")}:
-        raise SystemExit(f"--resume: {folder} holds a model of another shape. Leave out the flags that change the model, "
-                         "or choose another --out")
+        raise SystemExit(f"--resume: {folder} holds a model of another shape. Leave out the flags that change the "
+                         "model, or choose another --out")
     for optimizer in optimizers:                                   # a new optimizer has no state yet: allocate it
         optimizer.state.clear()
         own = {p for group in optimizer.param_groups for p in group["params"]}

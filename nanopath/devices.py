@@ -22,6 +22,7 @@ class Machine:
     rank, world            of all processes; rank 0 prints, logs and saves
     data_rank, data_world  of data-parallel processes: tensor-parallel processes read the same sequences
     dtype, peak            number format of the matmuls; FLOP/s of all processes together (see `measure`)
+    mesh                   the processes as (replicas, shards, tensor), see parallel.py; None for a single process
     """
     def __init__(self, device="auto", tensor_parallel=1):
         try:
@@ -30,16 +31,21 @@ class Machine:
             raise SystemExit(str(error)) from None
         self.copies = tensor_parallel
         self.data_rank, self.data_world = self.rank // tensor_parallel, max(1, self.world // tensor_parallel)
-        self.dtype, self.peak = torch.float32, math.nan
+        self.dtype, self.peak, self.mesh = torch.float32, math.nan, None
 
     def measure(self, dtype="auto"):
-        """Decide the number format for the flag --dtype (the same on all processes) and measure the speed of a matmul."""
+        """Decide the number format for the flag --dtype (the same on all processes) and measure the speed of a
+        matmul."""
         self.dtype = pick_dtype(dtype, self)
         self.peak = self.world * matmul_speed(self.device, self.dtype)
 
     def sum(self, values):
         """The sums over all processes of a list of numbers, in float64. Every process must call it equally often."""
-        return sum_over_processes(values, self.device)
+        place = self.device if self.device.type == "cuda" else "cpu"
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=place)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
 
     def any(self, flag):
         """Is it true on any process?"""
@@ -69,14 +75,6 @@ class Machine:
             dist.destroy_process_group()
 
 
-def sum_over_processes(values, device):
-    """The sums over all processes of a list of numbers, in float64."""
-    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
 def pick_device(name="auto"):
     """torch.device for a --device flag: auto is CUDA, then MPS, then CPU. Raises ValueError for what is not here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -100,7 +98,7 @@ def setup(name, device):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "mps" and world > 1:                         # one such GPU, and no collectives on it
         if name != "auto":
-            raise SystemExit(f"--device={name}: only one process can use it. Start without torchrun, or use --device=cpu")
+            raise SystemExit(f"--device={name}: one process can use it. Start without torchrun, or with --device=cpu")
         device = torch.device("cpu")
     kind = device.type
     if kind == "cuda":
@@ -112,7 +110,7 @@ def setup(name, device):
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
         store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart the store still holds addresses of dead
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":     # after a restart the store still holds addresses of dead
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")               # processes; for several machines
             store = dist.PrefixStore(restarts, store)                                  # see runs/nodes.sh
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
@@ -142,7 +140,7 @@ def bf16_is_faster(device):
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    clock = time.perf_counter if os.name == "nt" else time.thread_time                 # Windows counts in steps of 15 ms
+    clock = time.perf_counter if os.name == "nt" else time.thread_time                # Windows counts in steps of 15 ms
     threads, best = torch.get_num_threads(), {torch.float32: math.inf, torch.bfloat16: math.inf}
     torch.set_num_threads(1)
     for _ in range(6):
@@ -156,8 +154,8 @@ def bf16_is_faster(device):
 
 
 def matmul_speed(device, dtype, size=None):
-    """Measured FLOP/s of a square matmul, the best of six (about 10 ms on a CPU). For the line on the screen only: under
-    load it is too low."""
+    """Measured FLOP/s of a square matmul, the best of six (about 10 ms on a CPU). For the line on the screen only:
+    under load it is too low."""
     size = size or (512 if device.type == "cpu" else 4096)
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = math.inf
@@ -201,13 +199,13 @@ def compiler_problem(device):
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
         return ""
     except Exception as error:                                     # of many kinds, and new ones with every version
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200] if str(error) else type(error).__name__
+        return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def out_of_memory(error):
     """Does this exception mean full memory? CUDA has a class of its own for it, MPS and the CPU only words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"))
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def free_memory(device):

@@ -1,8 +1,8 @@
 """
 One model on many processes: which process holds which part, and how the parts become whole tensors again.
 
-The processes form a mesh (replicas, shards, tensor). `parallelize` distributes a model over it, `whole` gathers a tensor;
-in between, training is the same few lines as on one process.
+The processes form a mesh (replicas, shards, tensor). `parallelize` distributes a model over it, `whole` gathers a
+tensor; in between, training is the same few lines as on one process.
 """
 import contextlib
 import logging
@@ -26,13 +26,14 @@ def make_mesh(cfg, machine):
 
 
 def shards_of(cfg, world):
-    """Number of data-parallel processes that share one replica: with hsdp those of one node, unless --shards is given."""
+    """Number of data-parallel processes that share one replica: with hsdp those of one node, unless --shards is
+    given."""
     node = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)) // cfg.tensor_parallel)
     return {"ddp": 1, "hsdp": cfg.shards or node}.get(cfg.parallel, world // cfg.tensor_parallel)
 
 
-def parallelize(model, cfg, mesh, machine):
-    """Distribute a model that every process built alike over the mesh. Returns the module that training calls.
+def parallelize(model, cfg, machine):
+    """Distribute a model that every process built alike over machine.mesh. Returns the module that training calls.
 
     ddp      every process has the whole model; gradients are averaged.
     zero2    optimizer state is sharded, and weights and gradients too between steps; during a step they are whole.
@@ -43,6 +44,7 @@ def parallelize(model, cfg, mesh, machine):
              them needs one exchange; between the pairs every process holds its part of the sequence (2205.05198).
     In every mode gradients come out divided by the number of data-parallel processes.
     """
+    mesh = machine.mesh = make_mesh(cfg, machine)
     if mesh is None:
         return model.to(machine.device)
     if mesh["tensor"].size() > 1:
@@ -53,10 +55,10 @@ def parallelize(model, cfg, mesh, machine):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # a mesh of two dimensions makes it hsdp; ddp with tensor parallel is hsdp with shards of one process
     data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
-    policy = MixedPrecisionPolicy(param_dtype=machine.dtype, reduce_dtype=torch.float32) if machine.dtype.itemsize == 2 else \
-        MixedPrecisionPolicy()
+    half = dict(param_dtype=machine.dtype, reduce_dtype=torch.float32) if machine.dtype.itemsize == 2 else {}
+    policy = MixedPrecisionPolicy(**half)
     reshard = cfg.parallel != "zero2"
-    if machine.device.type == "cpu":                               # gloo has no all-to-all; torch warns and uses all-gather
+    if machine.device.type == "cpu":                           # gloo has no all-to-all; torch warns and uses all-gather
         logging.getLogger("torch.distributed.tensor._collective_utils").addFilter(
             lambda record: "does not support alltoall" not in record.getMessage())
     for block in model.layers:
@@ -67,8 +69,8 @@ def parallelize(model, cfg, mesh, machine):
 
 
 def split_products(model, mesh):
-    """Tensor parallel with sequence parallel. The norms of queries and keys must be part of the plan: without them every
-    process trains their weights on its own heads alone, and no error says so."""
+    """Tensor parallel with sequence parallel. The norms of queries and keys must be part of the plan: without them
+    every process trains their weights on its own heads alone, and no error says so."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleOutput, RowwiseParallel,
                                                    SequenceParallel, parallelize_module)
@@ -94,18 +96,20 @@ def split_products(model, mesh):
 
 
 def split_loss(model):
-    """Context for a loss and its backward pass: under tensor parallel the cross-entropy of logits that are never gathered."""
+    """Context for a loss and its backward pass: under tensor parallel the cross-entropy of logits that are never
+    gathered."""
     if not getattr(model, "split_logits", False):
         return contextlib.nullcontext()
     from torch.distributed.tensor.parallel import loss_parallel
     return loss_parallel()
 
 
-def sync_gradients(model, last):
-    """Before each micro-batch: which gradients its backward pass communicates. last: is it the last one of the step?
+def micro_step(model, last):
+    """Context for one forward and backward pass: which gradients it communicates. last: is it the last one of the step?
 
     ddp and the replicas of hsdp all-reduce once per step, with the last micro-batch. fsdp and hsdp reduce-scatter
-    gradients after every micro-batch; zero2 keeps full weights and gradients during the step and shards once at its end.
+    gradients after every micro-batch; zero2 keeps full weights and gradients during the step and shards once at its
+    end.
     """
     if hasattr(model, "require_backward_grad_sync"):               # DDP
         model.require_backward_grad_sync = last
@@ -114,13 +118,19 @@ def sync_gradients(model, last):
         model.set_requires_gradient_sync(shard)                    # reduce-scatter within a replica
         model.set_reshard_after_backward(shard)
         model.set_requires_all_reduce(last)                        # all-reduce between replicas; must be set last
+    return split_loss(model)
 
 
-def reshard_weights(model):
-    """zero2 keeps weights whole until a backward pass; after an evaluation there is none."""
-    for module in model.modules():
+@contextlib.contextmanager
+def evaluation(model):
+    """Context for losses without gradients."""
+    model.eval()
+    with torch.no_grad(), split_loss(model):
+        yield
+    for module in model.modules():                                 # zero2 keeps weights whole until a backward pass
         if hasattr(module, "reshard"):
             module.reshard()
+    model.train()
 
 
 def whole(tensor):

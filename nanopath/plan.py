@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from nanopath.devices import memory_size, memory_used
+from nanopath.devices import compiler_problem, memory_size, memory_used
+from nanopath.files import read_json
 from nanopath.hf import ARCHITECTURES, family_of
 from nanopath.parallel import shards_of
 
@@ -30,7 +31,7 @@ def bytes_needed(cfg, model, dtype, world):
     parts = shards_of(cfg, world) * cfg.tensor_parallel
     if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # during a step weights and gradients are whole
         state += parts * N * (dtype.itemsize + 4) / cfg.tensor_parallel
-    return state / parts, 3 * max(stacks.values()) * dtype.itemsize / parts            # three copies of the largest stack
+    return state / parts, 3 * max(stacks.values()) * dtype.itemsize / parts          # three copies of the largest stack
 
 
 def surely_fits(c, device):
@@ -45,14 +46,16 @@ def local_processes(device):
 
 
 def too_large(cfg, model, machine):
-    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. Shapes are enough of it."""
+    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. Shapes are enough of
+    it."""
     need = sum(bytes_needed(cfg, model, machine.dtype, machine.world)) * local_processes(machine.device)
     there = memory_size(machine.device)
     if not there or need < 0.9 * there:                            # the system, or the driver, needs some too
         return ""
-    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of "
-            f"this {'machine' if machine.device.type == 'cpu' else 'GPU'}, before any activation. Choose a smaller --preset, "
-            "--n_layer or --n_embd, or distribute it over GPUs: torchrun --nproc_per_node=8 train.py --parallel=fsdp")
+    return (f"--preset={cfg.preset}: weights, gradients and the optimizer take {need / 1e9:.1f} GB of the "
+            f"{there / 1e9:.1f} GB of this {'machine' if machine.device.type == 'cpu' else 'GPU'}, before any "
+            "activation. Choose a smaller --preset, --n_layer or --n_embd, or distribute it over GPUs: torchrun "
+            "--nproc_per_node=8 train.py --parallel=fsdp")
 
 
 def warn_too_large(GPT, config, cfg, machine):
@@ -67,11 +70,16 @@ def warn_too_large(GPT, config, cfg, machine):
         machine.say(f"this will probably fail. {problem}")
 
 
-def fitting(micro, cfg, raw, machine):
-    """The micro-batch, on a CPU halved until it fits, the same on all processes. On a GPU the run itself tries."""
+def micro_batch(cfg, raw, before, out, machine):
+    """Sequences per forward pass: --micro_batch, or what an earlier start of this run (before: its manifest) had to
+    halve it to. On a CPU halved until it fits, the same on all processes; on a GPU the run itself tries."""
+    share = cfg.batch_size // machine.data_world
+    micro = min(cfg.micro_batch or share, share)
+    if before and before["config"].get("micro_batch") == cfg.micro_batch:
+        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
     c, T, there = raw.config, cfg.block_size, memory_size(machine.device)
     state, local = bytes_needed(cfg, raw, raw.dtype, machine.world)[0], local_processes(machine.device)
-    roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)      # more than is kept; counting takes a second
+    roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)   # more than is kept; counting takes a second
     wanted = micro
     if machine.device.type == "cpu" and not c.n_expert and local * (state + roughly) >= 0.9 * there:
         each = saved_bytes(type(raw), c, 1, T, raw.dtype, cfg.checkpointing)
@@ -85,25 +93,46 @@ def fitting(micro, cfg, raw, machine):
 
 
 def compile_pays(cfg, flops, machine):
-    """--compile=auto. flops: of the whole run. Compiling takes 10 to 25 s on a CPU and gains 1.5 to 1.7 x in bf16, so the
-    run must be long enough; the answer depends on the settings alone, never on a timing."""
+    """--compile=auto. flops: of the whole run. Compiling takes 10 to 25 s on a CPU and gains 1.5 to 1.7 x in bf16, so
+    the run must be long enough; the answer depends on the settings alone, never on a timing."""
     if machine.device.type == "cuda":
         return cfg.max_steps >= 200
     return machine.device.type == "cpu" and machine.world == 1 and machine.dtype == torch.bfloat16 and flops > 3e12
 
 
+def compile_blocks(model, cfg, machine):
+    """torch.compile for every block, as --compile says. Returns cfg with the decision, which a resumed run keeps, and
+    whether the blocks are compiled. One process finds out at its first step whether the compiler works; several must
+    know before: in the middle of a step the others would wait for ever."""
+    flops = model.flops_per_token(cfg.block_size) * cfg.batch_size * cfg.block_size * cfg.max_steps
+    wanted = cfg.compile == "on" or cfg.compile == "auto" and compile_pays(cfg, flops, machine)
+    problem = compiler_problem(machine.device) if wanted and machine.world > 1 else ""
+    if problem:
+        print(f"--compile does not work on process {machine.rank}, training continues without it everywhere "
+              f"({problem})", flush=True)
+    compiled = wanted and not machine.any(problem)
+    for block in model.layers if compiled else ():
+        block.compile(dynamic=False)                               # one block's code serves all; names stay as they are
+    return replace(cfg, compile="on" if wanted else "off"), compiled
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How long will it take?
 
-def dry_run(cfg, out, raw, machine, mesh, guard, one_pass, step_optimizers, rates, evaluated):
-    """--dry_run: measure one micro-batch and one update, and print what the whole run would need. one_pass(micro) computes
-    the gradients of one micro-batch as the last of its step, with its communication: a real step may be faster. rates: the
-    factor on the learning rates over the run. evaluated: tokens of one validation."""
+def dry_run(raw, guard, one_pass, validation, rates):
+    """--dry_run: measure one micro-batch and one update, and print what the whole run would need.
+
+    one_pass(micro) computes the gradients of one micro-batch as the last of its step, with its communication: a real
+    step may be faster. validation: tokens of the validation split. rates: the factor on the learning rates over the
+    run.
+    """
+    cfg, machine = guard.cfg, guard.machine
     share = cfg.batch_size // machine.data_world
-    guard.log.say(f"measuring one micro-batch of {guard.micro} x {cfg.block_size:,} tokens on {machine.device}, of which a step "
-                  f"has {math.ceil(share / guard.micro)}, and one update of the weights")
+    guard.log.say(f"measuring one micro-batch of {guard.micro} x {cfg.block_size:,} tokens on {machine.device}, of "
+                  f"which a step has {math.ceil(share / guard.micro)}, and one update of the weights")
     passes, size = [], guard.micro                                 # the first only warms up, unless it takes a minute
-    while len(passes) < 4 and (machine.sum([sum(passes)])[0] < 60 * machine.world or guard.compiled and len(passes) < 2):
+    while len(passes) < 4 and (machine.sum([sum(passes)])[0] < 60 * machine.world
+                               or guard.compiled and len(passes) < 2):
         raw.zero_grad()
         start = machine.clock()
         guard.attempt(one_pass)
@@ -112,22 +141,25 @@ def dry_run(cfg, out, raw, machine, mesh, guard, one_pass, step_optimizers, rate
             guard.log.say(f"  pass {len(passes)} of at most 4: {passes[-1]:.1f} s")
     for _ in range(2):                                             # the first allocates the optimizer's state
         start = machine.clock()
-        step_optimizers(guard.optimizers)
+        guard.step_optimizers()
     micro_seconds, update_seconds = np.median(passes[1:] or passes), machine.clock() - start
     seconds = math.ceil(share / guard.micro) * micro_seconds + update_seconds
+    evaluated = min(validation, cfg.eval_tokens or validation)
     evaluations = cfg.max_steps // cfg.eval_every + bool(cfg.max_steps % cfg.eval_every) if cfg.eval_every else 1
-    forward = micro_seconds / 3 / (guard.micro * cfg.block_size * machine.data_world)      # per token; backward is twice that
+    forward = micro_seconds / 3 / (guard.micro * cfg.block_size * machine.data_world)  # per token; backward takes twice
     if machine.rank == 0:
-        report_plan(cfg, out, raw, guard.optimizers, mesh, machine, cfg.batch_size * cfg.block_size / seconds, rates,
-                    evaluations, evaluations * evaluated * forward)
+        speed = cfg.batch_size * cfg.block_size / seconds
+        report_plan(cfg, guard.out, raw, guard.optimizers, machine, speed, rates, evaluations,
+                    evaluations * evaluated * forward)
+    machine.close()
 
 
-def report_plan(cfg, out, raw, optimizers, mesh, machine, speed, rates, evaluations, evaluation_seconds):
+def report_plan(cfg, out, raw, optimizers, machine, speed, rates, evaluations, evaluation_seconds):
     """What --dry_run prints: memory and disk from formulas, speed (tokens per second) and peak memory as measured."""
     state = sum(t.numel() * t.element_size() for optimizer in optimizers
                 for tensors in optimizer.state.values() for t in tensors.values())
     weights = sum(p.numel() * p.element_size() for p in raw.parameters())
-    parts = mesh["shards"].size() * mesh["tensor"].size() if mesh else 1
+    parts = machine.mesh["shards"].size() * machine.mesh["tensor"].size() if machine.mesh else 1
     between = " between steps" * (cfg.parallel == "zero2" and parts > 1)
     print(f"memory per process{between}: weights {weights / parts / 1e9:.3f} GB, gradients the same, optimizer "
           f"{state / parts / 1e9:.3f} GB (1/{parts} of all); its peak so far, with activations: "
@@ -141,8 +173,8 @@ def report_plan(cfg, out, raw, optimizers, mesh, machine, speed, rates, evaluati
           f"{span(tokens / speed)}, and {span(evaluation_seconds)} for {evaluations} evaluations")
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     need, free = 3 * (weights + state) + 2 * weights, shutil.disk_usage(there).free
-    print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} GB "
-          f"are free{'' if need < free else ': NOT ENOUGH'}")
+    print(f"disk: {need / 1e9:.2f} GB (two checkpoints, a third while it is written, the best model), {free / 1e9:.0f} "
+          f"GB are free{'' if need < free else ': NOT ENOUGH'}")
     print("schedule: " + "".join("▁▂▃▄▅▆▇█"[min(7, int(value * 8))] for value in rates)
           + f"  peak rates: muon {cfg.muon_lr}, adamw {cfg.learning_rate}")
     print("Next: the same command without --dry_run")
@@ -154,7 +186,7 @@ def report_plan(cfg, out, raw, optimizers, mesh, machine, speed, rates, evaluati
 def saved_bytes(GPT, config, B, T, dtype, checkpointing):
     """Bytes that autograd keeps between the forward and the backward pass of B x T tokens. Counted, not estimated: the
     real forward runs on tensors that have a shape but no memory, for one and for two layers; the others are alike."""
-    from torch._subclasses.fake_tensor import FakeTensorMode       # the one private name in this file: tested per release
+    from torch._subclasses.fake_tensor import FakeTensorMode     # the one private name in this file: tested per release
 
     def count(n_layer):
         model = GPT(replace(config, n_layer=n_layer, window_layers=None))
@@ -185,7 +217,8 @@ def summarize(GPT, config, B, T, dtype=torch.bfloat16):
     full, lean = (saved_bytes(GPT, config, B, T, dtype, checkpointing) for checkpointing in (False, True))
     return dict(family=ARCHITECTURES[family_of(config)], parameters=N, active=N - idle,
                 flops_train=model.flops_per_token(T), flops_generate=model.flops_per_token(T) / 3,
-                weights=4 * N, gradients=4 * N, adamw=8 * N, activations=full, activations_checkpointed=lean, serve=size * N,
+                weights=4 * N, gradients=4 * N, adamw=8 * N, activations=full,
+                activations_checkpointed=lean, serve=size * N,
                 cache_per_token=2 * config.n_layer * config.n_kv_head * config.head_dim * size)
 
 
@@ -200,10 +233,11 @@ def print_summary(GPT, name, config, B, T, dtype):
     active = f"   {s['active']:,} of them at work on a token" if config.n_expert else ""
     state, lean = s["weights"] + s["gradients"] + s["adamw"], s["activations_checkpointed"]
     print(f"""{name}: {s['family']}
-  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} on {config.n_kv_head} of keys \
-and values, MLP {config.n_hidden}{experts}, context {config.block_size:,}
+  layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} x {config.head_dim} \
+on {config.n_kv_head} of keys and values, MLP {config.n_hidden}{experts}, context {config.block_size:,}
   parameters       {s['parameters']:>18,}{active}
-  FLOPs per token  {s['flops_train']:>18.4g}   to train on {T:,} tokens; {s['flops_generate']:.4g} to generate after as many
+  FLOPs per token  {s['flops_train']:>18.4g}   \
+to train on {T:,} tokens; {s['flops_generate']:.4g} to generate after as many
 to train, batch {B} x {T:,}, weights float32, activations {dtype}
   weights          {size(s['weights']):>18}
   gradients        {size(s['gradients']):>18}

@@ -29,11 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data.shards import Tokens, data_hashes, default_dataset, prepare_command
-from nanopath.checkpoint import SaveError, broken_state, checkpoints, json_hash, load_state, save_state, steps_saved
-from nanopath.devices import compiler_problem, free_memory, memory_size, memory_used, out_of_memory
+from nanopath.checkpoint import (Progress, SaveError, broken_state, checkpoints, json_hash, load_state, save_state,
+                                 steps_saved)
+from nanopath.devices import free_memory, memory_used, out_of_memory
 from nanopath.files import read_json, write_json
 from nanopath.flags import parse
 from nanopath.parallel import shards_of
+from nanopath.plan import micro_batch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings, and the run to resume
@@ -42,7 +44,8 @@ SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "ro
 
 
 def command(*words, **flags):
-    """A command line to show: command("train.py", resume=True, out=path) -> python train.py --resume --out=path, quoted."""
+    """A command line to show: command("train.py", resume=True, out=path) -> python train.py --resume --out=path,
+    quoted."""
     given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
     return shlex.join(["python", *map(str, words), *given])
 
@@ -63,13 +66,14 @@ def parse_run(Config, presets, doc, args=None):
     if known.preset is not None and known.preset not in presets:
         raise SystemExit(f"--preset={known.preset}: no such preset. Choose one of: {', '.join(presets)}")
     if known.resume and known.preset is not None:
-        raise SystemExit(f"--resume --preset={known.preset}: a resumed run keeps its own settings, a preset would have no "
-                         "effect. Leave out --preset; single flags such as --max_steps can be changed")
+        raise SystemExit(f"--resume --preset={known.preset}: a resumed run keeps its own settings, a preset would have "
+                         "no effect. Leave out --preset; single flags such as --max_steps can be changed")
     default = Config(**({} if known.preset is None else {"preset": known.preset} | presets[known.preset]))
     if known.resume:
         out = run_folder(known.out, known.dataset)
         if not (out / "manifest.json").is_file():
-            raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: {command('train.py', out=out)}")
+            raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: "
+                             + command("train.py", out=out))
         default = saved_config(Config, out) | {"out": str(out), "resume": True}
         default = Config(**default)
     return parse(Config, doc, default=default, args=args)
@@ -83,8 +87,8 @@ def read_manifest(out):
     except ValueError as error:
         raise SystemExit(f"--out={out}: {error}. {advice}") from None
     if manifest.pop("sha256", None) != json_hash(manifest):
-        raise SystemExit(f"--out={out}: {path} differs from its hash: it was changed by hand, is damaged, or was written by "
-                         f"another version of nanopath. {advice}")
+        raise SystemExit(f"--out={out}: {path} differs from its hash: it was changed by hand, is damaged, or was "
+                         f"written by another version of nanopath. {advice}")
     return manifest
 
 
@@ -97,14 +101,14 @@ def saved_config(Config, out):
     config = read_manifest(out)["config"]
     unknown = sorted(config.keys() - {field.name for field in fields(Config)})
     if unknown:
-        raise SystemExit(f"--resume: the run in {out} was made with --{unknown[0]}, which this script does not have. Resume it "
-                         "with the version that began it, or start a new run with another --out")
+        raise SystemExit(f"--resume: the run in {out} was made with --{unknown[0]}, which this script does not have. "
+                         "Resume it with the version that began it, or start a new run with another --out")
     return config
 
 
 def launch():
-    """Identifies this launch of torchrun: its id, or else its process, and the command. Empty without torchrun. --resume
-    does not count: the second turn of a Slurm job has it and the first has not."""
+    """Identifies this launch of torchrun: its id, or else its process, and the command. Empty without torchrun.
+    --resume does not count: the second turn of a Slurm job has it and the first has not."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if name == "none":
         name = f"{platform.node()}:{os.getppid()}"
@@ -112,27 +116,29 @@ def launch():
 
 
 def restarted(out):
-    """Did torchrun --max_restarts start this process again, after this very launch had begun the run in `out`? Its count of
-    restarts is not enough: each machine counts for itself, and not at all when another machine was lost."""
+    """Did torchrun --max_restarts start this process again, after this very launch had begun the run in `out`? Its
+    count of restarts is not enough: each machine counts for itself, and not at all when another machine was lost."""
     return bool(launch()) and (out / "manifest.json").is_file() and read_manifest(out).get("launch") == launch()
 
 
-def earlier_run(cfg, out, machine):
-    """The run to resume, if any. Returns (settings, manifest or None). A process that torchrun restarted resumes the run
-    that this launch began, with its settings."""
+def earlier_run(cfg, machine):
+    """The folder of the run, and the run in it to resume, if any. Returns (settings, folder, manifest or None). A
+    process that torchrun restarted resumes the run that this launch began, with its settings."""
+    out = run_folder(cfg.out, cfg.dataset)
     if machine.any(machine.rank == 0 and restarted(out)) and not cfg.dry_run:          # rank 0 decides for all
         cfg = type(cfg)(**saved_config(type(cfg), out) | {"out": str(out), "resume": True})
-    return cfg, read_manifest(out) if cfg.resume else None
+    return cfg, out, read_manifest(out) if cfg.resume else None
 
 
 def new_manifest(cfg, machine, tokenizer, folder, config, before, progress):
-    """What made this run: settings, data, versions, commit. dtype is written as resolved, so that a resumed run does not
-    decide again. A resume keeps the record of the start and adds its own to `resumed`."""
+    """What made this run: settings, data, versions, commit. dtype is written as resolved, so that a resumed run does
+    not decide again. A resume keeps the record of the start and adds its own to `resumed`."""
     root = Path(__file__).resolve().parents[1]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip() \
         if shutil.which("git") else ""
-    record = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "commit": commit,
-              "processor": platform.processor() or platform.machine(), "processes": machine.world, "step": progress.step}
+    record = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+              "commit": commit, "processor": platform.processor() or platform.machine(), "processes": machine.world,
+              "step": progress.step}
     return {"config": asdict(cfg) | {"resume": False, "dtype": str(machine.dtype).removeprefix("torch.")},
             "model": asdict(config),
             "launch": launch(), "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
@@ -141,77 +147,40 @@ def new_manifest(cfg, machine, tokenizer, folder, config, before, progress):
             "resumed": [*before["resumed"], record] if before else []}
 
 
-def remembered_micro_batch(cfg, before, out, machine):
-    """Sequences per forward pass of this process: --micro_batch, or what an earlier start of this run had to halve it to."""
-    share = cfg.batch_size // machine.data_world
-    micro = min(cfg.micro_batch or share, share)
-    if before and before["config"].get("micro_batch") == cfg.micro_batch:
-        micro = min([micro, *(read_json(path)["micro_batch"] for path in out.glob("micro_batch*.json"))])
-    return micro
-
-
-def compiles(machine):
-    """Does torch.compile work? One process finds out at its first step; several must know before, as in the middle of a step
-    the others would wait for ever."""
-    problem = compiler_problem(machine.device) if machine.world > 1 else ""
-    if problem:
-        print(f"--compile does not work on process {machine.rank}, training continues without it everywhere ({problem})",
-              flush=True)
-    return not machine.any(problem)
-
-
-def announce(log, cfg, before, resumed, progress, count, tokens, mesh, compiled):
-    """The first lines of a run: what is trained on what, what a resume changes, and on which machine."""
-    machine, total = log.machine, cfg.max_steps * cfg.batch_size * cfg.block_size
-    what = "training" if not cfg.resume else f"resuming at step {progress.step}" if resumed else \
-        "nothing was saved yet, so this starts at step 0"
-    log.say(f"{what}: {count:,} parameters on {tokens.folder.name}, {len(tokens):,} tokens ({total / len(tokens):.1f} epochs in "
-            f"{cfg.max_steps} steps)")
-    for name in ("batch_size", "block_size", "seed") if before else ():
-        old = before["config"].get(name)
-        if old != getattr(cfg, name):
-            log.say(f"--{name}={getattr(cfg, name)}, before {old}: the data order changes, so some sequences are repeated, some "
-                    "skipped")
-    layout = f", {cfg.parallel} {' x '.join(map(str, mesh.shape))}" if mesh else ""
-    log.say(f"machine: {machine.world} x {machine.device}{layout}, matmuls in {str(machine.dtype).removeprefix('torch.')} at "
-            f"{machine.peak / 1e9:,.0f} GFLOP/s measured, {torch.get_num_threads()} threads{', blocks compiled' * compiled}")
-    if compiled and not cfg.dry_run:
-        log.say("the first step compiles the blocks, which takes up to half a minute")
-
-
 def check_settings(cfg, folder, out, machine):
-    """Settings that cannot work together are refused before anything is written. Returns the train and validation split."""
+    """Settings that cannot work together are refused before anything is written. Returns the train and validation
+    split."""
     world, data = machine.world, max(1, machine.world // cfg.tensor_parallel)
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise SystemExit("--wandb: the package is not installed: pip install wandb")
     if not cfg.dry_run and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("loss.png needs the package matplotlib: pip install -r requirements.txt")
     if world == 1 and cfg.parallel != "ddp":
-        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is distributed. Several processes: torchrun "
-              f"--standalone --nproc_per_node=2 {shlex.join(sys.argv)}")
+        print(f"--parallel={cfg.parallel}: this is a single process, so nothing is distributed. Several processes: "
+              f"torchrun --standalone --nproc_per_node=2 {shlex.join(sys.argv)}")
     if data * cfg.tensor_parallel != world:
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes that torchrun started")
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes of torchrun")
     if data % (cfg.shards or 1):
-        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes. torchrun starts several: "
-                         "torchrun --standalone --nproc_per_node=N train.py ...")
+        raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes. torchrun starts "
+                         "several: torchrun --standalone --nproc_per_node=N train.py ...")
     if cfg.batch_size % data:
-        raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so that "
-                         "each has the same number of sequences")
+        raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so "
+                         "that each has the same number of sequences")
     if cfg.parallel == "hsdp" and data % shards_of(cfg, world):
         raise SystemExit(f"--parallel=hsdp: {data} data-parallel processes cannot be divided into groups of "
                          f"{shards_of(cfg, world)}, the number in one node. Choose --shards=")
     here = Path.cwd().resolve()
     if out.resolve() == here or out.resolve() in here.parents:
-        raise SystemExit(f"--out={out}: the folder of a run is moved aside when a new one starts, so it cannot be the current "
-                         "folder or one above it. Choose a folder such as --out=out/name")
+        raise SystemExit(f"--out={out}: the folder of a run is moved aside when a new one starts, so it cannot be the "
+                         "current folder or one above it. Choose a folder such as --out=out/name")
     if not cfg.dry_run and machine.rank == 0:
         check_writable(out)
     splits = []
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
         if split == "val" and not len(tokens):
-            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to validate on. "
-                             f"Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to "
+                             f"validate on. Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
         if tokens.windows < 1 if split == "train" else len(tokens) < 2:
             raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
                              "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
@@ -224,19 +193,20 @@ def check_writable(out):
     """A run's folder must be one that this process can make and write to. It is not made yet: the checks go on."""
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise SystemExit(f"--out={out}: cannot write there ({place} is {'not writable' if place.is_dir() else 'a file'}). "
-                         "Choose another folder with --out=")
+        raise SystemExit(f"--out={out}: cannot write there ({place} is "
+                         f"{'not writable' if place.is_dir() else 'a file'}). Choose another folder with --out=")
 
 
 def check_model(cfg, config, before, tokenizer, folder, out):
-    """Can this model be distributed as asked, and is it the model, and the data, of the run to resume (its manifest)?"""
+    """Can this model be distributed as asked, and is it the model, and the data, of the run to resume (its
+    manifest)?"""
     for name in ("n_head", "n_kv_head", "n_hidden", "block_size"):
         value = cfg.block_size if name == "block_size" else getattr(config, name)
         if value % cfg.tensor_parallel:
             raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
     if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without experts can "
-                         "be cut. Use --parallel=fsdp")
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without "
+                         "experts can be cut. Use --parallel=fsdp")
     if not before:
         return
     if (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):
@@ -246,8 +216,8 @@ def check_model(cfg, config, before, tokenizer, folder, out):
     for name in SHAPE:
         old, new = before["model"].get(name), getattr(config, name)
         if old != new:
-            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. Leave out "
-                             "the flags that change the model, or choose another --out")
+            raise SystemExit(f"--resume --{name}={new}: the run in {out} is a model of another shape, {name}={old}. "
+                             "Leave out the flags that change the model, or choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,8 +229,8 @@ def writing(out):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise SystemExit(f"--out={out}: cannot be written ({error}). What was saved before is complete: free some space, then "
-                         + command("train.py", resume=True, out=out)) from None
+        raise SystemExit(f"--out={out}: cannot be written ({error}). What was saved before is complete: free some "
+                         "space, then " + command("train.py", resume=True, out=out)) from None
 
 
 class Log:
@@ -278,15 +248,38 @@ class Log:
             try:
                 self.lock.acquire(blocking=False)
             except Timeout:
-                raise SystemExit(f"--out={out}: another run is writing there. Choose another --out, or wait for it") from None
+                raise SystemExit(f"--out={out}: another run is writing there. Choose another --out, or wait for it")\
+                    from None
 
     def say(self, *words):
         self.machine.say(*words)
 
-    def open(self, step, manifest):
-        """All checks have passed: keep an earlier run under another name, write the manifest, open log.jsonl after `step`."""
-        if self.machine.rank or step >= self.cfg.max_steps:        # a run that is finished stays as it is
+    def announce(self, raw, before, guard, tokens):
+        """The first lines of a run: what is trained on what, what a resume changes, and on which machine."""
+        cfg, machine, progress = self.cfg, self.machine, guard.progress
+        total = cfg.max_steps * cfg.batch_size * cfg.block_size
+        what = "training" if not cfg.resume else f"resuming at step {progress.step}" if guard.resumed else \
+            "nothing was saved yet, so this starts at step 0"
+        self.say(f"{what}: {raw.num_params():,} parameters on {tokens.folder.name}, {len(tokens):,} tokens "
+                f"({total / len(tokens):.1f} epochs in {cfg.max_steps} steps)")
+        for name in ("batch_size", "block_size", "seed") if before else ():
+            old = before["config"].get(name)
+            if old != getattr(cfg, name):
+                self.say(f"--{name}={getattr(cfg, name)}, before {old}: the data order changes, so some sequences are "
+                        "repeated, some skipped")
+        layout = f", {cfg.parallel} {' x '.join(map(str, machine.mesh.shape))}" if machine.mesh else ""
+        self.say(f"machine: {machine.world} x {machine.device}{layout}, matmuls in "
+                f"{str(machine.dtype).removeprefix('torch.')} at {machine.peak / 1e9:,.0f} GFLOP/s measured, "
+                f"{torch.get_num_threads()} threads{', blocks compiled' * guard.compiled}")
+        if guard.compiled and not cfg.dry_run:
+            self.say("the first step compiles the blocks, which takes up to half a minute")
+
+    def open(self, progress, tokenizer, folder, config, before):
+        """All checks have passed: keep an earlier run under another name, write the manifest, open log.jsonl after
+        the steps that are done."""
+        if self.machine.rank or progress.step >= self.cfg.max_steps:                   # a finished run stays as it is
             return
+        manifest = new_manifest(self.cfg, self.machine, tokenizer, folder, config, before, progress)
         if self.cfg.wandb:
             import wandb
             curve = wandb.init(project="nanopath", name=self.out.name, config=manifest["config"], id=manifest["wandb"],
@@ -298,7 +291,7 @@ class Log:
                 keep_earlier_run(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
             write_manifest(self.out, manifest)
-            self.file = trim_log(self.out, step)
+            self.file = trim_log(self.out, progress.step)
 
     def rewind(self, step):
         """After a rollback: the steps after this one will be taken again."""
@@ -333,11 +326,12 @@ class Log:
                 row["tokens_per_second"] = tokens / max(progress.seconds - self.shown[1], 1e-9)
                 row["mfu"] = row["tokens_per_second"] * flops / self.machine.peak
                 left = int((cfg.max_steps - step) * cfg.batch_size * cfg.block_size / row["tokens_per_second"])
-                speed = f"{row['tokens_per_second']:,.0f} tok/s  mfu {row['mfu']:.0%}  left {left // 60}:{left % 60:02d}  "
+                speed = f"{row['tokens_per_second']:,.0f} tok/s  mfu {row['mfu']:.0%}  " \
+                    f"left {left // 60}:{left % 60:02d}  "
             self.shown = (step, progress.seconds)
             row["memory"] = memory_used(self.machine.device)
-            self.line(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(self.losses):.4f}  lr x{rate:.2f}  grad {norm:.2f}  "
-                      f"{speed}{row['memory'] / 1e9:.1f} GB")
+            self.line(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(self.losses):.4f}  lr x{rate:.2f}  grad "
+                      f"{norm:.2f}  {speed}{row['memory'] / 1e9:.1f} GB")
         self.shown = self.shown or (step, progress.seconds)
         self.record(**row)
 
@@ -364,14 +358,15 @@ class Log:
         """The last lines, with the next command; the lock ends."""
         out, steps, again = self.out, self.cfg.max_steps, command("train.py", resume=True, out=self.out)
         if progress.step >= steps and not self.file and self.machine.rank == 0:
-            self.say(f"{out} had all its {progress.step} steps already. Train longer: {again} --max_steps={2 * progress.step}")
+            self.say(f"{out} had all its {progress.step} steps already. Train longer: {again} "
+                     f"--max_steps={2 * progress.step}")
         elif progress.step < steps:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {again}")
         elif progress.best is None:
             raise SystemExit(f"the validation loss of {out} was not finite. Lower --muon_lr and --learning_rate")
         else:
-            self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss curve: "
-                     f"{out / 'loss.png'}")
+            self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss "
+                     f"curve: {out / 'loss.png'}")
             self.say(f"Next: {command('sample.py', model=out)}")
         if self.machine.rank == 0:
             if self.file:
@@ -441,12 +436,16 @@ class Guard:
 
     asked   this process got a signal       stop    all processes have agreed to stop
     micro   sequences per forward pass; halved when memory is full
+    progress, resumed   a Progress; with --resume that of the newest usable checkpoint, if there was one
     All processes take the same branch: what one process alone notices is agreed on first.
     """
-    def __init__(self, log, raw, optimizers, progress, micro, compiled):
+    def __init__(self, log, raw, optimizers, before, compiled):
         self.log, self.out, self.cfg, self.machine = log, log.out, log.cfg, log.machine
-        self.raw, self.optimizers, self.progress = raw, optimizers, progress
-        self.micro, self.compiled, self.asked, self.stop = micro, compiled, False, False
+        self.raw, self.optimizers, self.compiled = raw, optimizers, compiled
+        self.progress = Progress(loss_scale=2.0 ** 16 if self.machine.dtype == torch.float16 else 1.0)
+        self.resumed = self.cfg.resume and load_state(self.out, raw, optimizers, self.progress, self.machine)
+        self.micro = micro_batch(self.cfg, raw, before, self.out, self.machine)
+        self.asked = self.stop = False
         if not self.cfg.dry_run:                                   # a dry run has nothing to save
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # SIGHUP: the terminal was closed; not on Windows
                 if hasattr(signal, name):
@@ -488,17 +487,37 @@ class Guard:
         """Several processes must start again for it: the others wait for this one in the middle of a step."""
         machine, micro = self.machine, (self.micro + 1) // 2
         if self.micro == 1:
-            raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, a "
-                             "smaller --block_size or a smaller model")
+            raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, "
+                             "a smaller --block_size or a smaller model")
         if not self.cfg.dry_run:                                   # for --resume
             write_json(self.out / f"micro_batch.{machine.rank}.json", {"micro_batch": micro})
         if machine.world > 1:
-            again = "" if self.cfg.dry_run else (": torchrun --max_restarts=3 does that by itself, or add it to --resume "
-                                                 f"--out={self.out}")
+            again = "" if self.cfg.dry_run else (": torchrun --max_restarts=3 does that by itself, or add it to "
+                                                 f"--resume --out={self.out}")
             raise SystemExit(f"process {machine.rank} ran out of memory. With --micro_batch={micro} the result is the "
                              f"same{again}")
         self.micro = micro
         self.log.say(f"out of memory: now --micro_batch={micro}, with more passes per step; the result is the same")
+
+    def fewer_rows(self, rows, function):
+        """function(rows) without gradients, such as an evaluation, with half as many rows where memory is full. Several
+        processes cannot try again."""
+        while True:
+            try:
+                return function(rows)
+            except RuntimeError as error:
+                if rows == 1 or self.machine.world > 1 or not out_of_memory(error):
+                    raise
+            free_memory(self.machine.device)                       # outside the handler, which keeps tensors alive
+            rows = (rows + 1) // 2
+
+    def due(self):
+        """What this step ends with: (evaluation, sample, checkpoint)."""
+        cfg, step = self.cfg, self.progress.step
+        evaluating, sampling, saving = (every > 0 and (step % every == 0 or step == cfg.max_steps)
+                                        for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
+        last = step == cfg.max_steps
+        return evaluating or last, sampling, saving or last or self.stop
 
     def eager(self):
         """Context for an evaluation or a sample: other shapes, rarely, are not worth compiling."""
@@ -506,11 +525,35 @@ class Guard:
 
     def update(self):
         """One optimizer step with gradients that are finite."""
-        step_optimizers(self.optimizers)
+        self.step_optimizers()
         self.raw.zero_grad()
         self.progress.skipped = 0
         if self.machine.dtype == torch.float16 and self.progress.step % 1000 == 0:
             self.progress.loss_scale *= 2
+
+    def step_optimizers(self):
+        """It cannot be cut into smaller parts when memory is full; but later steps need no more memory than the
+        first."""
+        try:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, "
+                             "and a smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, "
+                             "or a smaller model (--n_layer, --n_embd); what was saved is complete: --resume") from None
+
+    def sample(self, write):
+        """The text of write(), or a line that says why there is none: a sample is not worth a run."""
+        try:
+            return write()
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
+            problem = str(error).strip().split("\n")[0]
+        free_memory(self.machine.device)
+        return f"  | no sample ({problem}). --sample_every=0 asks for none, a smaller --sample_tokens needs less memory"
 
     def not_finite(self, loss, norm, batch):
         """A gradient that is not finite: no update. Three in a row: back to the checkpoint with half the rates, once.
@@ -519,7 +562,7 @@ class Guard:
         reason = f"the gradient became {norm} at step {step} (loss {loss}), first in {first_broken(self.raw)}"
         self.raw.zero_grad()
         self.log.record(step=step, skipped=reason)
-        if self.machine.dtype == torch.float16 and progress.loss_scale > 1:            # too large for float16, not a fault
+        if self.machine.dtype == torch.float16 and progress.loss_scale > 1:         # too large for float16, not a fault
             progress.loss_scale /= 2
         else:
             progress.skipped += 1
@@ -530,7 +573,8 @@ class Guard:
         return not self.stop and step < self.cfg.max_steps
 
     def go_back(self, reason, batch=None):
-        """To the newest usable checkpoint, with half the rates; if that was done before, or there is none, the run ends."""
+        """To the newest usable checkpoint, with half the rates; if that was done before, or there is none, the run
+        ends."""
         progress, rates = self.progress, self.progress.lr_factor
         back = progress.rollbacks + 1
         if progress.rollbacks or not steps_saved(self.out, self.machine):
@@ -543,8 +587,8 @@ class Guard:
         save_state(self.out, self.raw, self.optimizers, progress, self.machine)
 
     def save(self, last=False):
-        """A checkpoint to resume from; not of weights that are not finite. Without memory for it the run continues, unless
-        this was its last chance to save."""
+        """A checkpoint to resume from; not of weights that are not finite. Without memory for it the run continues,
+        unless this was its last chance to save."""
         machine, name = self.machine, broken_state(self.raw, self.optimizers)
         if machine.any(name):
             return self.go_back(f"the weights became not finite by step {self.progress.step}"
@@ -558,8 +602,8 @@ class Guard:
                     raise error.args[0] from None
         free_memory(machine.device)
         newest = max((path.name for path in checkpoints(self.out).values()), default="nothing")
-        problem = (f"out of memory while saving step {self.progress.step}; {newest} is there to --resume from. Try a smaller "
-                   "--micro_batch")
+        problem = (f"out of memory while saving step {self.progress.step}; {newest} is there to --resume from. Try a "
+                   "smaller --micro_batch")
         if last:
             raise SystemExit(problem)
         self.log.say(f"{problem}. The run continues")
@@ -569,19 +613,6 @@ class Guard:
         if self.machine.rank == 0:
             with writing(self.out):
                 save(self.out, *args)
-
-
-def step_optimizers(optimizers):
-    """It cannot be cut into smaller parts when memory is full; but later steps need no more memory than the first."""
-    try:
-        for optimizer in optimizers:
-            optimizer.step()
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise SystemExit("out of memory in the optimizer's step: its state comes on top of weights and gradients, and a "
-                         "smaller --micro_batch makes no room for it. Try --parallel=fsdp on more processes, or a smaller "
-                         "model (--n_layer, --n_embd); what was saved is complete: --resume") from None
 
 
 def first_broken(raw):
@@ -595,32 +626,38 @@ def give_up(out, reason, progress, batch, rank):
     kept = ""
     if batch is not None:
         path = out / f"bad_batch_{rank}.safetensors"
-        save_file({name: ids.cpu().clone(memory_format=torch.contiguous_format) for name, ids in zip("xy", batch)}, path)
+        x, y = (ids.cpu().clone(memory_format=torch.contiguous_format) for ids in batch)
+        save_file({"x": x, "y": y}, path)
         kept = f" The batch is in {path}."
-    tried = [f"skipping {progress.skipped} batches"] * bool(progress.skipped) + ["going back"] * bool(progress.rollbacks)
+    tried = [f"skipping {progress.skipped} batches"] * bool(progress.skipped)
+    tried += ["going back"] * bool(progress.rollbacks)
     saved = f"; what was saved is from before: {command('train.py', resume=True, out=out)}" if progress.rollbacks else \
         "; nothing was saved yet, so start again"
     helped = f" {' and '.join(tried).capitalize()} did not help." if tried else ""
     raise SystemExit(f"{reason}.{helped}{kept} Lower --muon_lr and --learning_rate{saved}")
 
 
-@contextlib.contextmanager
-def explained():
-    """Around a stage's main: what a user meets ends with one line instead of a traceback. Others than rank 0 do not repeat
-    what is wrong with a flag."""
+def run_stage(main, Config, presets, doc):
+    """main(Config of the command line). What a user can cause ends with one line instead of a traceback. Ranks other
+    than 0 do not repeat what is wrong with a flag."""
     try:
-        yield
-    except KeyboardInterrupt:                                      # in a dry run, before the loop, or for the second time
+        main(parse_run(Config, presets, doc))
+    except KeyboardInterrupt:                                    # in a dry run, before the loop, or for the second time
         raise SystemExit("stopped at once") from None
     except BrokenPipeError:                                        # | head: nobody reads our lines any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except SystemExit as stop:
+        if isinstance(stop.code, str) and "TORCHELASTIC_ERROR_FILE" in os.environ:    # torchrun ends its report with it
+            extra = {"timestamp": str(int(time.time())), "py_callstack": stop.code}
+            message = {"message": stop.code, "extraInfo": extra}
+            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": message})
         if isinstance(stop.code, str) and stop.code.startswith("--") and int(os.environ.get("RANK", 0)):
             raise SystemExit(1) from None
         raise
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, --parallel=fsdp or a "
-                         "smaller model; what was saved before is complete: python train.py --resume, same --out") from None
+        raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, "
+                         "--parallel=fsdp or a smaller model; what was saved before is complete: python train.py "
+                         "--resume, same --out") from None

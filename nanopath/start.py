@@ -1,8 +1,8 @@
 """
 Imported before torch by every stage that computes: what has to be settled while torch loads.
 
-Threads   OpenMP's threads wait for the next product in a busy loop, so two trainings on one machine slow each other down;
-          GOMP_SPINCOUNT lets them sleep sooner. A container's CPU quota counts, not the cores of its host.
+Threads   OpenMP's threads wait for the next product in a busy loop, so two trainings on one machine slow each other
+          down; GOMP_SPINCOUNT lets them sleep sooner. A container's CPU quota counts, not the cores of its host.
 Ctrl-C    loading torch takes a second; an interrupt during it ends the program without a traceback.
 """
 import math
@@ -13,7 +13,8 @@ from pathlib import Path
 
 
 def cgroup_values(controller, file, root=Path("/")):
-    """What the control groups of this process say in `file` (v2 file name: v1 file name), from its own group upwards."""
+    """What the control groups of this process say in `file` (v2 file name: v1 file name), from its own group
+    upwards."""
     v2, v1 = file
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -29,7 +30,7 @@ def cgroup_values(controller, file, root=Path("/")):
         for folder in (group, *group.parents):
             try:
                 found.append((folder / (v1 if controllers else v2)).read_text(encoding="utf-8").split())
-            except OSError:                                        # a container may see its own group as the mount itself
+            except OSError:                                      # a container may see its own group as the mount itself
                 pass
             if folder == mount:
                 break

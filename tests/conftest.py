@@ -1,5 +1,6 @@
 """What the tests share: the import path, one thread, real data where it is at hand, and a small prepared dataset."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)           # a background shell starts us with Ctrl-C ignored
 DATA = Path(os.environ.get("NANOPATH_DATA", ROOT / "../shared/data")).resolve()
 
 

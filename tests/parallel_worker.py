@@ -107,6 +107,8 @@ def main():
             print(f"{out.name} ended: {stop}", flush=True)
             if dist.is_initialized():                              # then it is for torchrun to act
                 raise
+        from torch.distributed.tensor import DTensor               # the loss of tensor parallel ends with the loss
+        assert torch.ops.aten._log_softmax.default not in DTensor._op_dispatcher._custom_op_handlers
         print(f"{out.name} took {time.perf_counter() - start:.1f} s", flush=True)
     if dist.is_initialized():
         destroy()

@@ -1,5 +1,6 @@
 """train.py: it learns, it resumes bit for bit, many processes equal one, nothing is lost or half written."""
 import json
+import math
 import os
 import random
 import shlex
@@ -14,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nanopath.start
 import train
 from conftest import ROOT, SMALL, run
 from nanopath import run as rescue
-from nanopath.checkpoint import Progress, load_state
+from nanopath.checkpoint import Progress, json_hash, load_state
 from nanopath.devices import Machine
+from nanopath.files import file_hash, write_json
 from data.shards import Tokens
 from model import GPT, GPTConfig, load_model
 from nanopath import plan
@@ -57,6 +61,12 @@ def here(tiny, monkeypatch, capsys):
                 signal.signal(number, handler)
         return capsys.readouterr().out
     return inside
+
+
+def guard_of(model, folder, optimizers=()):
+    """The Guard of a dry run, which keeps nothing."""
+    cfg = train.Config(dry_run=True, block_size=model.config.block_size)
+    return rescue.Guard(rescue.Log(folder / "none", cfg, Machine("cpu")), model, list(optimizers), None, False)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +113,9 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, reference, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_before_leaving(tiny, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_save_before_leaving(tiny, tmp_path, name):
+    number = getattr(signal, name)
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", f"--dataset={tiny}", f"--out={out}", *SMALL, "--max_steps=100000",
                "--eval_every=0", "--save_every=0"]
@@ -187,7 +198,8 @@ def runs(lines, tmp_path_factory):
     """The same 20 steps on one process, and spread over two and four in every way."""
     folder = tmp_path_factory.mktemp("parallel")
     launch(0, lines, folder, [{"name": "one"}, {"name": "thin", "n_layer": 1},
-                              {"name": "thin_tied", "n_layer": 1, "tie_embeddings": True}, {"name": "single", "dtype": "float32"},
+                              {"name": "thin_tied", "n_layer": 1, "tie_embeddings": True},
+                              {"name": "narrow", "n_layer": 1, "n_hidden": 2}, {"name": "single", "dtype": "float32"},
                               {"name": "masked", "document_mask": True}])
     text = launch(2, lines, folder, [
         {"name": "ddp2", "fault": "evaluation 2"}, {"name": "zero2", "parallel": "zero2", "fault": "count"},
@@ -201,7 +213,7 @@ def runs(lines, tmp_path_factory):
     shutil.rmtree(folder / "moved/state/step-0000020")
     text = launch(4, lines, folder, [
         {"name": name, "n_layer": 1, "micro_batch": 1} | more for name, more in {
-            "ddp4": {}, "fsdp4_tied": {"parallel": "fsdp", "tie_embeddings": True}, "hsdp4": {"parallel": "hsdp", "shards": 2, "fault": "count"},
+            "ddp4": {}, "fsdp4_narrow": {"parallel": "fsdp", "n_hidden": 2}, "fsdp4_tied": {"parallel": "fsdp", "tie_embeddings": True}, "hsdp4": {"parallel": "hsdp", "shards": 2, "fault": "count"},
             "moved": {"resume": True, "parallel": "hsdp", "shards": 2, "save_every": 5, "n_layer": 2},
             "fsdp4_single": {"parallel": "fsdp", "dtype": "float32", "n_layer": 2}, "ddp_tp": {"tensor_parallel": 2, "micro_batch": 4},
             "tp_tied": {"parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True, "micro_batch": 4}}.items()]).stdout
@@ -215,7 +227,7 @@ def runs(lines, tmp_path_factory):
 @pytest.mark.skipif(os.name == "nt", reason="needs gloo's process groups under torchrun")
 @pytest.mark.parametrize("name,reference,bound", [
     ("ddp2", "one", 1e-12), ("zero2", "one", 1e-12), ("fsdp2", "one", 1e-12), ("fsdp2_again", "one", 1e-12), ("tp2", "one", 1e-12),
-    ("ddp2_masked", "masked", 1e-12), ("ddp4", "thin", 1e-12), ("fsdp4_tied", "thin_tied", 1e-12), ("hsdp4", "thin", 1e-12),
+    ("ddp2_masked", "masked", 1e-12), ("ddp4", "thin", 1e-12), ("fsdp4_narrow", "narrow", 1e-12), ("fsdp4_tied", "thin_tied", 1e-12), ("hsdp4", "thin", 1e-12),
     ("tp_tied", "thin_tied", 1e-12), ("ddp_tp", "thin", 1e-12), ("moved", "one", 1e-12), ("home", "one", 1e-12),
     ("ddp2_single", "single", 1e-5), ("fsdp4_single", "single", 1e-5), ("zero2_bf16", "single", 0.03)])
 def test_many_processes_equal_one(runs, name, reference, bound):
@@ -504,14 +516,15 @@ def test_two_runs_never_share_a_folder(here, reference, tmp_path):
 def test_evaluation_halves_its_batch_when_memory_is_full(tiny):
     tokens = Tokens(tiny, "val", 32)
     model = GPT(GPTConfig(vocab_size=264, block_size=32, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16)).init_weights()
-    expected, forward = train.evaluate_loss(model, tokens, 8), model.forward
+    expected, forward = train.evaluate_loss(model, tokens, 8, Machine("cpu")), model.forward
+    guard = guard_of(model, tiny)
 
     def small_memory(x, *args, **kwargs):
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(x, *args, **kwargs)
     model.forward = small_memory
-    assert abs(train.evaluate_loss(model, tokens, 8) - expected) < 1e-5
+    assert abs(guard.fewer_rows(8, lambda rows: train.evaluate_loss(model, tokens, rows, Machine("cpu"))) - expected) < 1e-5
 
 
 def test_a_refused_flag_does_not_move_the_earlier_run(here, reference, tmp_path):
@@ -600,7 +613,7 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(here, tmp_path, monke
     model = GPT(config).init_weights()
     optimizers = train.make_optimizers(model, train.Config(), torch.float32)
     model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
-    rescue.step_optimizers(optimizers)                             # from the first step on everything is there
+    guard_of(model, tmp_path, optimizers).step_optimizers()        # from the first step on everything is there
     state = sum(t.nbytes for o in optimizers for p in o.state for t in o.state[p].values() if t.dim())
     assert {p for o in optimizers for p in o.state} == set(model.parameters())
     need = 8 * model.num_params() + state + 3 * 4 * 2 * (3 * 32 * 64)                  # the largest stack: 2 x 3 matrices of the MLP
@@ -634,7 +647,8 @@ def test_samples_hold_no_special_token(tiny):
         return logits
     ids = train.sample.generate(model, [[tokenizer.eos_id]], 20, seed=1)[0]
     assert set(ids) <= set(special)                                # such a model writes nothing else
-    text = train.write_sample(model, tokenizer, train.Config(sample_tokens=20), torch.device("cpu"))
+    text = guard_of(model, tiny).sample(
+        lambda: train.write_sample(model, tokenizer, train.Config(sample_tokens=20), torch.device("cpu")))
     assert text.startswith("  | ") and not any(name in text for name in tokenizer.specials)
 
 
@@ -758,7 +772,7 @@ def test_the_rates_hold_when_width_or_batch_change(tiny, tmp_path, width, batch)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-    assert train.evaluate_loss(model, Tokens(tiny, "val", 32), 16) < 1.0
+    assert train.evaluate_loss(model, Tokens(tiny, "val", 32), 16, Machine("cpu")) < 1.0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
@@ -831,7 +845,8 @@ def test_a_sample_does_not_end_a_run(tiny):
     _, tokenizer = train.open_dataset(train.Config(dataset=str(tiny)))
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_embd=32, n_head=1, n_kv_head=1, head_dim=32))
     model.lm_head.weight.data.fill_(float("nan"))
-    assert "no sample" in train.write_sample(model, tokenizer, train.Config(sample_tokens=4), torch.device("cpu"))
+    assert "no sample" in guard_of(model, tiny).sample(
+        lambda: train.write_sample(model, tokenizer, train.Config(sample_tokens=4), torch.device("cpu")))
 
 
 def test_without_compiling_the_compiler_is_not_even_imported(tiny, tmp_path):
@@ -839,3 +854,237 @@ def test_without_compiling_the_compiler_is_not_even_imported(tiny, tmp_path):
     code = "import sys, train; train.main(train.parse_run(train.Config, train.PRESETS, train.__doc__)); print('torch._dynamo' in sys.modules)"
     done = run("-c", code, f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=2", "--compile=off", cwd=ROOT)
     assert done.stdout.strip().endswith("False")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that users met
+
+def test_numbers_that_are_not_finite_are_never_a_result(here, tmp_path):
+    for value in ("inf", "nan", "1e39"):
+        with pytest.raises(SystemExit, match=f"--muon_lr={value.replace('1e39', '1e.39')}: must be"):
+            here(tmp_path / "run", "--max_steps=3", f"--muon_lr={value}")
+    with pytest.raises(SystemExit, match="not finite by step 3.*nothing was saved yet"):
+        here(tmp_path / "run", "--max_steps=3", "--muon_lr=1e30", "--learning_rate=1e30")
+    assert not (tmp_path / "run/model.safetensors").exists() and not list((tmp_path / "run").glob("state/step-*"))
+
+
+def test_nan_is_never_the_best_and_is_beaten_by_any_number(tmp_path):
+    log = rescue.Log(tmp_path / "run", train.Config(), Machine("cpu"))
+    progress = Progress()
+    assert not log.evaluation(progress, math.nan, math.nan) and progress.best is None
+    progress.best = math.nan                                       # as an earlier version saved it
+    assert log.evaluation(progress, 3.0, 1.0) and progress.best == 3.0
+    assert not log.evaluation(progress, math.nan, 1.0) and not log.evaluation(progress, math.inf, 1.0)
+    log.lock.release()
+
+
+def test_weights_that_break_before_a_save_go_back_to_an_older_checkpoint(here, tmp_path, monkeypatch):
+    step, calls = train.Muon.step, []
+
+    def breaking(self):
+        step(self)
+        calls.append(1)
+        if len(calls) == 6:
+            self.param_groups[0]["params"][0].data[0, 0] = math.nan
+    monkeypatch.setattr(train.Muon, "step", breaking)
+    text = here(tmp_path / "run", "--max_steps=9", "--save_every=2", "--eval_every=0")
+    assert "went back to step 4" in text and max(losses(tmp_path / "run")) == 9
+    kept = load_file(next((tmp_path / "run/state/step-0000009").glob("*.safetensors")))
+    broken = tmp_path / "run/state/step-0000009"                   # and a checkpoint of NaN, as an earlier version wrote it
+    for name, tensor in kept.items():
+        tensor.fill_(math.nan) if name == "model.norm.weight" else None
+    path = next(broken.glob("*.safetensors"))
+    save_file(kept, path, metadata=safe_open(path, "pt").metadata())
+    state = json.loads((broken / "state.json").read_text(encoding="utf-8"))
+    del state["sha256"]
+    state["files"][path.name] = file_hash(path)
+    write_json(broken / "state.json", state | {"sha256": json_hash(state)})
+    text = here(tmp_path / "run", "--resume", "--max_steps=10")
+    assert "model.norm.weight is not finite" in text and "resuming at step 8" in text
+
+
+def test_the_manifest_is_checked_and_keeps_its_start(here, reference, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    path = out / "manifest.json"
+    good = path.read_text(encoding="utf-8")
+    data = json.loads(good)
+    for bad in (good.replace('"block_size": 32', '"block_size": 33'), json.dumps(data | {"config": data["config"] | {"new": 1}}),
+                json.dumps({key: value for key, value in data.items() if key != "model"}), good[:-40], "[]"):
+        assert bad != good
+        path.write_text(bad, encoding="utf-8")
+        with pytest.raises(SystemExit, match="differs from its hash|cannot be read|not a JSON object"):
+            here(out, "--resume", "--max_steps=31")
+    manifest = {key: value for key, value in data.items() if key != "sha256"}
+    rescue.write_manifest(out, manifest | {"config": manifest["config"] | {"tricks": 1}})              # of another version
+    with pytest.raises(SystemExit, match="made with --tricks"):
+        here(out, "--resume", "--max_steps=31")
+    del manifest["config"]["eval_tokens"]                          # a setting that is new since then has its default
+    rescue.write_manifest(out, manifest)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="--resume --preset=sprint"):
+        here(out, "--resume", "--preset=sprint")
+    assert "had all its 30 steps already" in here(out, "--resume", "--max_steps=10") and path.read_bytes() == before
+    here(out, "--resume", "--max_steps=31")
+    after = rescue.read_manifest(out)
+    assert after["started"] == data["started"] and [record["step"] for record in after["resumed"]] == [30]
+    assert after["config"]["max_steps"] == 31 and after["config"]["eval_tokens"] == train.Config.eval_tokens
+
+
+def test_foreign_names_and_unreadable_lines_do_not_block_a_resume(here, reference, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    for name in ("step-0000010.bak", "step-old", "step-0000040-copy"):
+        (out / "state" / name).mkdir()
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[3], lines[5] = '{"step": 4, "lo', "null"
+    (out / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert "resuming at step 30" in here(out, "--resume", "--max_steps=40", "--save_every=5")
+    assert {path.name for path in (out / "state").iterdir()} == {"step-0000010.bak", "step-old", "step-0000040-copy",
+                                                                "step-0000035", "step-0000040"}
+    assert set(losses(out)) == set(range(1, 41)) - {4, 6}
+
+
+def test_nothing_is_moved_before_wandb_has_answered(here, reference, tmp_path, monkeypatch):
+    import types
+    from importlib.machinery import ModuleSpec
+
+    def refuse(**settings):
+        raise RuntimeError("no account")
+    fake = types.ModuleType("wandb")
+    fake.__spec__, fake.init = ModuleSpec("wandb", None), refuse
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    shutil.copytree(reference, tmp_path / "run")
+    with pytest.raises(RuntimeError, match="no account"):
+        here(tmp_path / "run", "--wandb", "--max_steps=1")
+    assert losses(tmp_path / "run") == losses(reference) and not (tmp_path / "run.1").exists()
+
+
+def test_advice_can_be_followed(here, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "my run"
+    here(out, "--max_steps=3", "--eval_every=0", "--save_every=0")
+    shutil.rmtree(out / "state")                                   # killed before it saved anything
+    assert "nothing was saved yet, so this starts at step 0" in here(out, "--resume", "--max_steps=5") and len(losses(out)) == 5
+    text = here(out, "--resume")
+    advice = shlex.split(next(line for line in text.splitlines() if "Train longer: " in line).split("Train longer: ")[1])
+    assert f"--out={out}" in advice and advice[:2] == ["python", "train.py"]
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", tmp_path):
+        with pytest.raises(SystemExit, match="cannot be the current folder"):
+            here(place, "--max_steps=1")
+
+    def gone(self, first, count):
+        raise OSError("the disk with the data is gone")
+    monkeypatch.setattr(Tokens, "batch", gone)
+    with pytest.raises(OSError, match="the disk with the data is gone"):               # not the fault of --out
+        here(tmp_path / "other", "--max_steps=1")
+
+
+def test_adamw_counts_the_steps_of_each_parameter():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (5, 7)] for _ in range(2))
+    mine, reference = (kind([dict(params=params)], lr=0.1, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-10)
+                       for kind, params in ((train.AdamW, ours), (torch.optim.AdamW, theirs)))
+    for step in range(5):
+        for number, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = None if number and step < 2 else torch.randn_like(a)              # the second begins later
+            b.grad = None if a.grad is None else a.grad.clone()
+        mine.step()
+        reference.step()
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
+
+
+def test_muon_is_that_of_torch():
+    """Which computes in bfloat16, with the same coefficients and the same adjustment for tall matrices."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 16), (40, 16), (16, 40))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    mine = train.Muon([dict(params=ours)], torch.bfloat16, lr=0.1, momentum=0.9, weight_decay=0.2)
+    reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.2, nesterov=True, adjust_lr_fn="original")
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_a_busy_machine_decides_nothing(monkeypatch):
+    """Number format and compiling depend on the machine and on the settings, not on how fast ten milliseconds were."""
+    decided = []
+    for speed in (1e6, 1e12):
+        monkeypatch.setattr("nanopath.devices.matmul_speed", lambda device, dtype: speed)
+        machine = Machine("cpu")
+        machine.measure("auto")
+        decided.append((machine.dtype, plan.compile_pays(train.Config(), 1e13, machine), plan.compile_pays(train.Config(), 1e11, machine)))
+    assert decided[0] == decided[1] and not decided[0][2]
+
+
+def test_limits_of_a_container_count(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group = tmp_path / "sys/fs/cgroup/box/inner"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box/inner\n", encoding="utf-8")
+    assert nanopath.start.memory_limit(tmp_path) == math.inf
+    (group / "memory.max").write_text("max\n", encoding="utf-8")
+    (group.parent / "memory.max").write_text("123456\n", encoding="utf-8")
+    (group.parent / "cpu.max").write_text("100000 100000\n", encoding="utf-8")
+    assert nanopath.start.memory_limit(tmp_path) == 123456 and nanopath.start.cores(tmp_path) == 1
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/box\n3:cpu,cpuacct:/box\n", encoding="utf-8")       # version 1
+    for name, file, text in (("memory", "memory.limit_in_bytes", "777"), ("cpu,cpuacct", "cpu.cfs_quota_us", "50000"),
+                             ("cpu,cpuacct", "cpu.cfs_period_us", "100000")):
+        (tmp_path / "sys/fs/cgroup" / name / "box").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name / "box" / file).write_text(text, encoding="utf-8")
+    assert nanopath.start.memory_limit(tmp_path) == 777 and nanopath.start.cores(tmp_path) == 1
+
+
+def test_a_large_validation_split_is_read_in_part(here, tiny, tmp_path):
+    tokens = Tokens(tiny, "val", 32)
+    model = GPT(GPTConfig(vocab_size=264, block_size=32, n_layer=1, n_embd=32, n_head=2, n_kv_head=2, head_dim=16)).init_weights()
+    model.lm_head.weight.data.normal_()
+    ids = torch.from_numpy(tokens.read(0, 101))
+    alone = sum(model(ids[i:i + 33][None, :-1], ids[i:i + 33][None, 1:], reduction="sum").item() for i in range(0, 100, 32)) / 100
+    assert abs(train.evaluate_loss(model, tokens, 2, Machine("cpu"), limit=100) - alone) < 1e-5
+    assert train.evaluate_loss(model, tokens, 2, Machine("cpu"), limit=10 ** 9) == train.evaluate_loss(model, tokens, 2, Machine("cpu"))
+    tokenizer = train.open_dataset(train.Config(dataset=str(tiny)))[1]
+    assert tokens.bytes_of(100, tokenizer) == len(tokenizer.decode(ids[1:].tolist()).encode("utf-8"))
+    text = here(tmp_path / "run", "--dry_run", "--eval_every=7", "--max_steps=20")
+    assert "for 3 evaluations" in text
+
+
+def test_the_newcomer_sees_something_at_once(here, tiny, tmp_path):
+    assert "step     1/3  loss" in here(tmp_path / "run", "--max_steps=3")
+    with pytest.raises(SystemExit, match="shakespeare: every setting is a flag, such as --dataset=shakespeare"):
+        train.parse_run(train.Config, train.PRESETS, train.__doc__, ["shakespeare"])
+    text = run(ROOT / "train.py", "--help").stdout
+    assert all(name in text for name in train.PRESETS)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("seconds", [0.3, 1.2])
+def test_ctrl_c_in_the_first_seconds_is_no_traceback(tiny, tmp_path, seconds):
+    command = [sys.executable, ROOT / "train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=100000"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    text, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+
+
+def test_without_a_name_the_prepared_dataset_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert rescue.run_folder("", "").as_posix() == "out/shakespeare"
+    (tmp_path / "data/stdlib").mkdir(parents=True)
+    (tmp_path / "data/stdlib/meta.json").write_text('{"tokenizer_hash": "x"}', encoding="utf-8")
+    assert rescue.run_folder("", "").as_posix() == "out/stdlib" and rescue.run_folder("", "data/x/").as_posix() == "out/x"
+    (tmp_path / "data/shakespeare").mkdir()
+    (tmp_path / "data/shakespeare/meta.json").write_text('{"tokenizer_hash": "x"}', encoding="utf-8")
+    assert rescue.run_folder("", "").as_posix() == "out/shakespeare"
+
+
+def test_openmp_threads_do_not_spin_for_long():
+    code = "import nanopath.start, os; print(os.environ['GOMP_SPINCOUNT'])"
+    assert run("-c", code).stdout.strip() == "5000"
+    assert run("-c", "import train, sys; print(list(sys.modules).index('nanopath.start') < list(sys.modules).index('torch'))").stdout.strip() == "True"

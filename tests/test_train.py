@@ -54,7 +54,7 @@ def here(tiny, monkeypatch, capsys):
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         before = [signal.getsignal(number) for number in numbers]
         try:
-            train.main(train.parse_run(train.Config, train.PRESETS, train.__doc__))
+            train.main(rescue.parse_run(train.Config, train.PRESETS, train.__doc__))
         finally:
             torch.set_flush_denormal(False)
             for number, handler in zip(numbers, before):
@@ -851,7 +851,7 @@ def test_a_sample_does_not_end_a_run(tiny):
 
 def test_without_compiling_the_compiler_is_not_even_imported(tiny, tmp_path):
     """It takes a second, half of what a small run needs to start."""
-    code = "import sys, train; train.main(train.parse_run(train.Config, train.PRESETS, train.__doc__)); print('torch._dynamo' in sys.modules)"
+    code = "import sys, train; from nanopath import run as rescue; train.main(rescue.parse_run(train.Config, train.PRESETS, train.__doc__)); print('torch._dynamo' in sys.modules)"
     done = run("-c", code, f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=2", "--compile=off", cwd=ROOT)
     assert done.stdout.strip().endswith("False")
 
@@ -1057,7 +1057,7 @@ def test_a_large_validation_split_is_read_in_part(here, tiny, tmp_path):
 def test_the_newcomer_sees_something_at_once(here, tiny, tmp_path):
     assert "step     1/3  loss" in here(tmp_path / "run", "--max_steps=3")
     with pytest.raises(SystemExit, match="shakespeare: every setting is a flag, such as --dataset=shakespeare"):
-        train.parse_run(train.Config, train.PRESETS, train.__doc__, ["shakespeare"])
+        rescue.parse_run(train.Config, train.PRESETS, train.__doc__, ["shakespeare"])
     text = run(ROOT / "train.py", "--help").stdout
     assert all(name in text for name in train.PRESETS)
 

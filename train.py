@@ -20,7 +20,7 @@ import nanopath.start                                              # first: Open
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -337,7 +337,6 @@ def build_model(cfg, tokenizer, before, machine):
     """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume).
     Returns it, and cfg with the shape it has."""
     torch.manual_seed(cfg.seed)
-    shape = {field.name for field in fields(Config)} & {field.name for field in fields(GPTConfig)} - {"block_size"}
     if cfg.init_from and not before:
         try:
             model, own = load_model(cfg.init_from, device="cpu")
@@ -352,9 +351,10 @@ def build_model(cfg, tokenizer, before, machine):
         model.train()
     else:
         saved = before["model"] if before else {}
-        flags = {name: getattr(cfg, name) for name in shape} | dict(
-            n_kv_head=cfg.n_kv_head or cfg.n_head, block_size=max(cfg.block_size, saved.get("block_size", 0)),
-            vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+        flags = dict(n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head,
+                     head_dim=cfg.head_dim, n_hidden=cfg.n_hidden, rope_theta=cfg.rope_theta, qk_norm=cfg.qk_norm,
+                     tie_embeddings=cfg.tie_embeddings, block_size=max(cfg.block_size, saved.get("block_size", 0)),
+                     vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
         try:
             config = GPTConfig(**saved | flags)
         except (ValueError, TypeError) as error:
@@ -362,8 +362,12 @@ def build_model(cfg, tokenizer, before, machine):
         warn_too_large(GPT, config, cfg, machine)
         model = GPT(config).init_weights()
     model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
-    model = model.double() if machine.dtype == torch.float64 else model
-    return model, replace(cfg, **{name: getattr(model.config, name) for name in shape if cfg.init_from})
+    if machine.dtype == torch.float64:
+        model.double()
+    if cfg.init_from:
+        shape = {name: value for name, value in vars(model.config).items() if hasattr(cfg, name) and name != "block_size"}
+        cfg = replace(cfg, **shape)
+    return model, cfg
 
 
 class Ordinary:

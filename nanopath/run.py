@@ -190,7 +190,7 @@ def check_settings(cfg, folder, out, machine):
 
 
 def check_writable(out):
-    """A run's folder must be one that this process can make and write to. It is not made yet: the checks go on."""
+    """A run's folder must be one that this process can make and write to. It is not made yet: more checks follow."""
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise SystemExit(f"--out={out}: cannot write there ({place} is "

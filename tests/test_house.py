@@ -106,8 +106,8 @@ def test_no_two_public_things_have_one_name():
                 [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else []
             for thing in names:
                 if not thing.startswith("_") and thing not in ("Config", "main"):
-                    owners.setdefault(thing, []).append(name)
-    assert {thing: where for thing, where in owners.items() if len(where) > 1} == {}
+                    owners.setdefault(thing, set()).add(name)
+    assert {thing: sorted(where) for thing, where in owners.items() if len(where) > 1} == {}
 
 
 def test_words_are_plain():

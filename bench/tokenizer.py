@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bpe  # noqa: E402
 import tyro  # noqa: E402
+from data.words import count_words, read_chunks  # noqa: E402
 
 
 @dataclass
@@ -60,12 +61,12 @@ class Config:
 # ---- what the processes do
 
 def texts_of(path):
-    return [chunk.decode("utf-8") for chunk in bpe.read_chunks(path, bpe.safe_cuts(bpe.PATTERNS["gpt4"]), 1 << 16)]
+    return [chunk.decode("utf-8") for chunk in read_chunks(path, bpe.safe_cuts(bpe.PATTERNS["gpt4"]), 1 << 16)]
 
 
 def train_ours(path, merges):
     start = time.process_time()
-    words = bpe.count_words([path], bpe.PATTERNS["gpt4"])
+    words = count_words([path], bpe.PATTERNS["gpt4"], bpe.safe_cuts(bpe.PATTERNS["gpt4"]))
     found = list(islice(bpe.learn_merges(words), merges))
     return time.process_time() - start, [bpe.spell(a) + " " + bpe.spell(b) for a, b, _ in found]
 
@@ -178,7 +179,7 @@ def bench_training(name, path, vocab_size, tools, cfg):
 
 
 def bench_encoding(name, text, tok, rounds):
-    documents = [chunk.decode("utf-8") for chunk in bpe.read_chunks(text, bpe.safe_cuts(tok.pattern), 4096)]
+    documents = [chunk.decode("utf-8") for chunk in read_chunks(text, bpe.safe_cuts(tok.pattern), 4096)]
     megabytes = len(text.encode("utf-8")) / 1e6
     fast = tok.fast
 
@@ -230,7 +231,7 @@ def bench_prepare(name, path, tok, rounds):
 
         def loop(encode, size):
             with open(folder / "loop.bin", "wb") as file:
-                for chunk in bpe.read_chunks(path, bpe.safe_cuts(tok.pattern), size):
+                for chunk in read_chunks(path, bpe.safe_cuts(tok.pattern), size):
                     np.array(encode(chunk.decode("utf-8")), dtype="<u2").tofile(file)
             return (folder / "loop.bin").read_bytes()
         ways = {"prepare.py": ours, "tiktoken loop": lambda: loop(tok.fast.encode_ordinary, 1 << 20),

@@ -1,9 +1,10 @@
 """
 Text to token ids and back: byte-level byte pair encoding (BPE), the tokenizer of GPT-2, GPT-4, Llama 3 and Qwen.
 
-A regular expression splits a text into words. Each word starts as its UTF-8 bytes, ids 0 to 255. Training finds the most
-frequent pair of neighbouring tokens, joins it into a new token everywhere, and repeats; encoding applies these merges in
-the order in which they were learnt. Every text can be encoded, and without any merges this is a character-level model.
+A regular expression splits a text into words. Each word starts as its UTF-8 bytes, ids 0 to 255. Training finds the
+most frequent pair of neighbouring tokens, joins it into a new token everywhere, and repeats; encoding applies these
+merges in the order in which they were learnt. Every text can be encoded, and without any merges this is a
+character-level tokenizer.
 
 Run     python bpe.py data/downloads/tinyshakespeare.txt --vocab_size=2048 --out=out/tokenizer --verbose
         python bpe.py FOLDER FILE... --vocab_size=32768 --report     # compares vocabulary sizes on held-out text
@@ -158,9 +159,9 @@ def learn_merges(words, min_count=1):
     times. Between equal counts the smallest pair of numbers wins, as in Hugging Face's trainer.
 
     Why this is fast: a pair (a, b) gains occurrences only in the step that creates a or b. Later it only loses some, to
-    merges that take one of its tokens. So all places of a pair are known when it first appears, and its count then is an
-    upper bound. Counts are not updated: a pair at the top of the heap is counted again. If it has lost places it goes
-    back with its true count, otherwise it is the maximum.
+    merges that take one of its tokens. So all places of a pair are known when it first appears, and its count then is
+    an upper bound. Counts are not updated: a pair at the top of the heap is counted again. If it has lost places it
+    goes back with its true count, otherwise it is the maximum.
     """
     if not words:
         return

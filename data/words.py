@@ -26,8 +26,9 @@ def to_bytes(text):
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; "
-                         "repair it first: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+        code, at = ord(text[error.start]), error.start
+        raise ValueError(f"the text holds a lone surrogate (U+{code:04X}) at position {at}; repair it first: "
+                         "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
 
 
 def cuts_in(data, safe):

@@ -21,7 +21,6 @@ Next    python train.py --dataset=<name>
 import errno
 import hashlib
 import itertools
-import json
 import os
 import platform
 import shlex
@@ -38,19 +37,19 @@ import tyro
 from tqdm import tqdm
 
 from bpe import SPECIALS, Tokenizer
-from data.chats import to_chat, to_preference
 from data.dataset import ShardWriter, id_type, load_meta, output_folder, publish, ready, undo_publish, write_meta
 from data.encoding import encode_batches
 from data.presets import DATASETS, find_sources
-from data.readers import (PIECE, Piece, blocks_of, check_text, check_zst, fault, known_encoding, open_text, pieces,
-                          plain_errors, refuse, rows, text_columns)
+from data.readers import PIECE, check_text, check_zst, known_encoding, plain_errors, read_pieces, refuse
 from nanopath.files import file_hash, locked, need_space, read_json
 from nanopath.flags import Bound, check_bounds, parse
 
 
 @dataclass
 class Config:
-    sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)  # dataset name; or files, folders, 'globs', URLs, -
+    # a dataset by name: shakespeare, stdlib, tinystories, wikitext-2, wikitext-103, openwebtext, fineweb-edu, c4; or
+    # files, folders, 'globs', URLs, - for standard input
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)
     out: str | None = None          # folder to write; by default data/<name of the first source>
     input: str | None = None        # with a named dataset: a file that you already have, instead of its download
     vocab_size: Annotated[int, Bound(256 + len(SPECIALS), off=0)] = 0  # 0: one token per byte; else train a BPE
@@ -90,49 +89,7 @@ def prepare_simple(documents, folder, vocab_size=256 + len(SPECIALS), val_fracti
         np.array(ids, dtype=id_type(tokenizer)).tofile(Path(folder) / f"{split}_00000.bin")
 
 
-# ---- 1. read documents, in pieces of at most about 2 MB, so that memory stays small whatever a file holds
-
-def read(source, cfg):
-    """Every document of one file as Pieces."""
-    if source.kind == "topics":
-        from pydoc_data.topics import topics
-        yield from (Piece(topics[name], True) for name in sorted(topics))
-        return
-    with plain_errors(source.path):
-        if source.kind == "text":
-            with open_text(source.path, cfg.encoding) as file:
-                yield from pieces(iter(lambda: file.read(PIECE), ""), cfg.separator)
-        elif cfg.join_rows:
-            yield from pieces(piece.text for piece in read_rows(source, cfg) if not piece.dropped)
-        else:
-            yield from read_rows(source, cfg)
-
-
-def read_rows(source, cfg):
-    label = "row" if source.kind == "parquet" else "line"
-    columns = cfg.columns.split(",") if cfg.columns else None
-    for at, (number, row) in enumerate(rows(source, cfg.encoding, columns, text_only=cfg.kind == "text")):
-        try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            if cfg.kind == "text":
-                text, key = "\n".join(row[name] for name in text_columns(row, columns, source.name, at == 0)), None
-            else:
-                row, key = to_chat(row) if cfg.kind == "chat" else to_preference(row)
-                text = json.dumps(row, ensure_ascii=False)
-            if found := fault(text):
-                raise ValueError(found[0])
-        except ValueError as error:
-            refuse(source.path, f"{label} {number}: {error}", cfg.skip_bad)
-            yield Piece("", True, dropped="bad")
-            continue
-        if cfg.kind == "text" and not cfg.join_rows:
-            yield from pieces(blocks_of(text))
-        else:
-            yield Piece(text, True, key)
-
-
-# ---- 2. decide the split, before anything is written
+# ---- 1. decide the split, before anything is written
 
 def document_number(piece):
     """64 bits of the document's hash (of its first piece, if it is long): equal documents get the same split."""
@@ -149,7 +106,7 @@ def plan_split(sources, cfg):
     if not sources or not cfg.val_fraction:
         return {"below": 0, "cut": None}
     numbers, count, length, begins = set(), 0, 0, True
-    for piece in itertools.chain.from_iterable(read(source, cfg) for source in sources):
+    for piece in itertools.chain.from_iterable(read_pieces(source, cfg) for source in sources):
         if piece.dropped:
             continue
         if begins:
@@ -186,7 +143,7 @@ def parts(sources, cfg, plan, start=(0, 0)):
     for number in range(start[0], len(sources)):
         source = sources[number]
         split, seen = None, 0
-        for index, piece in enumerate(read(source, cfg)):
+        for index, piece in enumerate(read_pieces(source, cfg)):
             split = split or source.split or ("val" if document_number(piece) < plan["below"] else "train")
             found = [(split, piece.text, piece.last)]
             if plan["cut"] is not None and not piece.dropped:
@@ -216,7 +173,7 @@ def batches(stream):
         yield position, batch, dropped
 
 
-# ---- 3. the tokenizer
+# ---- 2. the tokenizer
 
 def load_tokenizer(cfg):
     try:
@@ -239,7 +196,7 @@ def new_tokenizer(cfg, stream, workers):
         raise SystemExit(str(error)) from None   # it names the flag and what the text allows
 
 
-# ---- 4. write
+# ---- 3. write
 
 def checked(cfg):
     """Refuse what cannot work, and fill in the defaults of a named dataset."""

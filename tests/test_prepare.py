@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 from bpe import PATTERNS, Tokenizer  # noqa: E402
-from data import dataset, encoding  # noqa: E402
+from data import chats, dataset, encoding, readers  # noqa: E402
 from data.dataset import ShardWriter  # noqa: E402
 from data.presets import DATASETS  # noqa: E402
 from nanopath import flags, hub  # noqa: E402
@@ -235,15 +235,15 @@ def test_a_large_vocabulary_takes_four_bytes(monkeypatch):
 def test_pieces_put_together_are_the_text_and_cut_only_before_blanks():
     text = "".join(make_texts(5000)) + "z" * 3 * prepare.PIECE + "\n" * 2 * prepare.PIECE + "漢字" * prepare.PIECE
     for size in (1000, prepare.PIECE, 3 * prepare.PIECE):
-        found = list(prepare.pieces(text[at:at + size] for at in range(0, len(text), size)))
+        found = list(readers.pieces(text[at:at + size] for at in range(0, len(text), size)))
         assert "".join(piece.text for piece in found) == text
         assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
     prose = " ".join(WORDS) * 60_000
-    found = list(prepare.pieces([prose]))
+    found = list(readers.pieces([prose]))
     assert len(found) > 4 and all(piece.text[0] == " " for piece in found[1:])
     for size in (1, 2, 3, 7, 100):   # a separator may come in two halves
         text = "one<sep>two<sep><sep>three\n"
-        found = [piece.text for piece in prepare.pieces((text[i:i + size] for i in range(0, len(text), size)), "<sep>")]
+        found = [piece.text for piece in readers.pieces((text[i:i + size] for i in range(0, len(text), size)), "<sep>")]
         assert found == ["one", "two", "", "three"]
 
 
@@ -831,7 +831,7 @@ def test_the_rows_own_prompt_and_system_message_stay():
     def answer(text):
         return {"role": "assistant", "content": text}
     def preference(**row):
-        found = prepare.to_preference(row)[0]
+        found = chats.to_preference(row)[0]
         return found["prompt"], found["chosen"], found["rejected"]
     ends = [answer("A")], [answer("B")]
     assert preference(prompt="Q", chosen=[user, answer("A")], rejected=[user, answer("B")]) == ([user], *ends)
@@ -847,16 +847,16 @@ def test_the_rows_own_prompt_and_system_message_stay():
         preference(prompt="other", chosen=[user, answer("A")], rejected=[user, answer("B")])
     for row in ({"system": "S", "prompt": "Q", "completion": "A"}, {"prompt": [system, user], "completion": [answer("A")]},
                 {"system_prompt": "S", "question": "Q", "response": "A"}, {"system": "S", "conversations": [user, answer("A")]}):
-        assert prepare.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
+        assert chats.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
     with pytest.raises(ValueError, match="role"):
-        prepare.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
+        chats.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
 
 
 def test_line_ends_around_a_separator_go_in_long_documents_too(monkeypatch):
     monkeypatch.setattr(sys.modules["data.readers"], "PIECE", 50)
     texts = ["\n".join(["words " * 20] * 3), "x\n\n\ny" * 30, "short"]
     found, text = [], ""
-    for piece in prepare.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
+    for piece in readers.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
         text += piece.text
         if piece.last:
             found.append(text)
@@ -992,6 +992,8 @@ def test_importing_is_silent_and_every_flag_is_read():
     done = subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     source = "".join((ROOT / path).read_text(encoding="utf-8")
-                     for path in ("prepare.py", "data/presets.py", "data/dataset.py"))
+                     for path in ("prepare.py", "data/presets.py", "data/dataset.py", "data/readers.py"))
+    page = subprocess.run(command("--help"), capture_output=True, encoding="utf-8").stdout
+    assert [name for name in DATASETS if name not in page] == []
     for name in Config.__dataclass_fields__:
         assert f"cfg.{name}" in source, f"--{name} is never read"

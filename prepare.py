@@ -242,8 +242,8 @@ def examine(sources, cfg, out):
         if out.resolve() in source.path.resolve().parents:
             raise SystemExit(f"--out={out} would replace {source.path}, which is to be read; choose another --out")
         if cfg.kind != "text" and source.kind in ("text", "topics"):
-            raise SystemExit(f"--kind={cfg.kind}: {source.name} is plain text; records come from .jsonl, .json, .csv or "
-                             f".parquet. Leave it out, or use --kind=text")
+            raise SystemExit(f"--kind={cfg.kind}: {source.name} is plain text; records come from .jsonl, .json, .csv "
+                             f"or .parquet. Leave it out, or use --kind=text")
         sha256 = file_hash(source.path)
         with plain_errors(source.path):
             if source.path.suffix == ".zst":
@@ -351,7 +351,7 @@ def write_shards(encoded, partial, identity, state, writers):
                 noted = time.monotonic()
 
 
-def print_summary(out, meta, cfg):
+def print_dataset(out, meta, cfg):
     for split, total in meta["splits"].items():
         line = f"{split:5} {total['documents']:>11,} documents {total['bytes']:>15,} bytes"
         if cfg.kind == "text" and total["tokens"]:
@@ -372,7 +372,7 @@ def prepare_dataset(cfg, out, recipe, given):
     fixed = cfg.sources[0] in DATASETS and cfg.input is None
     if fixed and (meta := ready(out, recipe)):   # its source is known: no need to find and read it
         print(f"ready   {out} (made before with the same arguments)")
-        return print_summary(out, meta, cfg)
+        return print_dataset(out, meta, cfg)
     before = load_meta(out).get("recipe", {})
     changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
     try:
@@ -389,13 +389,13 @@ def prepare_dataset(cfg, out, recipe, given):
     if meta is None:
         shutil.rmtree(partial)
         print(f"ready   {out} (made before from the same text with the same arguments)")
-        return print_summary(out, load_meta(out), cfg)
+        return print_dataset(out, load_meta(out), cfg)
     if changed:
         print(f"replaced the dataset that was there, made with {changed}")
     seconds = time.perf_counter() - begun
     size = sum(split["bytes"] for split in meta["splits"].values())
     print(f"wrote   {out} in {seconds:.1f} s ({size / seconds / 1e6:.1f} MB/s)")
-    print_summary(out, meta, cfg)
+    print_dataset(out, meta, cfg)
 
 
 def main(cfg):

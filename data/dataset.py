@@ -76,7 +76,7 @@ def id_type(tokenizer):
 
 
 class ShardWriter:
-    """Appends bytes to the shards of one split, at most `limit` bytes each (None: one file), and hashes them on the way.
+    """Appends bytes to the shards of one split, at most `limit` bytes each (None: one file), and hashes them.
 
     `written` is a list of [size, sha256], one per shard. A later process continues from it: the bytes on disk must have
     these hashes (ValueError), and what a killed process wrote after noting them is cut off."""

@@ -260,8 +260,8 @@ def broken(error):
 
 
 def text_columns(row, columns, path, first=True):
-    """Names of the columns that hold the text of a row: those of --columns, or `text`, `content`, or the only column. If
-    it is not clear which, the first row of a file ends the program; a later one is a bad row."""
+    """Names of the columns that hold the text of a row: those of --columns, or `text`, `content`, or the only column.
+    If that is not clear, the first row of a file ends the program; a later one is a bad row."""
     names = columns or [name for name in ("text", "content") if name in row][:1] or list(row)
     if not columns and len(names) > 1:
         problem = f"which is the text? --columns=NAME, one or more of: {', '.join(row)}"

@@ -1,6 +1,6 @@
 """
-Reading what prepare.py wrote: shards of token ids on disk that read like one long array, and the order in which training
-uses them. A dataset that is damaged, incomplete or has another tokenizer than its shards is refused.
+Reading what prepare.py wrote: shards of token ids on disk that read like one long array, and the order in which
+training uses them. A dataset that is damaged, incomplete or has another tokenizer than its shards is refused.
 """
 import json
 import os
@@ -45,7 +45,7 @@ class Tokens:
         return np.concatenate(parts).astype(np.int64)
 
     def batch(self, first, count):
-        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by one."""
+        """Sequences first to first + count - 1 of the endless shuffled stream: x, y (count, T); y is x shifted by 1."""
         rows = []
         for sequence in range(first, first + count):
             epoch, index = divmod(sequence, self.windows)
@@ -68,8 +68,8 @@ def open_dataset(cfg):
     if not (folder / "meta.json").is_file():
         there = prepared_datasets()
         choice = f"Choose one that is prepared with --dataset=NAME: {', '.join(there)}. Or make" if there else "Make"
-        raise SystemExit(f"--dataset={name}: no prepared dataset there. {choice} one: python prepare.py shakespeare, or "
-                         "without network python prepare.py stdlib, or python prepare.py PATH...")
+        raise SystemExit(f"--dataset={name}: no prepared dataset there. {choice} one: python prepare.py shakespeare, "
+                         "or without network python prepare.py stdlib, or python prepare.py PATH...")
     try:
         meta = read_json(folder / "meta.json")
     except ValueError as error:

@@ -76,4 +76,4 @@ def lock_handle(file):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise BlockingIOError(errno.EAGAIN, "another process holds the lock", file.name) from None
-        print(f"{file.name}: no file locks on this file system ({error.strerror}); start this command only once at a time")
+        print(f"{file.name}: this file system has no locks ({error.strerror}); run this command only once at a time")

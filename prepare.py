@@ -260,19 +260,22 @@ def examine(sources, cfg, out):
 
 
 def resume(partial, identity, limit):
-    """(state, writers) of an interrupted run of the same command, or None. Shards that are damaged start again."""
+    """(state, writers, tokenizer) of an interrupted run of the same command, or None, also where files are damaged."""
     try:
         saved = read_json(partial / "progress.json")
         if {key: saved.get(key) for key in identity} != identity:
             return None
         state = saved["state"]
         writers = {split: ShardWriter(partial, split, limit, state[split].pop("written")) for split in ("train", "val")}
+        tokenizer = Tokenizer.load(partial) if state["tokenizer_hash"] else None
+        if tokenizer and tokenizer.hash != state["tokenizer_hash"]:
+            raise ValueError(f"{partial}/tokenizer.json is not what was written")
     except (ValueError, KeyError, TypeError, OSError) as error:
         if (partial / "progress.json").exists():
             print(f"restart {partial}: {error}")
         return None
     print(f"resume  {partial}: {state['train']['documents'] + state['val']['documents']:,} documents are there")
-    return state, writers
+    return state, writers, tokenizer
 
 
 def save_progress(partial, identity, state, writers):
@@ -297,8 +300,7 @@ def build(cfg, out, partial, recipe, given):
 
     tokenizer = None
     if resumed := resume(partial, identity, limit):
-        state, writers = resumed
-        tokenizer = Tokenizer.load(partial) if cfg.kind == "text" else None
+        state, writers, tokenizer = resumed
     else:
         for path in partial.iterdir():
             path.unlink()
@@ -308,6 +310,7 @@ def build(cfg, out, partial, recipe, given):
         if cfg.kind == "text":
             tokenizer = given or new_tokenizer(cfg, parts(sources, cfg, state["plan"]), workers)
             tokenizer.save(partial)
+        state["tokenizer_hash"] = tokenizer.hash if tokenizer else None
         save_progress(partial, identity, state, writers)
     there = sum(sum(writer.sizes) for writer in writers.values())
     try:

@@ -405,7 +405,7 @@ def test_a_lock_ends_with_its_process_and_is_refused_while_it_lives():
     run("in.jsonl")
 
 
-@pytest.mark.parametrize("damage", ["hole", "cut", "gone", "progress"])
+@pytest.mark.parametrize("damage", ["hole", "cut", "gone", "progress", "tokenizer", "no tokenizer"])
 def test_a_resume_does_not_trust_damaged_shards(monkeypatch, damage, capsys):
     jsonl("in.jsonl", make_texts(3000))
     run("in.jsonl", out="data/whole")
@@ -427,6 +427,10 @@ def test_a_resume_does_not_trust_damaged_shards(monkeypatch, damage, capsys):
         os.truncate(shard, 9000)
     elif damage == "gone":
         shard.unlink()
+    elif damage == "tokenizer":
+        Tokenizer.train([], 264, pattern="gpt2").save("data/x.partial")
+    elif damage == "no tokenizer":
+        Path("data/x.partial/tokenizer.json").write_text("{", encoding="utf-8")
     else:
         Path("data/x.partial/progress.json").write_text('{"recipe": ', encoding="utf-8")
     capsys.readouterr()

@@ -37,7 +37,8 @@ import tyro
 from tqdm import tqdm
 
 from bpe import SPECIALS, Tokenizer
-from data.dataset import ShardWriter, id_type, load_meta, output_folder, publish, ready, undo_publish, write_meta
+from data.dataset import (ShardWriter, id_type, load_meta, output_folder, publish, ready, refuse_foreign, undo_publish,
+                          write_meta)
 from data.encoding import encode_batches
 from data.presets import DATASETS, find_sources
 from data.readers import PIECE, check_text, check_zst, known_encoding, plain_errors, read_pieces, refuse
@@ -69,6 +70,7 @@ class Config:
 
 
 # ---- the whole stage, slow and obvious: documents -> ids -> shards. The tests compare its bytes with the fast path's.
+# python -c "import prepare; prepare.prepare_simple(['one text', 'another text'], 'out/simple')"
 
 def prepare_simple(documents, folder, vocab_size=256 + len(SPECIALS), val_fraction=0.1):
     """Write train_00000.bin and val_00000.bin of a list of at least two different documents, and the tokenizer."""
@@ -283,10 +285,11 @@ def save_progress(partial, identity, state, writers):
     write_meta(partial / "progress.json", {**identity, "state": state})
 
 
-def build(cfg, out, partial, recipe, given):
-    """From the sources to the final rename. Returns what meta.json holds, or None if `out` has all of it already."""
+def build(cfg, out, partial, recipe, given, there):
+    """From the sources to the final rename. there: meta.json of an undamaged dataset in `out` with this recipe, if any.
+    Returns the new meta.json, or None if that dataset was made from the same text."""
     found, sources, unreadable = examine(find_sources(cfg), cfg, out)
-    if ready(out, recipe, found):
+    if there and there["source"] == found:
         return None
     packed = {".gz": 3, ".zst": 3, ".parquet": 2}   # about how many times larger the text is
     size = sum(source.path.stat().st_size * packed.get(source.path.suffix, 1) for source in sources)
@@ -312,12 +315,12 @@ def build(cfg, out, partial, recipe, given):
             tokenizer.save(partial)
         state["tokenizer_hash"] = tokenizer.hash if tokenizer else None
         save_progress(partial, identity, state, writers)
-    there = sum(sum(writer.sizes) for writer in writers.values())
+    done = sum(sum(writer.sizes) for writer in writers.values())
     try:
-        need_space(partial, max(0, (size * width if simple else size * width // 4) - there), "dataset")
+        need_space(partial, max(0, (size * width if simple else size * width // 4) - done), "dataset")
     except OSError as error:
-        if there:
-            raise                       # main keeps what is there
+        if done:
+            raise                       # main keeps the partial folder
         raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
     stream = batches(parts(sources, cfg, state["plan"], state["next"]))
     write_shards(encode_batches(stream, partial, tokenizer, workers), partial, identity, state, writers)
@@ -371,11 +374,12 @@ def prepare_dataset(cfg, out, recipe, given):
     """Build the dataset in `out` and print what happened. The caller holds the lock."""
     begun = time.perf_counter()
     undo_publish(out)
+    refuse_foreign(out)
     partial = out.with_name(out.name + ".partial")
-    fixed = cfg.sources[0] in DATASETS and cfg.input is None
-    if fixed and (meta := ready(out, recipe)):   # its source is known: no need to find and read it
+    there = ready(out, recipe)
+    if there and cfg.sources[0] in DATASETS and cfg.input is None:   # its source is fixed: no need to read it again
         print(f"ready   {out} (made before with the same arguments)")
-        return print_dataset(out, meta, cfg)
+        return print_dataset(out, there, cfg)
     before = load_meta(out).get("recipe", {})
     changed = ", ".join(f"{key}={before[key]}" for key in before if before[key] != recipe.get(key))
     try:
@@ -384,7 +388,7 @@ def prepare_dataset(cfg, out, recipe, given):
         resumes = False
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        meta = build(cfg, out, partial, recipe, given)
+        meta = build(cfg, out, partial, recipe, given, there)
     except SystemExit:
         if not resumes:
             shutil.rmtree(partial, ignore_errors=True)   # a mistake in the input: nothing here is worth resuming
@@ -392,7 +396,7 @@ def prepare_dataset(cfg, out, recipe, given):
     if meta is None:
         shutil.rmtree(partial)
         print(f"ready   {out} (made before from the same text with the same arguments)")
-        return print_dataset(out, load_meta(out), cfg)
+        return print_dataset(out, there, cfg)
     if changed:
         print(f"replaced the dataset that was there, made with {changed}")
     seconds = time.perf_counter() - begun

@@ -3,13 +3,13 @@ Speed of bpe.py, prepare.py and data/dedup.py: training against Hugging Face tok
 against tiktoken and Hugging Face tokenizers, near-duplicates against datasketch.
 
 Corpora: 1 MB is TinyShakespeare. 30 MB (and 100 MB) is Python source: the standard library and the installed packages
-of this interpreter, each file once, in a fixed random order. The bytes differ from machine to machine, but all tools get
-the same. Every tool learns the same number of merges with the GPT-4 split, on one thread.
+of this interpreter, each file once, in a fixed random order. The bytes differ from machine to machine, but all tools
+get the same. Every tool learns the same number of merges with the GPT-4 split, on one thread.
 Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are processor seconds
-(less sensitive to a busy machine) of counting and merging. nanopath reads the file within this time, the other tools get
-texts in memory (pieces of 64 KiB, no word is cut). MB is the peak memory of the process; for the other tools it includes
-the corpus. "same" compares the merges with ours. minbpe would take hours: it learns --minbpe_merges, and its time is
-extrapolated (early merges are its slowest, so this is an upper bound).
+(less sensitive to a busy machine) of counting and merging. nanopath reads the file within this time, the other tools
+get texts in memory (pieces of 64 KiB, no word is cut). MB is the peak memory of the process; for the other tools it
+includes the corpus. "same" compares the merges with ours. minbpe would take hours: it learns --minbpe_merges, and its
+time is extrapolated (early merges are its slowest, so this is an upper bound).
 Encoding: one process, vocabulary 32,768 trained on the 30 MB, documents of about 4 KB that training did not see, ids
 compared, medians of --rounds.
 Text to shards: a whole run of prepare.py with one process against loops around tiktoken and Hugging Face tokenizers, in

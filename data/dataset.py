@@ -40,16 +40,22 @@ def default_dataset():
 
 
 def output_folder(cfg):
-    """The folder to write. Refuses a folder that holds anything but a prepared dataset, because it will be replaced."""
+    """The folder to write: --out, or data/<name of the first source>."""
     out = Path(cfg.out or default_folder(cfg.sources[0])).expanduser()
+    if out.name in ("", ".."):
+        raise SystemExit(f"--out={cfg.out}: a dataset replaces its folder, so give a new name, such as --out=data/NAME")
+    return out
+
+
+def refuse_foreign(out):
+    """End the program if the folder holds anything but a prepared dataset, because it would be replaced."""
     if out.is_dir():
         others = [path.name for path in out.iterdir() if not re.fullmatch(OURS, path.name)]
     else:
         others = [out.name] if out.exists() else []
-    if others or out.name in ("", ".."):
+    if others:
         raise SystemExit(f"--out={out} is not a dataset folder (it holds {', '.join(others[:3])}), and writing would "
                          f"replace it; choose another with --out=data/NAME")
-    return out
 
 
 def publish(partial, out):
@@ -206,10 +212,10 @@ def load_meta(folder):
         return {}
 
 
-def ready(out, recipe, source=None):
+def ready(out, recipe):
     """meta.json of the dataset in `out` if it has this recipe and undamaged shards, else None."""
     meta = load_meta(out)
-    if meta.get("format") != 1 or meta.get("recipe") != recipe or (source and meta.get("source") != source):
+    if meta.get("format") != 1 or meta.get("recipe") != recipe:
         return None
     try:
         verify_shards(out, meta)

@@ -202,7 +202,7 @@ def test_looking_up_pieces_gives_the_ids_of_the_readable_encoder(pattern, monkey
     texts += ["".join(rng.choices(bits, k=rng.randrange(30))) for _ in range(3000)]
     tokenizer = Tokenizer.train(texts, 500, pattern=pattern)
     pieces = encoding.PieceEncoder(tokenizer)
-    monkeypatch.setattr(encoding.PieceEncoder, "LIMIT", 2000)   # so that it starts afresh now and then
+    monkeypatch.setattr(encoding.PieceEncoder, "LIMIT", 2000)   # so that the table is emptied now and then
     for at in range(0, len(texts), 50):
         some = [(text, rng.random() < 0.7) for text in texts[at:at + 50]]
         want = [i for text, last in some for i in tokenizer.encode_readable(text) + [tokenizer.eos_id] * last]
@@ -562,7 +562,7 @@ def test_without_shakespeare_the_prepared_dataset_is_the_default(capsys):
         open_shards("shakespeare")
 
 
-def test_a_full_disk_keeps_the_earlier_dataset_and_goes_on_later(monkeypatch):
+def test_a_full_disk_keeps_the_earlier_dataset_and_a_later_run_resumes(monkeypatch):
     run(jsonl("in.jsonl", make_texts(30)))
     before = everything("data/x")
     jsonl("in.jsonl", make_texts(60))
@@ -907,7 +907,7 @@ def server():
     made.shutdown()
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, monkeypatch):
+def test_a_broken_download_resumes_where_it_stopped(server, monkeypatch):
     body = "\n".join(make_texts(4000)).encode()
     server.files["/text.txt"] = body
     server.cut["/text.txt"] = 300_000

@@ -34,6 +34,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from bpe import SPECIALS, Tokenizer
@@ -42,7 +43,7 @@ from data.dataset import (ShardWriter, id_type, load_meta, output_folder, publis
 from data.encoding import encode_batches
 from data.presets import DATASETS, find_sources
 from data.readers import PIECE, check_text, check_zst, known_encoding, plain_errors, read_pieces, refuse
-from nanopath.files import file_hash, locked, need_space, read_json
+from nanopath.files import file_hash, need_space, read_json
 from nanopath.flags import Bound, check_bounds, parse
 
 
@@ -412,9 +413,9 @@ def main(cfg):
     again = f"the same command resumes from {out}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.with_name(f".{out.name}.lock")):
+        with FileLock(out.with_name(f".{out.name}.lock"), blocking=False):   # ends with this process, however it ends
             prepare_dataset(cfg, out, recipe_of(cfg, given), given)
-    except BlockingIOError:
+    except Timeout:
         raise SystemExit(f"--out={out}: another process is preparing this dataset now. Wait for it, or choose another "
                          f"folder with --out=FOLDER") from None
     except KeyboardInterrupt:

@@ -28,9 +28,10 @@ def default_folder(source):
 
 
 def prepared_datasets():
-    """Names of the datasets under data/, the one prepared last first."""
+    """Names of the datasets of token shards under data/, the one prepared last first."""
     found = sorted(Path("data").glob("*/meta.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent.name for path in found if not path.parent.name.endswith((".partial", ".old"))]
+    return [path.parent.name for path in found
+            if not path.parent.name.endswith((".partial", ".old")) and "tokenizer_hash" in load_meta(path.parent)]
 
 
 def default_dataset():

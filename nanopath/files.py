@@ -1,7 +1,6 @@
 """
 Files that are complete or not there: written under a temporary name, then renamed. Hashes, JSON, free space.
 """
-import contextlib
 import errno
 import hashlib
 import json
@@ -37,43 +36,3 @@ def write_json(path, value):
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
     os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold an exclusive lock on the file `path` (made and removed here). BlockingIOError: another process holds it.
-
-    The operating system releases the lock when the process ends, however it ends, so a lock never becomes stale."""
-    while True:
-        file = open(path, "ab")
-        try:
-            lock_handle(file)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass                                                   # its last owner removed it after we had opened it
-        except OSError:
-            file.close()
-            raise
-        file.close()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):                         # Windows cannot remove a file that is open elsewhere
-            os.unlink(path)
-        file.close()
-
-
-def lock_handle(file):
-    """Lock an open file or raise BlockingIOError; where the file system has no locks, say so and continue without."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise BlockingIOError(errno.EAGAIN, "another process holds the lock", file.name) from None
-        print(f"{file.name}: this file system has no locks ({error.strerror}); run this command only once at a time")

@@ -9,13 +9,16 @@ from: the command line, a preset, a saved run, or another program.
 import dataclasses
 import functools
 import math
+import signal
+import sys
 import typing
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Allowed numbers: low <= value <= high, or low < value with above=True. off: one more number that is allowed (0: off)."""
+    """Allowed numbers: low <= value <= high, or low < value with above=True. off: one more number that is allowed (0:
+    off)."""
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
@@ -27,9 +30,16 @@ class Bound:
     def __str__(self):
         least = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
         most = f"at most {self.high:g}"
-        words = f"between {self.low:g} and {self.high:g}" if self.low > -math.inf and self.high < math.inf and not self.above \
-            else " and ".join([least] * (self.low > -math.inf) + [most] * (self.high < math.inf))
+        words = " and ".join([least] * (self.low > -math.inf) + [most] * (self.high < math.inf))
+        if self.low > -math.inf and self.high < math.inf and not self.above:
+            words = f"between {self.low:g} and {self.high:g}"
         return words + ("" if self.off is None else f", or {self.off:g}")
+
+
+Positive = typing.Annotated[int, Bound(1, 2 ** 53)]
+Count = typing.Annotated[int, Bound(0, 2 ** 53)]                   # 0 means off, or as the comment says
+Rate = typing.Annotated[float, Bound(0, 1e30)]                     # 100 million times that still fits into float32
+Share = typing.Annotated[float, Bound(0, 1)]
 
 
 @functools.cache
@@ -63,9 +73,23 @@ def check_bounds(cfg):
 
 
 def parse(Config, doc, default=None, args=None):
-    """The command line -> Config. doc: the stage's docstring, whose first paragraph heads --help. default: a Config whose
-    values the flags override. Ends the program with one line where a value is out of its bounds."""
+    """The command line -> Config. doc: the stage's docstring, whose first paragraph heads --help. default: a Config
+    whose values the flags override. Ends the program with one line where a value is out of its bounds."""
     import tyro                                                    # 0.2 s, which importing a stage does not pay
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # set by nanopath/start.py while torch loads
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    args = sys.argv[1:] if args is None else list(args)
+    names = [field.name for field in dataclasses.fields(Config)]
+    positional = any("Positional" in str(hint) for hint in hints_of(Config).values())
+    if args and not args[0].startswith("-") and not positional:
+        flag = next(name for name in ("dataset", "model", names[0]) if name in names)
+        raise SystemExit(f"{args[0]}: every setting is a flag, such as --{flag}={args[0]}. All flags: --help")
+    for arg, value in zip(args, args[1:] + [""]):                # tyro's own words for a wrong choice take twenty lines
+        name, equals, given = arg.removeprefix("--").partition("=")
+        hint = hints_of(Config).get(name.replace("-", "_")) if arg.startswith("--") else None
+        value = given if equals else value
+        if typing.get_origin(hint) is typing.Literal and value not in map(str, typing.get_args(hint)):
+            raise SystemExit(f"--{name}={value}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
     extra = {} if default is None else {"default": default}
     cfg = tyro.cli(Config, args=args, use_underscores=True, description=doc.split("\n\n")[0], **extra)
     try:

@@ -532,7 +532,7 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--pattern=klingon"], "invalid choice 'klingon' for argument '--pattern'"), (["--vocab_size=9"], "--vocab_size=9: must be at least 264"),
+    (["--pattern=klingon"], "--pattern=klingon: choose one of gpt2, gpt4"), (["--vocab_size=9"], "--vocab_size=9: must be at least 264"),
     (["none.txt"], "none.txt: no such file"), (["--workers=-1"], "--workers=-1"),
     (["--vocab_size=264", "--report"], "--vocab_size=264"), (["--vocab_size=99999"], "allows only")])
 def test_a_mistake_on_the_command_line_names_the_flag(tmp_path, flags, message):

@@ -94,8 +94,9 @@ def data_hashes(folder):
 
 
 # Defaults of prepare.py's Config, which prepare_command leaves out (a test compares them)
-DEFAULTS = dict(input=None, vocab_size=0, pattern="gpt4", tokenizer=None, kind="text", val_fraction=0.1, columns=None,
-                join_rows=False, separator=None, encoding="utf-8", skip_bad=False, files=None, shard_tokens=100_000_000)
+PREPARE_DEFAULTS = dict(
+    input=None, vocab_size=0, pattern="gpt4", tokenizer=None, kind="text", val_fraction=0.1, columns=None,
+    join_rows=False, separator=None, encoding="utf-8", skip_bad=False, files=None, shard_tokens=100_000_000)
 
 
 def prepare_command(folder, **changes):
@@ -113,7 +114,7 @@ def prepare_command(folder, **changes):
             same = False
         recipe["tokenizer"] = str(folder) if same else "FOLDER_OF_ITS_TOKENIZER"
     flags = []
-    for name, default in DEFAULTS.items():
+    for name, default in PREPARE_DEFAULTS.items():
         value = recipe.get(name, default)
         if value != default or name in changes:
             flags.append(f"--{name}" if value is True else f"--{name}={value}")

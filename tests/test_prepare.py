@@ -537,8 +537,8 @@ def test_a_damaged_meta_json_is_one_clear_line(change):
 
 
 def test_the_command_that_makes_a_dataset_again():
-    from data.shards import DEFAULTS, prepare_command
-    assert DEFAULTS == {field.name: field.default for field in dataclasses.fields(Config)
+    from data.shards import PREPARE_DEFAULTS, prepare_command
+    assert PREPARE_DEFAULTS == {field.name: field.default for field in dataclasses.fields(Config)
                         if field.name not in ("sources", "out", "workers", "tries")}
     run(jsonl("in.jsonl", make_texts(60)), out="data/in")
     assert prepare_command(Path("data/in")) == "python prepare.py in.jsonl"

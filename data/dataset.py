@@ -14,7 +14,7 @@ import numpy as np
 
 from nanopath.files import read_json, write_json
 
-OURS = r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|verified\.json|tokenizer(_config)?\.json|chat_template\.jinja"
+OURS = r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|verified\.json(\.tmp)?|tokenizer(_config)?\.json|chat_template\.jinja"
 SMALL = 200_000_000   # bytes of shards that are hashed at every start; larger datasets are hashed once
 BLOCK_SIZE = 1 << 24  # bytes read at a time
 
@@ -221,7 +221,7 @@ def ready(out, recipe):
     try:
         verify_shards(out, meta)
     except ValueError as error:
-        print(f"replace {error}")
+        print(f"replace {out}: {error}")
         return None
     return meta
 

@@ -1,43 +1,49 @@
 """
-Text to token ids and back: byte-level byte pair encoding, the tokenizer of GPT-2, GPT-4, Llama 3 and Qwen.
+Text to token ids and back: byte-level byte pair encoding (BPE), the tokenizer of GPT-2, GPT-4, Llama 3 and Qwen.
 
-A text is cut into words by a regular expression. A word starts as its UTF-8 bytes, ids 0 to 255; then the pairs of
-neighbours that training found most frequent are joined, in the order in which they were learnt. Nothing is ever out of
-vocabulary, and with no merges at all the tokenizer is simply the character model.
+A regular expression splits a text into words. Each word starts as its UTF-8 bytes, ids 0 to 255. Training finds the
+most frequent pair of neighbouring tokens, joins it into a new token everywhere, and repeats; encoding applies these
+merges in the order in which they were learnt. Every text can be encoded, and without any merges this is a
+character-level tokenizer.
 
 Run     python bpe.py data/downloads/tinyshakespeare.txt --vocab_size=2048 --out=out/tokenizer --verbose
-        python bpe.py FOLDER FILE... --vocab_size=32768 --report     # how good is which size, on held-out text
-You see each merge as it is learnt (' ' + 't' first, whole words later), then one sentence cut into its tokens
-Writes  OUT/tokenizer.json and tokenizer_config.json, which transformers, vLLM and every other tool can open
+        python bpe.py FOLDER FILE... --vocab_size=32768 --report     # compares vocabulary sizes on held-out text
+        python -c "import bpe; print(bpe.train_simple('low lower lowest', 4, bpe.PATTERNS['gpt4']))"
+You see each merge as it is learnt (' ' + 't' first, whole words later), then one sentence split into its tokens
+Writes  OUT/tokenizer.json and tokenizer_config.json, which transformers, vLLM and others can open
 Next    python prepare.py FILE... --tokenizer=out/tokenizer
 Papers  BPE for words (arXiv:1508.07909), byte-level BPE (GPT-2, Radford 2019), fill in the middle (arXiv:2207.14255)
 """
 import codecs
 import hashlib
 import heapq
-import io
 import json
-import multiprocessing
 import os
+import shlex
 import sys
 import time
 import unicodedata
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import regex
 import tyro
 
+from data.tokenizer_files import BYTE_ORDER, find_tokenizer, read_tokenizer, spell, write_tokenizer
+from data.words import CHUNK, count_words, read_chunks, to_bytes
+from nanopath.flags import Bound, parse
+
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>",
             "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|file_sep|>")
 
-# How a text is cut into words before any merge: no token ever crosses these borders. In turn: 's and 'll, letters with
-# the blank before them, digits, punctuation, line ends, and blanks, of which the last is left to the next word.
+# How a text is split into words before any merge; no token ever crosses a word's border. The alternatives are, in this
+# order: 's and 'll, letters with the space before them, digits, punctuation, line ends, and runs of white space, whose
+# last space belongs to the next word.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -52,15 +58,9 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-LONG_BLANK = 50_000                                                # tiktoken's regex engine overflows at 6 times that
+LONG_BLANK = 50_000   # characters of white space; tiktoken's regex engine overflows at about 6 times as many
 
-# tokenizer.json spells bytes as printable characters: a visible Latin-1 byte as itself, the others from U+0100 upward.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = VISIBLE + [b for b in range(256) if b not in VISIBLE]  # by code point of that character
-BYTE_TO_CHAR = {b: chr(b) if b in VISIBLE else chr(256 + i - len(VISIBLE)) for i, b in enumerate(BYTE_ORDER)}
-CHAR_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in BYTE_TO_CHAR.items()}    # 0xFFFF: no byte
-
-# ChatML, and which part of it a chat model learns to write (between generation and endgeneration).
+# ChatML. What stands between generation and endgeneration is what a chat model learns to write.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -68,174 +68,110 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def spell(token):
-    return token.decode("latin-1").translate(BYTE_TO_CHAR)
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole of BPE, slow and obvious. The rest of this file computes the same merges and the same ids, only faster; the
+# tests compare the two.
+
+def join_pair(tokens, pair):
+    """Join every occurrence of two neighbouring tokens, from left to right: [a, b, c, a, b] -> [ab, c, ab]."""
+    joined, i = [], 0
+    while i < len(tokens):
+        width = 2 if tuple(tokens[i:i + 2]) == pair else 1
+        joined.append(b"".join(tokens[i:i + width]))
+        i += width
+    return joined
 
 
-def unspell(text):
-    return text.translate(CHAR_TO_BYTE).encode("latin-1")           # UnicodeEncodeError: not such a spelling
+def words_simple(text, pattern):
+    return [[bytes([byte]) for byte in word.encode("utf-8")] for word in regex.findall(pattern, text)]
 
 
-def to_bytes(text):
-    """UTF-8, with one clear error for a lone surrogate (half of a UTF-16 pair: not a character)."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; "
-                         "repair it first: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+def train_simple(text, count, pattern):
+    """The first `count` merges [(left, right), ...]: count all pairs, join the most frequent one, repeat."""
+    words, merges = words_simple(text, pattern), []
+    number = {bytes([byte]): i for i, byte in enumerate(BYTE_ORDER)}         # decides between pairs of equal count
+    while len(merges) < count:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not pairs:
+            break                                                  # every word is a single token
+        best = min(pairs, key=lambda pair: (-pairs[pair], number[pair[0]], number[pair[1]]))
+        words = [join_pair(word, best) for word in words]
+        number[best[0] + best[1]] = len(number)
+        merges.append(best)
+    return merges
+
+
+def encode_simple(text, merges, pattern):
+    """ids of a text: 0 to 255 for the bytes, 256 + i for the token that merge number i makes."""
+    ids = {bytes([byte]): byte for byte in range(256)} | {a + b: 256 + i for i, (a, b) in enumerate(merges)}
+    words = words_simple(text, pattern)
+    for pair in merges:
+        words = [join_pair(word, pair) for word in words]
+    return [ids[token] for word in words for token in word]
+
+
+def decode_simple(ids, merges):
+    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
+    return b"".join(tokens[i] for i in ids).decode("utf-8", errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training, first half: the distinct words and how often each occurs. All that BPE needs to know about a corpus.
-
-CHUNK = 1 << 20                                                    # bytes looked at together: they fit into the cache
-TASK = 8 << 20                                                     # bytes that a process counts before it reports
-
+# Training, fast: count the distinct words (data/words.py), then learn the merges from them
 
 def safe_cuts(pattern):
     """Boolean table over (byte x) * 256 + (byte y): may a text be cut between x and y without changing its words?
 
-    The regular expression is the slow part of counting, and most text repeats: so it is cut cheaply first, at places
-    where every pattern above ends a word, equal pieces are counted, and the expression sees each piece only once.
+    True only where every pattern above ends a word. Of a pattern that is not in PATTERNS nothing is known.
     """
     table = np.zeros((256, 256), dtype=bool)
-    if pattern in PATTERNS.values():                               # of any other pattern nothing is known
+    if pattern in PATTERNS.values():
         letters, digits, visible = [*range(65, 91), *range(97, 123)], range(48, 58), range(33, 127)
         table[np.ix_(letters, [y for y in range(128) if y not in letters and y != ord("'")])] = True     # don't
         table[np.ix_(digits, [y for y in range(128) if y not in digits])] = True
         table[visible, ord(" ")] = True
-        if pattern != PATTERNS["gpt2"]:                            # it reads " \n" otherwise at the end of a text
+        if pattern != PATTERNS["gpt2"]:                            # which splits " \n" differently at the end of a text
             table[ord("\n"), [y for y in visible if y != ord("/")]] = True       # o200k keeps "*\n/" whole
     return table.ravel()
 
 
-def cuts_in(data, safe):
-    """Positions where `data` may be cut: by the table, and before a space that a visible character follows."""
-    codes = np.frombuffer(data, dtype=np.uint8)
-    cut = safe[codes[:-1].astype(np.uint16) << 8 | codes[1:]]
-    if safe.any():
-        cut[:-1] |= (codes[1:-1] == ord(" ")) & (codes[2:] > 32) & (codes[2:] < 127)
-    return np.flatnonzero(cut) + 1
+def row_of_words(words):
+    """{word: count} as arrays with one entry per byte, the words one after the other: tok, nxt, prv, weight.
 
+    tok: the token's number where a token starts, -1 where a word ends, -2 inside a token. A byte's number is its place
+    in BYTE_ORDER, so comparing numbers decides between equal counts. nxt, prv: where the next and the previous token
+    start (prv[0] = -1 is the last entry, which holds a -1). weight: the count of the word.
+    """
+    lengths = np.array([len(word) + 1 for word in words])
+    row = np.frombuffer(b"\xff".join(words) + b"\xff", dtype=np.uint8)      # 255 never occurs in UTF-8
+    if len(row) >= 2 ** 31:                                        # nxt and prv have 4 bytes per entry
+        raise ValueError(f"{len(row) / 1e9:.1f} GB of distinct words are too many to learn from; at most 2.1 GB. "
+                         "Train on a part of this text, then use prepare.py --tokenizer=FOLDER")
+    weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
+    weight = weight if weight.max() >= 2 ** 31 else weight.astype(np.int32)
+    order = np.argsort(np.array(BYTE_ORDER)).astype(np.int32)
+    order[255] = -1
+    tok = order[row]
+    return tok, np.arange(1, len(tok) + 1, dtype=np.int32), np.arange(-1, len(tok) - 1, dtype=np.int32), weight
 
-def read_chunks(source, safe, size=CHUNK):
-    """Yield a file (a Path) or a text (a str) as pieces of about `size` bytes of UTF-8, cut where it is safe."""
-    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(to_bytes(source)) as file:
-        parts, position, block = [], 0, file.read(size)
-        while block:
-            following = file.read(size)
-            cuts = cuts_in(block[-65536:], safe)
-            if following and not len(cuts):                        # one long word: it has to be read as a whole
-                parts.append(block)
-            else:
-                at = len(block) - min(len(block), 65536) + int(cuts[-1]) if following else len(block)
-                chunk = b"".join([*parts, block[:at]])
-                try:
-                    chunk.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{source}: byte {position + error.start} is not UTF-8. Convert the file: iconv "
-                                     "-f LATIN1 -t UTF-8 (or -f UTF-16), or let prepare.py read it") from None
-                yield chunk
-                position += len(chunk)
-                parts = [block[at:]]
-            block = following
-
-
-def tasks(sources, safe):
-    """Chunks of all sources, joined by the byte 255, which UTF-8 never uses, to about TASK bytes."""
-    chunks, size = [], 0
-    for source in sources:
-        for chunk in read_chunks(source, safe):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size >= TASK:
-                yield b"\xff".join(chunks)
-                chunks, size = [], 0
-    if chunks:
-        yield b"\xff".join(chunks)
-
-
-def count_task(data, pattern):
-    """How often each word of one task occurs, the words as bytes."""
-    safe, pieces, at = safe_cuts(pattern), Counter(), 0
-    while at < len(data):
-        end = data.find(b"\xff", at + CHUNK) % (len(data) + 1)     # -1, not found, is the end
-        chunk = data[at:end]
-        pieces.update(np.insert(np.frombuffer(chunk, np.uint8), cuts_in(chunk, safe), 255).tobytes().split(b"\xff"))
-        at = end + 1
-    words, find = Counter(), regex.compile(pattern).findall
-    for piece, count in pieces.items():
-        for word in find(piece.decode("utf-8")):
-            words[word] += count
-    return {word.encode("utf-8"): count for word, count in words.items()}
-
-
-def count_words(sources, pattern, workers=1, progress=False):
-    """{word as bytes: how often} of an iterable of Paths and strings, each a text of its own. Memory: the distinct
-    words and a few TASKs. The result is the same for any number of workers."""
-    stream = tasks(sources, safe_cuts(pattern))
-
-    def results():
-        first = list(islice(stream, 2))
-        todo = chain(first, stream)
-        if workers == 1 or len(first) < 2:                         # not worth starting processes
-            yield from ((len(data), count_task(data, pattern)) for data in todo)
-            return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            waiting = deque()
-            for data in todo:
-                waiting.append((len(data), pool.submit(count_task, data, pattern)))
-                if len(waiting) > workers:                         # read no further ahead: memory stays bounded
-                    size, future = waiting.popleft()
-                    yield size, future.result()
-            for size, future in waiting:
-                yield size, future.result()
-
-    words, done = Counter(), 0
-    for size, found in results():
-        words.update(found)
-        done += size
-        if progress:
-            print(f"counted {done / 1e6:,.0f} MB: {len(words):,} distinct words", file=sys.stderr, flush=True)
-    words.pop(b"", None)
-    return words
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, second half: the merges
 
 def learn_merges(words, min_count=1):
-    """Yield the most frequent pair (left, right, count), join it in all words, and again: while a pair occurs min_count
-    times. Ties go to the smallest pair of ids, bytes in BYTE_ORDER: exactly the merges of Hugging Face's trainer.
+    """Yield the most frequent pair (left, right, count), join it in all words, repeat, until no pair occurs min_count
+    times. Between equal counts the smallest pair of numbers wins, as in Hugging Face's trainer.
 
-    The insight that makes this fast: a pair (a, b) can only gain occurrences in the step that creates a or b; later it
-    only loses them, to merges that take one of its tokens. So all places of a pair are known at its birth, and its
-    count then is an upper bound for ever. Nothing is kept up to date: when a pair comes to the top of the heap it is
-    counted again; if places have died it goes back with its true count, otherwise it is the true maximum.
+    Why this is fast: a pair (a, b) gains occurrences only in the step that creates a or b. Later it only loses some, to
+    merges that take one of its tokens. So all places of a pair are known when it first appears, and its count then is
+    an upper bound. Counts are not updated: a pair at the top of the heap is counted again. If it has lost places it
+    goes back with its true count, otherwise it is the maximum.
     """
     if not words:
         return
-    # All words in one row: tok holds a token where it starts, -1 where a word ends, -2 inside a token. A byte's number
-    # here is its place in BYTE_ORDER, so that comparing numbers breaks ties.
-    order = np.argsort(np.array(BYTE_ORDER)).astype(np.int32)
-    lengths = np.array([len(word) + 1 for word in words])
-    row = np.frombuffer(b"\xff".join(words) + b"\xff", dtype=np.uint8)      # 255 is in no UTF-8 text
-    if len(row) >= 2 ** 31:                                        # places are kept in 4 bytes
-        raise ValueError(f"{len(row) / 1e9:.1f} GB of distinct words are too many to learn from, 2.1 GB are the most. "
-                         "Learn from less of this text, then prepare.py --tokenizer=FOLDER")
-    weight = np.repeat(np.array(list(words.values()), dtype=np.int64), lengths)
-    weight = weight if weight.max() >= 2 ** 31 else weight.astype(np.int32)
-    del words, lengths
-    order[255] = -1
-    tok = order[row]
-    del row
-    nxt = np.arange(1, len(tok) + 1, dtype=np.int32)               # where the next token starts, and the one before;
-    prv = np.arange(-1, len(tok) - 1, dtype=np.int32)              # prv[0] = -1 is the last place, which holds a -1
+    tok, nxt, prv, weight = row_of_words(words)
+    del words                                                      # the caller keeps no reference: this frees memory
     tokens = [bytes([b]) for b in BYTE_ORDER]
     where, heap = {}, []                                           # pair -> its places; (-count, pair)
 
-    def born(places):
-        """Index all pairs that start at these places: their places and their count, once and for all."""
+    def add_pairs(places):
+        """Store the places and the count of all pairs that start at these places."""
         keys = tok[places].astype(np.int64) << 32 | tok[nxt[places]]        # one number for both tokens
         short = keys if len(tokens) > 256 else (keys >> 24 | keys & 255).astype(np.uint16)    # sorted by radix
         by_key = np.argsort(short, kind="stable")                  # stable: the places of a pair stay in order
@@ -250,17 +186,17 @@ def learn_merges(words, min_count=1):
                 where[key] = places[start:end]
                 heapq.heappush(heap, (-count, key))
 
-    for first in range(0, 256, 8):                                 # some left bytes at a time: less memory to sort
+    for first in range(0, 256, 8):                                 # 8 left bytes at a time: sorting needs less memory
         starts = np.flatnonzero((tok[:-1] >= first) & (tok[:-1] < first + 8) & (tok[1:] >= 0)).astype(np.int32)
         if len(starts):
-            born(starts)
+            add_pairs(starts)
     while heap:
         bound, key = heapq.heappop(heap)
         a, b = key >> 32, key & 0xFFFFFFFF
         places = where.pop(key)
         live = places[(tok[places] == a) & (tok[nxt[places]] == b)]
         count = int(weight[live].sum(dtype=np.int64)) if len(live) < len(places) else -bound
-        if count < -bound:                                         # some were taken by other merges: try again later
+        if count < -bound:                                         # other merges took some of its places
             if count >= min_count:
                 where[key] = live
                 heapq.heappush(heap, (-count, key))
@@ -275,27 +211,26 @@ def learn_merges(words, min_count=1):
         tokens.append(tokens[a] + tokens[b])
         right = nxt[live]
         after = nxt[right]
-        tok[live] = new
-        tok[right] = -2
-        nxt[live] = after
-        prv[after] = live
+        tok[live], tok[right], nxt[live], prv[after] = new, -2, after, live
         before = prv[live]
         neighbour = tok[before]
         before = before[(neighbour >= 0) & (neighbour != new)]
         places = np.concatenate([before, live[tok[after] >= 0]])   # each new pair once, (new, new) included
         if len(places):
-            born(places)
+            add_pairs(places)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Using it
+# The tokenizer
 
 class Tokenizer:
-    """tokens: bytes -> id: the 256 bytes, then the merges in order (the place in it is the rank of a token), then, with
-    ignore_merges, words that are a token without any merge. specials: text -> id. merges: pairs of bytes.
+    """Text to ids and back.
 
-    Attributes: vocab_size (largest id + 1), eos_id (end of a document), pad_id, im_end_id (None if there is none),
-    hash (sha256 of all that decides ids)."""
+    tokens: bytes -> id, in this order: the 256 bytes, the merges (a token's place is its rank), then, with
+    ignore_merges, words that are a token although no merge makes them. specials: text -> id. merges: pairs of bytes.
+    Attributes: vocab_size (largest id + 1), eos_id (end of a document), pad_id, im_end_id (None if the tokenizer has
+    no such token), hash (sha256 of everything that decides ids).
+    """
 
     def __init__(self, tokens, specials, pattern, merges=(), ignore_merges=False, nfc=False, eos=None, pad=None):
         self.tokens, self.specials, self.pattern, self.merges = dict(tokens), dict(specials), pattern, list(merges)
@@ -323,31 +258,34 @@ class Tokenizer:
         self.ordered = merged == sorted(merged)                    # ids rise with the rank
         self.eos_id = self.specials.get("<|endoftext|>", self.specials.get(eos))
         self.pad_id = self.specials.get("<|pad|>", self.specials.get(pad))
-        self.pad_id = None if self.pad_id == self.eos_id else self.pad_id      # else no end would ever be learnt
+        # Losses ignore padding. If it were the end-of-text id, no model would learn to end a text.
+        self.pad_id = None if self.pad_id == self.eos_id else self.pad_id
         self.im_end_id = self.specials.get("<|im_end|>")
         self.cache = {}
 
     @classmethod
     def train(cls, paths_or_texts, vocab_size, pattern="gpt4", specials=SPECIALS, min_count=1, workers=1,
               on_merge=None, progress=False):
-        """Learn a tokenizer of `vocab_size` ids: 256 bytes, merges, specials, in this order.
+        """Train a tokenizer of `vocab_size` ids: 256 bytes, merges, specials, in this order.
 
-        A Path is read as a file of UTF-8, a str is a text itself. pattern: a name of PATTERNS, or a regular expression.
-        min_count: how often a pair must occur. workers: processes that count. on_merge(number, left, right, count).
+        A Path is read as a UTF-8 file, a str is a text itself. pattern: a name of PATTERNS, or a regular expression.
+        min_count: a pair must occur so often to be joined. workers: processes that count words.
+        on_merge(number, left, right, count) is called for each merge.
         """
         count = vocab_size - 256 - len(specials)
         if count < 0:
             raise ValueError(f"--vocab_size={vocab_size}: must be at least {256 + len(specials)}, "
                              f"256 bytes and {len(specials)} special tokens")
         if len(set(specials)) < len(specials):
-            raise ValueError(f"specials={specials}: each may be named once")
+            raise ValueError(f"specials={specials}: each special token must be named once")
         pattern = PATTERNS.get(pattern, pattern)
         sources = [paths_or_texts] if isinstance(paths_or_texts, (str, Path)) else paths_or_texts
         merges, tokens = [], [bytes([b]) for b in range(256)]
         cls(zip(tokens, range(256)), {}, pattern)                  # refuse a bad pattern before the long work
         shown = time.monotonic()
-        found = learn_merges(count_words(sources, pattern, workers, progress) if count else {}, min_count)
-        for left, right, occurrences in islice(found, count):      # nobody else holds the words: it can free them
+        found = learn_merges(count_words(sources, pattern, safe_cuts(pattern), workers, progress) if count else {},
+                             min_count)
+        for left, right, occurrences in islice(found, count):
             merges.append((left, right))
             tokens.append(left + right)
             if on_merge:
@@ -364,8 +302,8 @@ class Tokenizer:
     # text -> ids
 
     def encode(self, text, allowed_special=()):
-        """ids of a text. A special token is recognised only if its text is in allowed_special ("all": any of them);
-        otherwise it is ordinary text, so that no user can inject one. ValueError for a lone surrogate."""
+        """ids of a text. A special token is recognised only if its text is in allowed_special ("all": any of them).
+        Otherwise it is ordinary text, so that users cannot inject special tokens. ValueError for a lone surrogate."""
         allowed = set(self.specials) if allowed_special == "all" else set(allowed_special)
         if unknown := allowed - set(self.specials):
             raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
@@ -378,17 +316,17 @@ class Tokenizer:
         return ids
 
     def _encode_part(self, text):
-        """encode_readable, but compiled wherever tiktoken gives the same ids without crashing."""
+        """encode_readable, or tiktoken wherever it gives the same ids without crashing."""
         to_bytes(text)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        blocks = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)   # twice as many blanks in a row fill one of these
+        blocks = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)  # a run of 2 * LONG_BLANK fills one of these
         if self._compiled is None or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
             return self.encode_readable(text)
         ids = self._compiled.encode_ordinary(text)
         return ids if self.ordered else [self.ids[rank] for rank in ids]
 
     def encode_readable(self, text):
-        """ids of a text without special tokens, the slow and obvious way: cut it into words, merge each of them."""
+        """ids of a text without special tokens, without tiktoken: split the text into words, merge each of them."""
         to_bytes(text)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         ids = []
@@ -409,8 +347,8 @@ class Tokenizer:
         return {(self.rank[a], self.rank[b]): self.rank[a + b] for a, b in self.merges}
 
     def merge_word(self, word):
-        """BPE of one word. The plain way, to look for the lowest pair again after every merge, takes n^2 steps; a heap
-        of the pairs that can be joined, over a linked list of the parts, takes n log n."""
+        """BPE of one word of n bytes. Searching for the lowest pair after every merge, as encode_simple does, takes n^2
+        steps. A heap of the pairs that can be joined, over a linked list of the parts, takes n log n."""
         joins, parts = self.joins, [self.rank[word[i:i + 1]] for i in range(len(word))]
         nxt, prv = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
         heap = [(joins[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in joins]
@@ -419,7 +357,7 @@ class Tokenizer:
             joined, i = heapq.heappop(heap)
             j = nxt[i]
             if j >= len(parts) or joins.get((parts[i], parts[j])) != joined:
-                continue                                           # one of the two has been joined otherwise
+                continue                                           # another merge took one of the two parts
             parts[i], parts[j], nxt[i] = joined, -1, nxt[j]        # -1 is in no pair
             if nxt[i] < len(parts):
                 prv[nxt[i]] = i
@@ -433,11 +371,11 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self):
-        """A tiktoken.Encoding, or None. tiktoken knows no merges, it joins any neighbours whose join is a token; that
-        is the same if the bytes of each token are merged into that token, as they are in what a trainer learnt."""
-        import tiktoken                                            # here, so that a reader of ids does not need it
+        """A tiktoken.Encoding, or None. tiktoken has no list of merges: it joins any neighbours whose concatenation is
+        a token. The result is the same if the bytes of each token are merged into that token, as in trained BPEs."""
+        import tiktoken                                            # here: only encoding needs it, and it loads slowly
         tokens, rank, joins = dict(islice(self.tokens.items(), self.ranked)), self.rank, self.joins
-        if self.ignore_merges and len(self.tokens) > self.ranked:  # nor does it know a word without merges
+        if self.ignore_merges and len(self.tokens) > self.ranked:  # tiktoken has no words without merges
             return None
         for token, i in islice(tokens.items(), 256, None):
             pairs = [(rank[token[:k]], rank.get(token[k:])) for k in range(1, len(token)) if token[:k] in rank]
@@ -448,7 +386,8 @@ class Tokenizer:
 
     @property
     def fast(self):
-        """The same tokenizer as a tiktoken.Encoding, bare: a lone surrogate becomes U+FFFD, 10^6 blanks crash it."""
+        """The same tokenizer as a bare tiktoken.Encoding, which writes U+FFFD for a lone surrogate and crashes on a
+        million spaces."""
         if self.nfc or not self.ordered or self._compiled is None:
             raise ValueError("tiktoken cannot represent this tokenizer by itself (NFC normalization, ids out of merge "
                              "order, or tokens that no merge makes); use encode()")
@@ -464,24 +403,24 @@ class Tokenizer:
             raise ValueError(f"id {error.args[0]} is not in this vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids):
-        """Text of ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
+        """Text of ids. Bytes that are not UTF-8 (a model may produce them) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self):
-        """push(id) -> the text that is complete by now, flush() -> the rest. A character of several bytes can be
-        spread over several tokens; it appears when its last byte is there, never as half of it."""
+        """An object with push(id) -> the text that is complete by now, and flush() -> the rest. The bytes of one
+        character can belong to several tokens: it is returned when its last byte has come."""
         return Stream(self)
 
     # the formats that models are taught
 
     def special(self, name):
         if name not in self.specials:
-            raise ValueError(f"this tokenizer has no {name}. Learn one that has: python bpe.py PATH... --out=FOLDER")
+            raise ValueError(f"this tokenizer has no {name}. Train one that has: python bpe.py PATH... --out=FOLDER")
         return self.specials[name]
 
     def render(self, messages, add_generation_prompt=False):
         """Messages [{"role", "content"}] -> ids, mask in ChatML. mask is 1 on what the assistant writes, its
-        <|im_end|> included: the loss of fine-tuning. Contents are ordinary text, whatever they spell."""
+        <|im_end|> included: there fine-tuning computes its loss. Special tokens in a content are ordinary text."""
         start, end = self.special("<|im_start|>"), self.special("<|im_end|>")
         newline, ids, mask = self.encode("\n"), [], []
         for number, message in enumerate(messages):
@@ -499,7 +438,7 @@ class Tokenizer:
         return ids, mask
 
     def fim(self, prefix, suffix):
-        """ids after which a model trained to fill in the middle writes what stands between the two."""
+        """ids of a prompt for filling in the middle: the model continues with the text between prefix and suffix."""
         return [self.special("<|fim_prefix|>"), *self.encode(prefix), self.special("<|fim_suffix|>"),
                 *self.encode(suffix), self.special("<|fim_middle|>")]
 
@@ -513,112 +452,23 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                 for name, i in sorted(self.specials.items(), key=lambda item: item[1])]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        # specials stand in the vocabulary too: the ids of added_tokens alone are not obeyed when there are gaps
-        model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                     fuse_unk=False, byte_fallback=False, ignore_merges=self.ignore_merges,
-                     vocab={spell(token): i for token, i in self.tokens.items()} | self.specials,
-                     merges=[[spell(a), spell(b)] for a, b in self.merges])
-        tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=added,
-                         normalizer={"type": "NFC"} if self.nfc else None,
-                         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]},
-                         post_processor=None, decoder=byte_level | {"use_regex": True}, model=model)
-        # tokenizer_class is needed: transformers 5 would otherwise put in the pattern of the model's family
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-        for key, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id)):
-            config |= {key: self.bytes_of[i].decode("utf-8")} if i is not None else {}
-        config |= {"chat_template": CHAT_TEMPLATE} if {"<|im_start|>", "<|im_end|>"} <= set(self.specials) else {}
-        for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-            temporary = folder / (name + ".tmp")
-            temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-            os.replace(temporary, folder / name)
+        chat = {"<|im_start|>", "<|im_end|>"} <= set(self.specials)
+        write_tokenizer(folder, self, CHAT_TEMPLATE if chat else None)
 
     @classmethod
     def load(cls, path):
         """Read a folder or file: Hugging Face's tokenizer.json, or GPT-2's vocab.bpe with encoder.json.
 
-        ValueError names what this class cannot represent. Not applied: a post_processor that puts a first token before
-        every text (Llama 3); put specials["<|begin_of_text|>"] there yourself.
+        ValueError names what this class cannot represent. A post_processor that puts a token before every text
+        (Llama 3) is not applied: put specials["<|begin_of_text|>"] there yourself.
         """
-        path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        names = ("tokenizer.json", "vocab.bpe") if path.is_dir() else (path.name,)
-        file = next((folder / name for name in names if (folder / name).is_file()), None)
-        if file is None:
-            raise ValueError(f"{path}: there is no such tokenizer. Learn one: python bpe.py PATH... --out=FOLDER")
+        file = find_tokenizer(path)
         try:
-            if file.suffix == ".json" and file.name != "encoder.json":
-                return cls(**read_tokenizer_json(file))
-            vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-            lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            made = {a + b for a, b in merges}                      # the others are bytes, and <|endoftext|>
-            return cls(**arrange(vocab, merges, [t for t in vocab if len(t) > 1 and t not in made], PATTERNS["gpt2"]))
+            return cls(**read_tokenizer(file, PATTERNS["gpt2"]))
         except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeError) as error:
             raise ValueError(f"{file} is not a byte-level BPE tokenizer ({type(error).__name__}: {error})") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-
-
-def arrange(vocab, merges, specials, pattern, **rest):
-    """Arguments of Tokenizer from a vocabulary {spelling: id} and merges of spellings."""
-    names = set(specials)
-    ids = {unspell(token): i for token, i in vocab.items() if token not in names}
-    merges = [(unspell(a), unspell(b)) for a, b in merges]
-    singles = sorted((t for t in ids if len(t) == 1), key=ids.get)
-    if len(singles) < 256:
-        raise ValueError(f"its vocabulary has {len(singles)} of the 256 bytes, so not all text can be encoded")
-    joined = [a + b for a, b in merges]                            # a token may be listed with each of its ways to be
-    distinct = list(dict.fromkeys(joined))                         # made (Llama 3); they must stand together, else its
-    groups = sum(x != y for x, y in zip(joined, joined[1:])) + (len(joined) > 0)      # rank would not be one number
-    if groups > len(distinct):
-        raise ValueError("the same token is made by merges of different rank")
-    tokens = {token: ids[token] for token in chain(singles, distinct)}
-    tokens |= dict(sorted(ids.items(), key=lambda item: item[1]))  # the tokens that no merge makes come last
-    specials = {name: vocab[name] for name in specials}
-    return dict(tokens=tokens, specials=specials, pattern=pattern, merges=merges, **rest)
-
-
-def read_tokenizer_json(file):
-    """Arguments of Tokenizer from a tokenizer.json and the tokenizer_config.json beside it."""
-    data = json.loads(file.read_text(encoding="utf-8"))
-    model, normalizer, pre = data["model"], data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    split, level = steps[0], steps[-1]
-    kinds = [step.get("type") for step in steps]
-    added = data.get("added_tokens") or []
-    problems = [
-        (model.get("type", "BPE") != "BPE", f"model {model.get('type')}"),
-        (model.get("byte_fallback"), "byte_fallback (a SentencePiece model)"),
-        (model.get("dropout"), "dropout"),
-        (model.get("continuing_subword_prefix"), "continuing_subword_prefix"),
-        (model.get("end_of_word_suffix"), "end_of_word_suffix"),
-        (normalizer.get("type", "NFC") != "NFC", f"normalizer {normalizer.get('type')}"),
-        (kinds not in (["Split", "ByteLevel"], ["ByteLevel"]), f"pre_tokenizer {kinds}"),
-        (level.get("add_prefix_space"), "add_prefix_space"),
-        (level.get("use_regex", True) != (len(steps) == 1), f"pre_tokenizer {kinds} with use_regex {len(steps) > 1}"),
-        (len(steps) > 1 and (split.get("behavior"), split.get("invert", False)) != ("Isolated", False),
-         f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}"),
-        ((data.get("decoder") or {}).get("type", "ByteLevel") != "ByteLevel", "a decoder other than ByteLevel"),
-        (any(t.get("lstrip") or t.get("rstrip") or t.get("single_word") for t in added),
-         "added tokens that take blanks with them (lstrip, rstrip, single_word)")]
-    found = [name for wrong, name in problems if wrong]
-    if found:
-        raise ValueError(f"cannot represent {', '.join(found)}; only byte-level BPE (GPT-2, Llama 3, Qwen) can be read")
-    pattern = PATTERNS["gpt2"] if len(steps) == 1 else split["pattern"]["Regex"]
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
-    beside = file.parent / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    eos, pad = (config.get(key) for key in ("eos_token", "pad_token"))
-    eos, pad = (token.get("content") if isinstance(token, dict) else token for token in (eos, pad))
-    return arrange(vocab, merges, [token["content"] for token in added], pattern, eos=eos, pad=pad,
-                   ignore_merges=bool(model.get("ignore_merges")), nfc=bool(normalizer))
 
 
 class Stream:
@@ -638,21 +488,51 @@ class Stream:
 @dataclass
 class Config:
     paths: tyro.conf.Positional[tuple[str, ...]]  # text files or folders of them, UTF-8
-    vocab_size: int = 4096          # ids in all: 256 bytes, the merges, 8 specials
-    pattern: str = "gpt4"           # how words are cut: gpt2, gpt4, o200k, llama3, qwen2
-    min_count: int = 1              # a pair must occur so often to be merged
+    vocab_size: Annotated[int, Bound(256 + len(SPECIALS))] = 4096  # number of ids: 256 bytes, the merges, 8 specials
+    pattern: Literal["gpt2", "gpt4", "o200k", "llama3", "qwen2"] = "gpt4"  # regular expression that splits words
+    min_count: Annotated[int, Bound(1)] = 1       # a pair must occur so often to be joined
     out: str = "out/tokenizer"      # folder to write
-    workers: int = 0                # processes that count words; 0: one per core
+    workers: Annotated[int, Bound(0)] = 0         # processes that count words; 0: one per core
     verbose: bool = False           # show every merge as it is learnt
-    report: bool = False            # keep the last tenth of every file for measuring: bytes per token at several sizes
+    report: bool = False            # train without the last tenth of every file and measure several sizes on it
 
 
-def report(tokenizer, text):
-    """Print what each vocabulary size makes of a text. A smaller vocabulary is a prefix of the larger one's merges."""
+def text_files(paths):
+    """All files behind the paths of the command line; a folder gives the files in it, at any depth."""
+    files = []
+    for path in map(Path, paths):
+        inside = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
+        files += inside
+        if not inside:
+            raise SystemExit(f"{path}: no such file, or an empty folder. Give text files: python bpe.py FILE...")
+    if not files:
+        raise SystemExit("no text to learn from. Give files or folders: python bpe.py FILE... --vocab_size=4096")
+    return files
+
+
+def first_parts(files, pattern, held_out):
+    """Yield the first nine tenths of every file; append the last tenth to held_out, at most about 20 MB in all."""
+    for file in files:
+        size, position = file.stat().st_size, 0
+        for chunk in read_chunks(file, safe_cuts(pattern), min(CHUNK, size // 20 + 1)):
+            position += len(chunk)
+            if position <= 0.9 * size:
+                yield chunk.decode("utf-8")
+            elif len(held_out) * CHUNK < 20e6:
+                held_out.append(chunk.decode("utf-8"))
+
+
+def show_merge(number, left, right, count):
+    left, right = left.decode("utf-8", "replace"), right.decode("utf-8", "replace")
+    print(f"merge {number:5d}: {left!r} + {right!r}, {count:,} times")
+
+
+def compare_sizes(tokenizer, text):
+    """Print what each vocabulary size makes of a text. The first n merges are a tokenizer of their own."""
     words, size = text.split(), len(text.encode("utf-8"))
     if not words:
         raise SystemExit("--report: the last tenth of every file is too short to measure anything; give larger files")
-    print("On held-out text. A whole word is one token, with the blank before it.")
+    print("On held-out text. A whole word is one token, with the space before it.")
     print("vocab_size  bytes/token  tokens/word  whole words")
     sizes = [2 ** k for k in range(9, 18) if 2 ** k < tokenizer.vocab_size]
     for vocab_size in [264, *sizes, tokenizer.vocab_size]:
@@ -665,44 +545,16 @@ def report(tokenizer, text):
 
 def main(cfg):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")          # a terminal without Unicode must not stop the work
-    files = []
-    for path in map(Path, cfg.paths):
-        inside = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
-        files += inside
-        if not inside:
-            raise SystemExit(f"{path}: no such file, or an empty folder. Give text files: python bpe.py FILE...")
-    if not files:
-        raise SystemExit("what to learn from? python bpe.py FILE... --vocab_size=4096")
-    if cfg.pattern not in PATTERNS:
-        raise SystemExit(f"--pattern={cfg.pattern}: choose one of {', '.join(PATTERNS)}")
-    if cfg.report and cfg.vocab_size <= 256 + len(SPECIALS):
-        raise SystemExit(f"--vocab_size={cfg.vocab_size}: --report compares sizes, give it more than "
-                         f"{256 + len(SPECIALS)}, such as 4096")
-    if cfg.min_count < 1 or cfg.workers < 0:
-        raise SystemExit(f"--min_count={cfg.min_count} --workers={cfg.workers}: at least 1, at least 0")
-    held_out = []
-
-    def first_parts():
-        """The first nine tenths of every file; the last goes to held_out, but no more than 20 MB."""
-        for file in files:
-            size, position = file.stat().st_size, 0
-            for chunk in read_chunks(file, safe_cuts(PATTERNS[cfg.pattern]), min(CHUNK, size // 20 + 1)):
-                position += len(chunk)
-                if position <= 0.9 * size:
-                    yield chunk.decode("utf-8")
-                elif len(held_out) * CHUNK < 20e6:
-                    held_out.append(chunk.decode("utf-8"))
-
-    def show(number, left, right, count):
-        left, right = left.decode("utf-8", "replace"), right.decode("utf-8", "replace")
-        print(f"merge {number:5d}: {left!r} + {right!r}, {count:,} times")
-
+        sys.stdout.reconfigure(errors="backslashreplace")          # a terminal without Unicode gets escapes, no error
+    files, held_out = text_files(cfg.paths), []
+    if cfg.report and cfg.vocab_size == 256 + len(SPECIALS):
+        raise SystemExit(f"--vocab_size={cfg.vocab_size}: --report compares sizes and needs a larger one, such as 4096")
+    sources = first_parts(files, PATTERNS[cfg.pattern], held_out) if cfg.report else files
     start = time.perf_counter()
     try:
-        tokenizer = Tokenizer.train(first_parts() if cfg.report else files, cfg.vocab_size, cfg.pattern,
-                                    min_count=cfg.min_count, workers=cfg.workers or os.cpu_count(),
-                                    on_merge=show if cfg.verbose else None, progress=not cfg.verbose)
+        tokenizer = Tokenizer.train(sources, cfg.vocab_size, cfg.pattern, min_count=cfg.min_count,
+                                    workers=cfg.workers or os.cpu_count(),
+                                    on_merge=show_merge if cfg.verbose else None, progress=not cfg.verbose)
         tokenizer.save(cfg.out)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
@@ -710,9 +562,9 @@ def main(cfg):
     sentence = "To be, or not to be: that is the question."
     print("|".join(tokenizer.decode([i]) for i in tokenizer.encode(sentence)))
     if cfg.report:
-        report(tokenizer, "".join(held_out))
-    print(f"Next: python prepare.py {' '.join(cfg.paths)} --tokenizer={cfg.out}")
+        compare_sizes(tokenizer, "".join(held_out))
+    print("Next: " + shlex.join(["python", "prepare.py", *cfg.paths, f"--tokenizer={cfg.out}"]))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))
+    main(parse(Config, __doc__))

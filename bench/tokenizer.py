@@ -1,23 +1,24 @@
 """
-How fast is bpe.py? Training against Hugging Face tokenizers, rustbpe and minbpe, encoding against tiktoken and HF.
+Speed of bpe.py, prepare.py and data/dedup.py: training against Hugging Face tokenizers, rustbpe and minbpe, encoding
+against tiktoken and Hugging Face tokenizers, near-duplicates against datasketch.
 
 Corpora: 1 MB is TinyShakespeare. 30 MB (and 100 MB) is Python source: the standard library and the installed packages
-of this interpreter, each file once, in a fixed random order; so the bytes differ from machine to machine, but all
-tools get the same. Everyone learns the same number of merges with the GPT-4 split, on one thread.
-Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are processor seconds (so
-that a busy machine matters less) of counting and merging; we read the file within them, the others get it as texts that
-are already in memory (pieces of 64 KiB, cut where no word is cut). MB is the peak memory of the process, for the others
-with the corpus. "same" compares the merges with ours. minbpe would take hours: it learns --minbpe_merges, and its time
-is extrapolated (early merges are its slowest, so this is an upper bound).
-Encoding: one process, vocabulary 32,768 learnt on the 30 MB, documents of about 4 KB that training did not see, ids
+of this interpreter, each file once, in a fixed random order. The bytes differ from machine to machine, but all tools
+get the same. Every tool learns the same number of merges with the GPT-4 split, on one thread.
+Training: every run is a process of its own, the tools take turns, medians of --rounds. Seconds are processor seconds
+(less sensitive to a busy machine) of counting and merging. nanopath reads the file within this time, the other tools
+get texts in memory (pieces of 64 KiB, no word is cut). MB is the peak memory of the process; for the other tools it
+includes the corpus. "same" compares the merges with ours. minbpe would take hours: it learns --minbpe_merges, and its
+time is extrapolated (early merges are its slowest, so this is an upper bound).
+Encoding: one process, vocabulary 32,768 trained on the 30 MB, documents of about 4 KB that training did not see, ids
 compared, medians of --rounds.
-
-Text to shards: a whole run of prepare.py with one process against loops around tiktoken and HF, MB of text per processor second.
-Near-duplicates: from texts to what is dropped, against datasketch with the same bands.
+Text to shards: a whole run of prepare.py with one process against loops around tiktoken and Hugging Face tokenizers, in
+MB of text per processor second.
+Near-duplicates: from texts to the dropped documents, against datasketch with the same bands.
 
 Run     python bench/tokenizer.py --shakespeare=tinyshakespeare.txt --minbpe=PATH_TO_A_MINBPE_CHECKOUT
-        pip install tokenizers rustbpe datasketch                        # what is missing is left out
-Writes  nothing but its table; append it to bench/results.md with date and machine
+        pip install tokenizers rustbpe datasketch                        # tools that are not installed are skipped
+Writes  only its table; append it to bench/results.md with date and machine
 """
 import contextlib
 import hashlib
@@ -44,13 +45,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bpe  # noqa: E402
 import tyro  # noqa: E402
+from data.words import count_words, read_chunks  # noqa: E402
 
 
 @dataclass
 class Config:
     shakespeare: str = "data/downloads/tinyshakespeare.txt"  # the 1 MB corpus
-    code: tuple[str, ...] = ()      # folders to take source code from; none: this Python's library and packages
-    minbpe: str = ""                # path of a minbpe checkout; empty: leave it out
+    code: tuple[str, ...] = ()      # folders with Python source; none: this Python's library and packages
+    minbpe: str = ""                # path of a minbpe checkout; empty: skip minbpe
     minbpe_merges: int = 8          # how many merges minbpe learns before its time is extrapolated
     large: bool = False             # train on 100 MB too
     rounds: int = 3                 # runs of everything; the median counts
@@ -60,12 +62,12 @@ class Config:
 # ---- what the processes do
 
 def texts_of(path):
-    return [chunk.decode("utf-8") for chunk in bpe.read_chunks(path, bpe.safe_cuts(bpe.PATTERNS["gpt4"]), 1 << 16)]
+    return [chunk.decode("utf-8") for chunk in read_chunks(path, bpe.safe_cuts(bpe.PATTERNS["gpt4"]), 1 << 16)]
 
 
 def train_ours(path, merges):
     start = time.process_time()
-    words = bpe.count_words([path], bpe.PATTERNS["gpt4"])
+    words = count_words([path], bpe.PATTERNS["gpt4"], bpe.safe_cuts(bpe.PATTERNS["gpt4"]))
     found = list(islice(bpe.learn_merges(words), merges))
     return time.process_time() - start, [bpe.spell(a) + " " + bpe.spell(b) for a, b, _ in found]
 
@@ -88,7 +90,7 @@ def train_rustbpe(path, merges):
     texts, tok = texts_of(path), rustbpe.Tokenizer()
     start = time.process_time()
     tok.train_from_iterator(iter(texts), 256 + merges, pattern=bpe.PATTERNS["gpt4"])
-    return time.process_time() - start, None                       # its ties go by byte value: other merges, as good
+    return time.process_time() - start, None                       # it breaks ties by byte value: other merges
 
 
 def train_minbpe(path, merges):
@@ -158,7 +160,7 @@ def bench_training(name, path, vocab_size, tools, cfg):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                    "PYTHONPATH": cfg.minbpe}
     for _ in range(cfg.rounds):
-        for tool in tools:                                         # in turn, so that a busy minute hits all
+        for tool in tools:                                         # in turn, so that a busy minute slows all of them
             count = cfg.minbpe_merges if tool == "minbpe" else merges
             done = subprocess.run([sys.executable, __file__, "--child", tool, path, str(count)], env=environment,
                                   capture_output=True, text=True)
@@ -178,7 +180,7 @@ def bench_training(name, path, vocab_size, tools, cfg):
 
 
 def bench_encoding(name, text, tok, rounds):
-    documents = [chunk.decode("utf-8") for chunk in bpe.read_chunks(text, bpe.safe_cuts(tok.pattern), 4096)]
+    documents = [chunk.decode("utf-8") for chunk in read_chunks(text, bpe.safe_cuts(tok.pattern), 4096)]
     megabytes = len(text.encode("utf-8")) / 1e6
     fast = tok.fast
 
@@ -209,8 +211,8 @@ def bench_encoding(name, text, tok, rounds):
 
 
 def bench_prepare(name, path, tok, rounds):
-    """A whole run of prepare.py, one process, from the file to uint16 shards (it also hashes, checks and splits), against
-    the loops one would write by hand, which only encode and write."""
+    """A whole run of prepare.py, one process, from the file to uint16 shards (it also hashes, checks and splits),
+    against short loops that only encode and write."""
     import numpy as np
     import tokenizers
     import prepare
@@ -224,13 +226,13 @@ def bench_prepare(name, path, tok, rounds):
         def ours():
             shutil.rmtree(folder / "out", ignore_errors=True)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                prepare.main(prepare.Config((str(path),), out=str(folder / "out"), tokenizer=str(folder / "tok"), workers=1,
-                                            val_fraction=0))
+                prepare.main(prepare.Config((str(path),), out=str(folder / "out"), tokenizer=str(folder / "tok"),
+                                            workers=1, val_fraction=0))
             return (folder / "out" / "train_00000.bin").read_bytes()[:-2]     # without the end of the document
 
         def loop(encode, size):
             with open(folder / "loop.bin", "wb") as file:
-                for chunk in bpe.read_chunks(path, bpe.safe_cuts(tok.pattern), size):
+                for chunk in read_chunks(path, bpe.safe_cuts(tok.pattern), size):
                     np.array(encode(chunk.decode("utf-8")), dtype="<u2").tofile(file)
             return (folder / "loop.bin").read_bytes()
         ways = {"prepare.py": ours, "tiktoken loop": lambda: loop(tok.fast.encode_ordinary, 1 << 20),
@@ -280,7 +282,8 @@ def bench_duplicates(rounds):
             found |= {(k, i) for k in index.query(sketch)}
             index.insert(i, sketch)
         return found
-    ways = {"data/dedup.py, candidates checked": ours} | ({"datasketch": theirs} if importlib.util.find_spec("datasketch") else {})
+    ways = {"data/dedup.py, candidates checked": ours}
+    ways |= {"datasketch": theirs} if importlib.util.find_spec("datasketch") else {}
     seconds, last = {way: [] for way in ways}, {}
     for _ in range(rounds):
         for way, action in ways.items():
@@ -289,8 +292,8 @@ def bench_duplicates(rounds):
             seconds[way].append(time.process_time() - start)
     for way, runs in seconds.items():
         hits, rates = len(last[way] & true), [len(texts) / run for run in runs]
-        print(f"| {way} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {hits / len(true):.3f} "
-              f"| {hits / len(last[way]):.3f} |", flush=True)
+        print(f"| {way} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
+              f"| {hits / len(true):.3f} | {hits / len(last[way]):.3f} |", flush=True)
 
 
 def main(cfg):
@@ -300,11 +303,11 @@ def main(cfg):
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     tools = [tool for tool in ("rustbpe", "tokenizers") if importlib.util.find_spec(tool)]
     for tool in {"rustbpe", "tokenizers"} - set(tools):
-        print(f"{tool} is left out: pip install {tool}")
+        print(f"{tool} is skipped: pip install {tool}")
     if cfg.minbpe and not Path(cfg.minbpe, "minbpe").is_dir():
         raise SystemExit(f"--minbpe={cfg.minbpe}: no minbpe checkout there (github.com/karpathy/minbpe)")
     if not cfg.minbpe:
-        print("minbpe is left out: give --minbpe=PATH of a checkout")
+        print("minbpe is skipped: give --minbpe=PATH of a checkout")
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -333,7 +336,8 @@ def main(cfg):
             for name, path in named.items():
                 bench_prepare(name, path, tok, cfg.rounds)
         if "duplicates" in cfg.parts:
-            print("\n| near-duplicates | documents per second (range) | recall at J >= 0.8 | precision |\n|---|---|---|---|")
+            print("\n| near-duplicates | documents per second (range) | recall at J >= 0.8 | precision |")
+            print("|---|---|---|---|")
             bench_duplicates(cfg.rounds)
 
 

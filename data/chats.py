@@ -1,10 +1,10 @@
 """
-Instruction, chat and preference data: many spellings in, one schema out.
+Instruction, chat and preference data: many formats in, one schema out.
 
-    {"messages": [{"role", "content"}, ...]}      from messages (OpenAI), conversations (ShareGPT), Alpaca, Dolly, FLAN, ...
+    {"messages": [{"role", "content"}, ...]}      from messages (OpenAI), conversations (ShareGPT), Alpaca, Dolly, ...
     {"prompt", "chosen", "rejected"}              three strings, or three lists of messages
 
-ValueError says what is wrong with a row; prepare.py adds the file and the line.
+ValueError says what is wrong with a row; the caller adds the file and the line.
 """
 import json
 import re
@@ -12,7 +12,7 @@ import re
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "bot": "assistant", "tool": "tool"}
 PAIRS = [("instruction", "output"), ("instruction", "response"), ("inputs", "targets"), ("prompt", "completion"),
-         ("prompt", "response"), ("question", "answer"), ("question", "response")]   # Alpaca, Dolly, FLAN, ..., OpenOrca
+         ("prompt", "response"), ("question", "answer"), ("question", "response")]   # Alpaca, Dolly, FLAN, ...
 
 
 def filled(row, name):
@@ -28,22 +28,22 @@ def question_of(row, name):
 
 
 def system_of(row):
-    """[its system message], where it stands in a column of its own (OpenOrca, and preference data made of it)."""
+    """[the system message] of a row that has a column for it (OpenOrca, and preference data made from it), else []."""
     text = row.get("system") or row.get("system_prompt")
     return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
 def turns_of(row, name, role):
-    """A column that holds one message of this role as a string, or a list of messages."""
+    """The messages of a column: a string is one message of this role, or it is a list of messages already."""
     if isinstance(row[name], list):
         return clean_messages(row[name])
     return [{"role": role, "content": question_of(row, name) if role == "user" else filled(row, name)}]
 
 
 def clean_messages(turns):
-    """Check a list of turns, in OpenAI's or ShareGPT's spelling."""
+    """A list of turns in OpenAI's or ShareGPT's format -> checked messages."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError("the messages are not a list, or an empty one")
+        raise ValueError("the messages are not a list, or it is empty")
     messages = []
     for number, turn in enumerate(turns, 1):
         turn = turn if isinstance(turn, dict) else {}
@@ -57,7 +57,7 @@ def clean_messages(turns):
 
 
 def to_chat(row):
-    """One row of instruction or chat data -> {"messages": [...]}, and its first request, which decides the split."""
+    """One row of instruction or chat data -> {"messages": [...]} and its first request, which decides the split."""
     if turns := row.get("messages") or row.get("conversations"):
         messages = clean_messages(turns)
     else:
@@ -106,20 +106,20 @@ def to_preference(row):
 
 
 def with_given(given, shared):
-    """The prompt, from the row's own and from the messages with which chosen and rejected begin: those often repeat it."""
+    """Join the row's own prompt and the messages that chosen and rejected share, which often repeat that prompt."""
     said = [message["content"].strip() for message in shared]
     if all(message["content"].strip() in said for message in given):
         return shared
-    if shared and shared[0]["role"] == "system":     # it comes first, once
+    if shared and shared[0]["role"] == "system":     # the system message comes first, and only once
         given = given if given[0]["role"] == "system" else shared[:1] + given
         shared = shared[1:]
     if shared and shared[0]["role"] == given[-1]["role"]:
-        raise ValueError("the prompt is not the one with which chosen and rejected begin")
+        raise ValueError("chosen and rejected begin with another prompt than the row's own")
     return given + shared
 
 
 def hh_messages(transcript):
-    """Anthropic's hh transcripts: turns that begin with a blank line and `Human:` or `Assistant:`."""
+    """Anthropic's hh transcripts: each turn begins with an empty line and `Human:` or `Assistant:`."""
     _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
     return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": what.strip()}
             for who, what in zip(parts[::2], parts[1::2])]

@@ -1,24 +1,26 @@
 """
-Raw to clean: read any text, pages and crawls included, and decide what is worth keeping. Nothing is judged unless asked.
+Raw text to clean text: read any text, web pages and crawls included, and decide which documents are worth keeping.
+Every rule is a flag and off by default; without flags every text stays as it is.
 
 Run     python -m data.curate pages/ crawl.warc.gz > clean.jsonl            # only to text
-        python -m data.curate CC-MAIN.wet.gz --language=en --gopher --repetition --c4 --exact --near=0.8 --out=clean.jsonl
+        python -m data.curate CRAWL.wet.gz --language=en --gopher --repetition --c4 --exact --near=0.8 --out=clean.jsonl
         python -m data.curate notes/ --normalize=NFC --controls --pii > clean.jsonl
-        python -m data.curate train.jsonl --decontaminate gsm8k_test.jsonl HumanEval.jsonl.gz --report=report.json > clean.jsonl
-You see on the error output what each rule dropped or changed, how often, and a sample of it
+        python -m data.curate train.jsonl --decontaminate gsm8k_test.jsonl HumanEval.jsonl.gz --out=clean.jsonl
+You see on standard error what each rule dropped or changed, how often, and an example
 Reads   .html .warc .wet and all that prepare.py reads (.txt .md .csv .tsv .json .jsonl .parquet, .gz, .zst, folders,
-        'globs', URLs, - for stdin). A text longer than 2^20 characters becomes several documents.
-Writes  one line {"text": ...} per document, with the other columns of its row (original_text is its own text where
-        --columns chose others), or url, date, title, source; in the order of the input, the same on every run. With --out
-        all of it or nothing.
-Memory  that of the longest document (a megabyte; a row or a page can be longer). --exact keeps about 90 bytes per
-        document; --near about 50, and on disk the text and 8 bytes times 21 bands per document (21 at J = 0.8).
+        'globs', URLs, - for standard input). A text longer than 2^20 characters becomes several documents.
+Writes  one line {"text": ...} per document, with the other columns of its row (a column "text" that --columns did not
+        choose becomes original_text), or url, date, title, source. The order is that of the input, on every run. --out
+        is replaced only when everything is written.
+Memory  the longest document (a megabyte; a row or a page can be longer). --exact keeps about 90 bytes per document.
+        --near keeps about 50, and on disk the text and 8 bytes times 21 bands per document (21 at J = 0.8).
 Next    python prepare.py clean.jsonl
 """
 import contextlib
 import hashlib
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -27,11 +29,11 @@ from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-if __name__ == "__main__" and not __package__:                     # as a file it does not find its neighbours
+if __name__ == "__main__" and not __package__:                     # run as a file, it cannot import its package
     raise SystemExit("run it from the project's folder as a module: python -m data.curate IN...")
 
 from data.dedup import NearDuplicates, Overlap
@@ -41,47 +43,48 @@ from data.readers import (KINDS, blocks_of, check_text, fault, find_files, known
 from data.rules import (LANGUAGES, RUDE, c4, drop_controls, gopher, hide_personal, language, repetition, strip_accents,
                         word_list)
 from data.web import LARGEST, decode_page, page_text, warc_records, warc_text
+from nanopath.flags import Bound, check_bounds, parse
 
 
 @dataclass
 class Config:
-    sources: tyro.conf.Positional[tuple[str, ...]] = ()   # files, folders, 'globs', URLs, -
+    sources: tyro.conf.Positional[tuple[str, ...]] = ()   # files, folders, 'globs', URLs, - for standard input
     out: str | None = None          # file to write; by default standard output
     report: str | None = None       # JSON file to write the counts and samples to
-    columns: str | None = None      # csv, json, parquet: columns that are the text, joined by a newline, as in title,text
-    separator: str | None = None    # text files: what stands between documents; by default a file is one document
+    columns: str | None = None      # csv, json, parquet: columns to use, joined by a newline, as in title,text
+    separator: str | None = None    # text files: what separates documents; by default a file is one document
     encoding: str = "utf-8"         # of text files without a byte order mark
-    skip_bad: bool = False          # leave out (and count) unreadable rows, pages and files instead of stopping
-    normalize: Literal["NFC", "NFKC"] | None = None       # one spelling per character; NFKC also makes ﬁ into fi, ² into 2
-    controls: bool = False          # drop control characters, zero-width blanks, U+FFFD; line ends as \n
+    skip_bad: bool = False          # skip and count unreadable rows, pages and files instead of stopping
+    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode normal form; NFKC also turns ﬁ into fi and ² into 2
+    controls: bool = False          # drop control characters, zero-width spaces, U+FFFD; line ends become \n
     strip_accents: bool = False     # é -> e
     lowercase: bool = False         # A -> a
-    language: str | None = None     # keep documents in this language (or these: en,de), guessed from their short words
-    gopher: bool = False            # drop what breaks a quality rule of Gopher (made for English)
-    repetition: bool = False        # drop what repeats itself, by the rules of Gopher
-    c4: bool = False                # keep the lines that end like sentences, drop pages with too few: the rules of C4
+    language: str | None = None     # keep documents in these languages (en or en,de), guessed from frequent words
+    gopher: bool = False            # drop documents that break a quality rule of Gopher (made for English)
+    repetition: bool = False        # drop documents that repeat lines or phrases too often, by Gopher's rules
+    c4: bool = False                # C4's rules: keep lines that end like sentences, drop pages with too few of them
     toxic: str | None = None        # drop documents with a word of this list: a file, one word a line, or built-in
-    pii: bool = False               # e-mail, phone, card, account, IP and social security numbers -> <EMAIL>, <PHONE>, ...
-    exact: bool = False             # drop a document that came before, white space aside
-    near: float = 0                 # drop near-duplicates of an earlier one: Jaccard similarity of 5-word runs, try 0.8
-    decontaminate: tuple[str, ...] = ()   # evaluation files: drop what shares 13 words in a row with them
-    tries: int = 3                  # network attempts per file
+    pii: bool = False               # replace e-mail, phone, card, IBAN, IP and social security numbers by <EMAIL>, ...
+    exact: bool = False             # drop a document that equals an earlier one, ignoring white space
+    near: Annotated[float, Bound(0.3, 1, off=0)] = 0.0  # drop near-duplicates: Jaccard similarity, try 0.8; 0: off
+    decontaminate: tuple[str, ...] = ()   # evaluation files: drop documents that share 13 words in a row with them
+    tries: Annotated[int, Bound(1)] = 3   # network attempts per file
 
 
 WEB = {".html": "html", ".htm": "html", ".xhtml": "html", ".warc": "warc", ".wet": "warc"}
-SAMPLES = 3           # per rule, in the report
-SHOWN = 12            # most frequent rules, on the screen
+SAMPLES = 3           # examples per rule in the report
+SHOWN = 12            # rules on the screen, the most frequent ones
 
 
 class Report:
-    """What happened to how many documents, and what the first of them looked like."""
+    """How many documents each rule dropped or changed, with examples."""
 
     def __init__(self):
         self.read = self.kept = self.characters_read = self.characters_kept = 0
         self.dropped, self.changed, self.samples = Counter(), Counter(), {}
 
     def note(self, counter, rule, place, text, before=None):
-        """Count one document; the first of them stay as samples, of a change the place where it begins."""
+        """Count one document and keep the first ones as examples; of a changed document, where the change begins."""
         counter[rule] += 1
         samples = self.samples.setdefault(rule, [])
         if len(samples) < SAMPLES:
@@ -98,26 +101,27 @@ class Report:
                 text = " ".join(sample["text"].split())[:70]
                 print(f"{name} {count:,} {rule}, such as {sample['where']}: {text}", file=sys.stderr)
             if rest := counter.most_common()[SHOWN:]:
-                print(f"{name} {sum(count for _, count in rest):,} for {len(rest)} other reasons: --report=FILE tells them",
-                      file=sys.stderr)
+                more = sum(count for _, count in rest)
+                print(f"{name} {more:,} for {len(rest)} other reasons: --report=FILE lists them", file=sys.stderr)
         print(f"kept    {self.kept:,} documents, {self.characters_kept:,} characters", file=sys.stderr)
 
     def save(self, path, cfg):
         data = {"arguments": asdict(cfg), "read": self.read, "kept": self.kept, "characters_read": self.characters_read,
                 "characters_kept": self.characters_kept, "dropped": self.dropped, "changed": self.changed,
                 "samples": self.samples}
-        write_whole(path, lambda file: file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"))
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 # ---- 1. read
 
-def documents(sources, cfg, report):
-    """Yield (place, text, fields) of everything readable; what is not stops the run, or is counted with --skip_bad."""
+def read_documents(sources, cfg, report):
+    """Yield (place, text, fields) of every document. A bad file ends the program, or with --skip_bad is counted."""
     for source in sources:
         try:
             with plain_errors(source.path):
-                yield from READ[source.kind](source, cfg, report)
-        except SystemExit as error:       # a whole file, from where the damage begins
+                yield from READERS[source.kind](source, cfg, report)
+        except SystemExit as error:       # the rest of this file is lost
             if not cfg.skip_bad:
                 raise
             report.note(report.dropped, "bad file", source.name, str(error))
@@ -136,7 +140,7 @@ def read_text(source, cfg, report):
             yield source.name, piece.text, {"source": source.name}
 
 
-def read_rows(source, cfg, report):
+def read_table(source, cfg, report):
     label = "row" if source.kind == "parquet" else "line"
     columns = cfg.columns.split(",") if cfg.columns else None
     for at, (number, row) in enumerate(rows(source, cfg.encoding)):
@@ -146,7 +150,7 @@ def read_rows(source, cfg, report):
             names = text_columns(row, columns, source.name, first=at == 0)
             text = "\n".join(row[name] for name in names)
             fields = {name: value for name, value in row.items() if name not in names}
-            if "text" in fields:         # the name is taken by what --columns chose
+            if "text" in fields:         # "text" is the name of what --columns chose
                 fields["original_text"] = fields.pop("text")
             if found := fault(text):
                 raise ValueError(found[0])
@@ -190,13 +194,14 @@ def page_pieces(place, title, text, fields):
         yield place, piece.text, fields
 
 
-READ = {"text": read_text, "csv": read_rows, "json": read_rows, "parquet": read_rows, "html": read_page, "warc": read_warc}
+READERS = {"text": read_text, "csv": read_table, "json": read_table, "parquet": read_table, "html": read_page,
+           "warc": read_warc}
 
 
-# ---- 2. judge
+# ---- 2. apply the rules
 
 def keep(rule):
-    """A step from a function that names the rule a text breaks, or (rule, sample): the text stays as it is, or goes."""
+    """A step from a function that returns the rule that a text breaks, or (rule, example); None keeps the text."""
     def step(text):
         broken = rule(text)
         return (None, broken) if broken else (text, None)
@@ -208,7 +213,7 @@ def change(function):
 
 
 def steps(cfg):
-    """[(name, text -> (text, None) or (None, why it goes))]: what is switched on, in the order in which it is done."""
+    """The rules that are switched on, in their order: [(name, text -> (text, None) or (None, why it is dropped))]."""
     wanted = cfg.language.split(",") if cfg.language else []
     chosen = [
         (cfg.normalize, cfg.normalize, change(lambda text: unicodedata.normalize(cfg.normalize, text))),
@@ -248,12 +253,12 @@ def toxic_words(cfg):
     except UnicodeError as error:
         raise SystemExit(f"--toxic={cfg.toxic}: {error}; save it as UTF-8") from None
     if not any(word.strip() for word in words):
-        raise SystemExit(f"--toxic={cfg.toxic}: there is no word in it; one word a line, or --toxic=built-in")
+        raise SystemExit(f"--toxic={cfg.toxic}: the file holds no word; give one word a line, or --toxic=built-in")
     return words
 
 
 def strings_in(value):
-    """Every string of a row, however deep: those of messages, of choices, of answers."""
+    """Every string of a row, however deeply nested: in messages, choices, answers."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -262,7 +267,7 @@ def strings_in(value):
 
 
 def evaluation_overlap(cfg):
-    """The rule against the texts of --decontaminate: every string in a row of JSON or a table, or a whole text file."""
+    """The rule of --decontaminate. An evaluation text is a string in a row of JSON or a table, or a whole text file."""
     texts = []
     for source in find_files(cfg.decontaminate, lambda url: locate(url, tries=cfg.tries)):
         before = len(texts)
@@ -275,14 +280,15 @@ def evaluation_overlap(cfg):
             for number, row in found:
                 strings = [text for text in strings_in(row) if text.strip()]
                 wrong = [row] if isinstance(row, str) and source.kind != "text" else []
-                if problem := next(filter(None, [*wrong, *(problem[0] for problem in map(fault, strings) if problem)]), None):
-                    raise SystemExit(f"--decontaminate: {source.name} {number}: {problem}")
+                wrong += [problem[0] for problem in map(fault, strings) if problem]
+                if wrong:
+                    raise SystemExit(f"--decontaminate: {source.name} {number}: {wrong[0]}")
                 texts += strings
         if len(texts) == before:
             raise SystemExit(f"--decontaminate={source.name}: there is no text in it")
     overlap = Overlap(texts)
-    print(f"decontaminate: {overlap.texts:,} evaluation texts; {overlap.ignored:,} of fewer than {overlap.SHORTEST} words "
-          f"are too short to look for", file=sys.stderr)
+    print(f"decontaminate: {overlap.texts:,} evaluation texts; {overlap.ignored:,} others have fewer than "
+          f"{overlap.SHORTEST} words and are ignored", file=sys.stderr)
 
     def rule(text):
         shared = overlap.first(text)
@@ -291,8 +297,8 @@ def evaluation_overlap(cfg):
 
 
 def clean(sources, todo, cfg, report):
-    """Yield (place, text, fields) of what every step lets through."""
-    for place, text, fields in documents(sources, cfg, report):
+    """Yield (place, text, fields) of the documents that no rule drops."""
+    for place, text, fields in read_documents(sources, cfg, report):
         report.read += 1
         report.characters_read += len(text)
         for name, step in todo:
@@ -310,23 +316,23 @@ def clean(sources, todo, cfg, report):
 
 # ---- 3. write
 
-def encode(text, fields):
+def json_line(text, fields):
     row = {"text": text, **fields}
     try:
         return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:       # a lone surrogate in another column: it stays what it is, as \ud83d
+    except UnicodeEncodeError:       # a lone surrogate in another column is written as an escape such as \ud83d
         return json.dumps(row, default=str).encode("utf-8") + b"\n"
 
 
-def write(sources, todo, cfg, report, file):
+def write_clean(sources, todo, cfg, report, file):
     for place, text, fields in clean(sources, todo, cfg, report):
         report.kept += 1
         report.characters_kept += len(text)
-        file.write(encode(text, fields))
+        file.write(json_line(text, fields))
 
 
 def write_without_near(sources, todo, cfg, report, file):
-    """The same, but all documents are put aside first: which are duplicates is known only when all have been seen."""
+    """write_clean for --near: all documents are stored first, because duplicates are known only after the last one."""
     near, batch, size, offsets = NearDuplicates(cfg.near), [], 0, array("q")
     with tempfile.TemporaryFile() as spool:
         def read(i):
@@ -335,7 +341,7 @@ def write_without_near(sources, todo, cfg, report, file):
 
         for place, text, fields in clean(sources, todo, cfg, report):
             offsets.append(spool.tell())
-            spool.write(encode(text, {"where": place, "fields": fields}))
+            spool.write(json_line(text, {"where": place, "fields": fields}))
             batch.append(text)
             size += len(text)
             if size > 1 << 20:
@@ -346,15 +352,16 @@ def write_without_near(sources, todo, cfg, report, file):
         for i in range(len(offsets)):
             row = read(i)
             if first[i] >= 0:
-                report.note(report.dropped, "near-duplicate", f"{row['where']}, like {read(first[i])['where']}", row["text"])
+                place = f"{row['where']}, like {read(first[i])['where']}"
+                report.note(report.dropped, "near-duplicate", place, row["text"])
                 continue
             report.kept += 1
             report.characters_kept += len(row["text"])
-            file.write(encode(row["text"], row["fields"]))
+            file.write(json_line(row["text"], row["fields"]))
 
 
 def write_whole(path, write):
-    """Call write(file) on a temporary file, then put it in place: it is whole, or as it was before."""
+    """Call write(file) on a temporary file, then rename it: `path` is complete, or as it was before."""
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -366,12 +373,12 @@ def write_whole(path, write):
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
-        raise SystemExit(f"{error.filename or path}: {error.strerror or error}; nothing was written. Another place for "
-                         f"what is written: --out=FILE, --report=FILE") from None
+        raise SystemExit(f"{error.filename or path}: {error.strerror or error}; nothing was written. Choose another "
+                         f"place with --out=FILE, --report=FILE") from None
 
 
 def check_places(cfg, sources):
-    """Refuse to write where it cannot be done, or over what is read, before the long work."""
+    """Before the long work: refuse files that cannot be written, or that are also to be read."""
     given = [Path(name) for name in (*cfg.decontaminate, *([cfg.toxic] if cfg.toxic else []))]
     read = {path.resolve() for path in [*given, *(source.path for source in sources)]}
     for flag, name in (("out", cfg.out), ("report", cfg.report)):
@@ -379,7 +386,7 @@ def check_places(cfg, sources):
             continue
         path = Path(name)
         if path.resolve() in read:
-            raise SystemExit(f"--{flag}={name} is to be read too; choose another")
+            raise SystemExit(f"--{flag}={name} is also to be read; choose another file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):
@@ -389,19 +396,19 @@ def check_places(cfg, sources):
         if problem:
             raise SystemExit(f"--{flag}={name}: {problem}; nothing was written. Choose another --{flag}=FILE")
     if cfg.out and cfg.report and Path(cfg.out).resolve() == Path(cfg.report).resolve():
-        raise SystemExit(f"--report={cfg.report} is the file of --out too; choose another")
+        raise SystemExit(f"--report={cfg.report} is also the file of --out; choose another file")
 
 
-def checked(cfg):
+def check_rules(cfg):
     """Refuse what cannot work, before anything is read."""
+    try:
+        check_bounds(cfg)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     unknown = set(cfg.language.split(",")) - set(LANGUAGES) if cfg.language else ()
     for wrong, message in (
-        (not cfg.sources, "what to read? python -m data.curate FILE-OR-FOLDER... > clean.jsonl"),
-        (unknown, f"--language={cfg.language}: this knows {', '.join(LANGUAGES)}"),
-        (not 0 <= cfg.near <= 1, f"--near={cfg.near}: a Jaccard similarity, 0 (off) to 1, try 0.8"),
-        (0 < cfg.near < 0.3, f"--near={cfg.near}: so unlike documents are no duplicates, and would need very many bands; "
-                             f"at least 0.3, try 0.8"),
-        (cfg.tries < 1, f"--tries={cfg.tries}: at least 1"),
+        (not cfg.sources, "nothing to read: python -m data.curate FILE-OR-FOLDER... > clean.jsonl"),
+        (unknown, f"--language={cfg.language}: choose from {', '.join(LANGUAGES)}"),
         (cfg.toxic and cfg.toxic != "built-in" and not Path(cfg.toxic).is_file(),
          f"--toxic={cfg.toxic}: no such file; one word a line, or --toxic=built-in"),
     ):
@@ -411,31 +418,31 @@ def checked(cfg):
 
 
 def main(cfg):
-    checked(cfg)
+    check_rules(cfg)
     begun, report = time.perf_counter(), Report()
     out = sys.stdout.buffer
-    with contextlib.redirect_stdout(sys.stderr):   # standard output carries the data alone
+    with contextlib.redirect_stdout(sys.stderr):   # standard output is for the data only
         try:
             sources = find_files(cfg.sources, lambda url: locate(url, tries=cfg.tries), KINDS | WEB)
             check_places(cfg, sources)
-            action, todo = write_without_near if cfg.near else write, steps(cfg)
+            action, todo = write_without_near if cfg.near else write_clean, steps(cfg)
             if cfg.out:
                 write_whole(cfg.out, lambda file: action(sources, todo, cfg, report, file))
             else:
                 action(sources, todo, cfg, report, out)
                 out.flush()
         except FileNotFoundError as error:
-            raise SystemExit(f"{error.args[0]}: no such file or folder, and no file fits it as a glob") from None
+            raise SystemExit(f"{error.args[0]}: no such file or folder, and no file matches it as a glob") from None
         except KeyboardInterrupt:
-            raise SystemExit("\nstopped" + (f"; {cfg.out} is as it was" if cfg.out else "")) from None
+            raise SystemExit("\nstopped" + (f"; {cfg.out} is unchanged" if cfg.out else "")) from None
         except BrokenPipeError:                    # as in ... | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
             raise SystemExit(1) from None
     report.print(time.perf_counter() - begun)
     if cfg.report:
         report.save(cfg.report, cfg)
-    print(f"next    python prepare.py {cfg.out or 'clean.jsonl'}", file=sys.stderr)
+    print("next    " + shlex.join(["python", "prepare.py", cfg.out or "clean.jsonl"]), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__.split("\n\n")[0], use_underscores=True))
+    main(parse(Config, __doc__))

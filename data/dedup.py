@@ -1,13 +1,13 @@
 """
-Which documents share text? Hashes of word n-grams ("shingles"), and two things built on them: near-duplicates by
-MinHash and locality-sensitive hashing, and overlap with evaluation data. numpy only.
+Documents that share text. Hashes of word n-grams ("shingles"), and two uses of them: near-duplicates by MinHash and
+locality-sensitive hashing (LSH), and overlap with evaluation data. numpy only.
 
-MinHash: hash all shingles of a document by a random function and keep the smallest. Two documents agree in it with
-probability J, their Jaccard similarity (shared shingles / all shingles of both): the smallest of both together is
-equally likely to be any of them. 128 functions give 128 such draws, cut into b bands of r: documents that agree in all
-r of some band are candidates, which happens with probability 1 - (1 - J^r)^b, a steep S around the threshold. Each
-candidate is then checked by its true J, so what is reported is never wrong; a pair just above the threshold is missed
-with less than 1 % probability.
+MinHash: hash all shingles of a document by a random function and keep the smallest hash. For two documents this hash is
+equal with probability J, their Jaccard similarity (shared shingles / all shingles of both), because the smallest hash
+of all their shingles is equally likely to belong to any shingle. LSH: 128 functions give 128 hashes per document, cut
+into b bands of r. Two documents that agree in all r hashes of a band are candidates. This happens with probability
+1 - (1 - J^r)^b, a steep S-curve around the threshold. The true J of each candidate is then computed, so no reported
+pair is wrong; a pair just above the threshold is missed with a probability of less than 1 %.
 
 Papers  MinHash (Broder 1997), LSH (Leskovec et al., Mining of Massive Datasets, chapter 3), deduplication helps
         (arXiv:2107.06499), 13-gram decontamination (GPT-3, arXiv:2005.14165, appendix C)
@@ -20,22 +20,22 @@ import numpy as np
 
 PERMUTATIONS = 128
 BLOCK = 1 << 18       # bytes hashed at a time: their 64-bit numbers stay in the cache
-NEIGHBOURS = 50       # a document is compared with so many that follow it in a bucket: millions of equals stay cheap
+NEIGHBOURS = 50       # documents of a bucket that each is compared with, so that huge buckets stay cheap
 MULTIPLIER = 0x9E3779B97F4A7C15
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"        # written without blanks: each character is a word
-WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"        # written without spaces: each character is a word
+ANY_WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 ASCII_WORD = bytes(ord(chr(b).lower()) if chr(b).isalnum() and b < 128 or b == ord("_") else 32 for b in range(256))
 
 
 def words_of(text):
-    """Lower-case words with one blank between, as bytes: what remains when case, layout and punctuation do not count."""
+    """Lower-case words separated by single spaces, as bytes: the text without case, layout and punctuation."""
     if text.isascii():
         words = text.encode("ascii").translate(ASCII_WORD).strip()
         while b"  " in words:
             words = words.replace(b"  ", b" ")
     else:
-        words = " ".join(WORD.findall(text.lower())).encode("utf-8")
-    return words or "".join(text.split()).encode("utf-8")           # nothing but punctuation
+        words = " ".join(ANY_WORD.findall(text.lower())).encode("utf-8")
+    return words or "".join(text.split()).encode("utf-8")           # a text of punctuation only
 
 
 def blocks(texts):
@@ -61,11 +61,11 @@ def powers(length):
 
 def shingles(texts, n):
     """
-    64-bit hashes of all runs of n words of several texts (each as words_of gives it, not empty), one after the other.
-    Returns hashes, the index where each text begins. A text of fewer words is one shingle.
+    64-bit hashes of all runs of n words of several texts (each as words_of returns it, not empty), one text after the
+    other. Returns hashes, the index where each text begins. A text of fewer than n words is one shingle.
 
-    A run is bytes i to j of the text, its polynomial hash sum(byte[k] * M^(k-i)) is a difference of two prefix sums
-    times M^-i: so the price does not depend on n.
+    A run is bytes i to j of the text. Its polynomial hash sum(byte[k] * M^(k-i)) is a difference of two prefix sums
+    times M^-i, so the time does not depend on n.
     """
     joined = b" ".join(texts)
     data = np.frombuffer(joined, dtype=np.uint8)
@@ -84,7 +84,7 @@ def shingles(texts, n):
     last = np.minimum(at + n - 1, np.repeat(first + counts - 1, runs))
     left, right = begin[at], end[last]
     hashes = (prefix[right] - prefix[left]) * inverse[left]
-    hashes ^= hashes >> np.uint64(32)                               # the low bits of such a hash are weak: mix
+    hashes ^= hashes >> np.uint64(32)                               # the low bits of a polynomial hash are weak: mix
     hashes *= np.uint64(0xD6E8FEB86659FD93)
     hashes ^= hashes >> np.uint64(32)
     return hashes, starts
@@ -103,9 +103,9 @@ FACTORS = np.random.default_rng(0).integers(0, 2 ** 32, PERMUTATIONS, dtype=np.u
 
 def signatures(hashes, starts):
     """
-    (texts, PERMUTATIONS) uint32: for each random function its smallest value over the shingles of each text. The
-    function is multiplication by an odd number modulo 2^32, on hashes that are random already; the error of the
-    estimated J is what theory gives for 128 independent functions (a test measures it).
+    (texts, PERMUTATIONS) uint32: the smallest value of each random function over the shingles of each text. A function
+    is multiplication by an odd number modulo 2^32; the hashes are random already. The error of the estimated J equals
+    theory's for 128 independent functions (a test measures it).
     """
     short = (hashes >> np.uint64(32)).astype(np.uint32)
     result = np.empty((PERMUTATIONS, len(starts)), dtype=np.uint32)
@@ -115,7 +115,7 @@ def signatures(hashes, starts):
 
 
 def bands_for(threshold):
-    """(b, r) with the longest rows that still find a pair at the threshold with 99 %: the steepest S that will do."""
+    """(b, r): the steepest S-curve (largest r) that still finds a pair at the threshold with a probability of 99 %."""
     fits = [(PERMUTATIONS // r, r) for r in range(1, PERMUTATIONS + 1)
             if 1 - (1 - threshold ** r) ** (PERMUTATIONS // r) >= 0.99]
     return fits[-1]
@@ -130,7 +130,7 @@ def band_keys(signature, b, r):
 
 
 def bucket_pairs(keys):
-    """Yield arrays (i, j), i < j, of documents with the same key: first the next neighbours, then those two apart, ..."""
+    """Yield arrays (i, j), i < j, of documents with the same key: neighbours in a bucket, then those two apart, ..."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     at = np.arange(len(keys))
@@ -144,8 +144,8 @@ def bucket_pairs(keys):
 
 class NearDuplicates:
     """
-    Documents are added in order; `find` then says which to drop. On disk (a temporary file) 8 bytes per document and
-    band, in memory about 50 bytes per document, and the shingles of 2,000 documents that are compared.
+    Documents are added in order; `find` then returns which to drop. Needs 8 bytes per document and band on disk (a
+    temporary file), and in memory about 50 bytes per document and the shingles of 2,000 documents.
     """
 
     def __init__(self, threshold=0.8, n=5):
@@ -154,7 +154,7 @@ class NearDuplicates:
         self.file = tempfile.TemporaryFile()
 
     def add(self, texts):
-        """Any number of texts; each of them must hold something besides blanks."""
+        """Any number of texts, each of them with at least one character that is not white space."""
         for words in blocks([words_of(text) for text in texts]):
             keys = band_keys(signatures(*shingles(words, self.n)), self.bands, self.rows)
             self.file.write(keys.astype("<u8").tobytes())
@@ -167,8 +167,9 @@ class NearDuplicates:
 
     def find(self, read):
         """
-        For each document -1, or the number of the first one of its group, which is the one to keep: i and j are in a
-        group if their J is at least the threshold, and so are j and k. `read(i)` gives the text of document i again.
+        For each document -1 (keep it), or the number of the first document of its group, which is the one to keep.
+        Documents i and j are in one group if their J is at least the threshold, or through a chain of such pairs.
+        `read(i)` returns the text of document i.
         """
         if not self.count:
             return np.zeros(0, dtype=np.int64)
@@ -182,7 +183,7 @@ class NearDuplicates:
                 i = group[i]
             return i
 
-        group = np.arange(self.count)                               # a smaller number of the same group, or its own
+        group = np.arange(self.count)                               # a smaller document of the same group, or itself
         for band in range(self.bands):
             for left, right in bucket_pairs(self.keys(band)):
                 apart = np.flatnonzero(group[left] != group[right])
@@ -199,8 +200,8 @@ class NearDuplicates:
 
 class Overlap:
     """
-    13 words in a row that also stand in an evaluation text: the document may give away the answer (GPT-3, appendix C).
-    A shorter evaluation text of 8 to 12 words counts if it occurs as a whole; below 8 chance is too likely.
+    Finds 13 words in a row that also occur in an evaluation text, whose answer the document may contain (GPT-3,
+    appendix C). An evaluation text of 8 to 12 words is found as a whole. Shorter ones occur by chance and are ignored.
     """
     LONGEST, SHORTEST = 13, 8
 

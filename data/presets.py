@@ -1,21 +1,21 @@
 """
-The data sets that prepare.py knows by name, and where a copy of a file may already be.
+The datasets that prepare.py knows by name, and where a copy of a file may be on this machine already.
 
-A preset is a list of addresses; hf://datasets/OWNER/NAME[@REVISION]/FILE is a file of the Hugging Face Hub. Each can
-be replaced by a file you have: --input=FILE, or a folder of such files named by NANOPATH_DATA.
+A dataset is a list of addresses; hf://datasets/OWNER/NAME[@REVISION]/FILE is a file of the Hugging Face Hub. Each
+download can be replaced by a file that you have: --input=FILE, or a folder of such files in NANOPATH_DATA.
 """
 import os
 import re
 import sysconfig
 from pathlib import Path
 
+from data.readers import Source, find_files, kind_of
 from nanopath.files import file_hash
 from nanopath.hub import DOWNLOADS, download, hub_file
-from data.readers import Source
 
 HUB = "hf://datasets/"
 WIKI = HUB + "Salesforce/wikitext/wikitext-"
-PRESETS = {  # train, val: where to get it (no val: split here); other keys are defaults for the flags of that name
+DATASETS = {  # train, val: addresses (no val: prepare.py splits); other keys are defaults for the flags of that name
     "shakespeare": dict(
         train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
@@ -41,8 +41,31 @@ PRESETS = {  # train, val: where to get it (no val: split here); other keys are 
 }
 
 
+def find_sources(cfg):
+    """The files behind prepare.py's command line, in a fixed order: on every machine the same input gives the same
+    shards."""
+    name = cfg.sources[0]
+    if name in DATASETS and cfg.input is None:
+        if name == "stdlib":
+            return stdlib_sources()
+        dataset = DATASETS[name]
+        wanted = [(url, "train" if "val" in dataset else None) for url in dataset["train"][:cfg.files]]
+        wanted += [(url, "val") for url in dataset.get("val", [])]
+        found = [(locate(url, name, cfg.tries), split) for url, split in wanted]
+        return [Source(path, kind_of(path), split) for path, split in found]
+    names = [cfg.input] if cfg.input else cfg.sources
+    try:
+        return find_files(names, lambda url: locate(url, tries=cfg.tries))
+    except FileNotFoundError as error:
+        path = Path(str(error))
+        if path.suffix or len(path.parts) > 1:
+            raise SystemExit(f"{path}: no such file or folder, and no file matches it as a glob") from None
+        raise SystemExit(f"unknown dataset or missing file {str(path)!r}: the datasets are {', '.join(DATASETS)}; try "
+                         f"python prepare.py stdlib, or name a file or folder of your own") from None
+
+
 def stdlib_sources():
-    """The sources of the running Python's own library (no tests, nothing installed later) and its help topics."""
+    """The source files of the running Python's library (without tests and installed packages) and its help topics."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
     sources = []
@@ -54,9 +77,9 @@ def stdlib_sources():
 
 
 def locate(url, preset=None, tries=3):
-    """A local copy of the file: from NANOPATH_DATA, the download cache, Hugging Face's cache, or else the network."""
+    """A local copy of a file: from NANOPATH_DATA, our downloads, Hugging Face's cache, or else the network."""
     flat = "tinyshakespeare.txt" if preset == "shakespeare" else re.sub(r"[^\w.@-]+", "_", url.split("://")[1])
-    sha256 = PRESETS[preset].get("sha256") if preset else None
+    sha256 = DATASETS[preset].get("sha256") if preset else None
     folder = os.environ.get("NANOPATH_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data")
     path = DOWNLOADS / flat
     for place in (Path(folder) / flat, path):
@@ -72,7 +95,7 @@ def locate(url, preset=None, tries=3):
         else:
             download(url, path, sha256, tries=tries)
     except ConnectionError as error:
-        raise SystemExit(f"{error}, or go without network: python prepare.py stdlib") from None
+        raise SystemExit(f"{error}, or prepare a dataset that needs no network: python prepare.py stdlib") from None
     except (FileNotFoundError, PermissionError) as error:
         raise SystemExit(str(error)) from None
     return path

@@ -1,26 +1,27 @@
 """
-Reading what prepare.py wrote: shards of token ids on disk that look like one long text, and the order in which a run
-meets them. train.py learns from it; a folder that is incomplete, or has another tokenizer than it was made with, is
-refused.
+Reading what prepare.py wrote: shards of token ids on disk that read like one long array, and the order in which
+training uses them. A dataset that is damaged, incomplete or has another tokenizer than its shards is refused.
 """
 import json
+import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bpe import Tokenizer
+from data.dataset import default_dataset, default_folder, prepared_datasets, verify_shards
 from nanopath.files import read_json
 
 
 class Tokens:
-    """One split of a prepared dataset: shards on disk that read like one long array, plus its order of training.
+    """One split of a prepared dataset: shards on disk that read like one long array, and its order in training.
 
-    The text is cut into windows of T + 1 tokens that overlap by one, shuffled anew every epoch with a new offset. Any
-    sequence number maps straight to its window, so resuming, or giving each process its part, costs nothing.
+    The text is cut into windows of T + 1 tokens that overlap by one. Every epoch shuffles them again and moves their
+    start by a new offset. A sequence number gives its window directly, so a resumed run or a rank skips to its place at
+    no cost.
     """
     def __init__(self, folder, split, T, seed=0):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -65,8 +66,7 @@ class Tokens:
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def batch(self, first, count):
-        """Sequences first ... first + count - 1 of the endless shuffled stream: x, y (count, T); y is x moved by
-        one."""
+        """Sequences first to first + count - 1 of the endless shuffled stream: x, y (count, T); y is x shifted by 1."""
         rows = []
         for sequence in range(first, first + count):
             epoch, index = divmod(sequence, self.windows)
@@ -106,34 +106,31 @@ class Batches:
 
 
 def open_dataset(cfg):
-    """The dataset's folder and its tokenizer; a clear word where something does not fit."""
-    cfg = replace(cfg, dataset=cfg.dataset or default_dataset())
-    folder = Path(cfg.dataset) if (Path(cfg.dataset) / "meta.json").is_file() else Path("data") / cfg.dataset
+    """The dataset's folder and its tokenizer. SystemExit says what does not fit and how to prepare it again.
+
+    Rank 0 compares the shards with their sha256 and their ids with the vocabulary (data/dataset.py)."""
+    name = cfg.dataset or default_dataset()
+    folder = Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
     if not (folder / "meta.json").is_file():
-        there = ", ".join(sorted(path.parent.name for path in Path("data").glob("*/meta.json"))) or "none yet"
-        raise SystemExit(f"--dataset={cfg.dataset}: no prepared dataset there (under data/: {there}). Make one first: "
-                         "python prepare.py shakespeare, or python prepare.py PATH...")
+        there = prepared_datasets()
+        choice = f"Choose one that is prepared with --dataset=NAME: {', '.join(there)}. Or make" if there else "Make"
+        raise SystemExit(f"--dataset={name}: no prepared dataset there. {choice} one: python prepare.py shakespeare, "
+                         "or without network python prepare.py stdlib, or python prepare.py PATH...")
     try:
         meta = read_json(folder / "meta.json")
     except ValueError as error:
-        raise SystemExit(f"--dataset={cfg.dataset}: {error}. Prepare it again: python prepare.py PATH...") from None
+        raise SystemExit(f"--dataset={name}: {error}. Prepare it again: python prepare.py PATH... "
+                         f"{shlex.quote(f'--out={folder}')}") from None
     if "tokenizer_hash" not in meta:
-        raise SystemExit(f"--dataset={cfg.dataset}: holds no token shards (chat or preference data?). Pretraining "
-                         "reads text: python prepare.py PATH...")
+        raise SystemExit(f"--dataset={name}: holds no token shards (chat or preference data?). Pretraining reads text: "
+                         "python prepare.py PATH...")
     try:
         tokenizer = Tokenizer.load(folder)
-    except ValueError as error:
-        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise SystemExit(f"--dataset={cfg.dataset}: tokenizer.json is not the one its shards were made with. "
-                         f"Prepare it again: python prepare.py {cfg.dataset}")
-    size = np.dtype(meta["dtype"]).itemsize
-    for split in meta["splits"].values():
-        for shard in split["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["tokens"] * size:
-                raise SystemExit(f"--dataset={cfg.dataset}: {path} is missing or cut short. Prepare it again: "
-                                 f"python prepare.py {cfg.dataset}")
+        if tokenizer.hash != meta["tokenizer_hash"] or tokenizer.vocab_size != meta["vocab_size"]:
+            raise ValueError("tokenizer.json is not the one its shards were made with")
+        verify_shards(folder, meta, contents=os.environ.get("RANK", "0") == "0")
+    except (ValueError, KeyError, OSError) as error:
+        raise SystemExit(f"--dataset={name}: {error}. Prepare it again: {prepare_command(folder)}") from None
     return folder, tokenizer
 
 
@@ -142,20 +139,32 @@ def data_hashes(folder):
     return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}
 
 
+# Defaults of prepare.py's Config, which prepare_command leaves out (a test compares them)
+PREPARE_DEFAULTS = dict(
+    input=None, vocab_size=0, pattern="gpt4", tokenizer=None, kind="text", val_fraction=0.1, columns=None,
+    join_rows=False, separator=None, encoding="utf-8", skip_bad=False, files=None, shard_tokens=100_000_000)
+
+
 def prepare_command(folder, **changes):
-    """The command that makes this dataset again, but for some changes: the recipe in its meta.json as flags."""
-    usual = {"pattern": "gpt4", "kind": "text", "encoding": "utf-8", "shard_tokens": 100_000_000}
-    recipe = read_json(folder / "meta.json")["recipe"] | changes | {"out": str(folder), "python": None}
-    if recipe["tokenizer"]:                                        # there its hash; the folder has it
-        recipe["tokenizer"] = str(folder)
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in recipe.items()
-             if name != "sources" and value and value != usual.get(name)]
-    return shlex.join(["python", "prepare.py", *recipe["sources"], *flags])
-
-
-def default_dataset():
-    """Name of the dataset that is meant where none is named: shakespeare, or without it the newest prepared text."""
-    prepared = [path for path in Path("data").glob("*/meta.json")
-                if "tokenizer_hash" in path.read_text(encoding="utf-8")]
-    newest = max(prepared, key=lambda path: path.stat().st_mtime, default=None)
-    return "shakespeare" if newest is None or Path("data/shakespeare/meta.json") in prepared else newest.parent.name
+    """The command that makes this dataset again, except for some changes: the recipe in its meta.json as flags."""
+    try:
+        meta = read_json(folder / "meta.json")
+        recipe = meta["recipe"] | changes
+        sources = [str(source) for source in recipe["sources"]]
+    except (ValueError, KeyError, TypeError):
+        return f"python prepare.py PATH... {shlex.quote(f'--out={folder}')}"
+    if recipe.get("tokenizer"):                                    # the recipe holds its hash; the folder has a copy
+        try:
+            same = Tokenizer.load(folder).hash == recipe["tokenizer"]
+        except ValueError:
+            same = False
+        recipe["tokenizer"] = str(folder) if same else "FOLDER_OF_ITS_TOKENIZER"
+    flags = []
+    for name, default in PREPARE_DEFAULTS.items():
+        value = recipe.get(name, default)
+        if value != default or name in changes:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    if folder != default_folder(sources[0]):
+        flags.append(f"--out={folder}")
+    command = shlex.join(["python", "prepare.py", *sources, *flags])
+    return f"cat FILE | {command}" if "-" in sources else command

@@ -49,12 +49,17 @@ def hints_of(kind):
 
 def check_bounds(cfg):
     """Raise ValueError naming the first field whose value has the wrong type, is not finite, or is out of its Bound.
-    Fields of other types than int, float, bool and Literal are left alone."""
+    Fields of other types than int, float, bool, Literal and their unions with None are left alone."""
     for field in dataclasses.fields(cfg):
         value, hint, bound = getattr(cfg, field.name), hints_of(type(cfg))[field.name], None
         if typing.get_origin(hint) is typing.Annotated:
             hint, *notes = typing.get_args(hint)
             bound = next((note for note in notes if isinstance(note, Bound)), None)
+        if type(None) in typing.get_args(hint):                    # int | None: None is allowed, else it is an int
+            if value is None:
+                continue
+            kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+            hint = kinds[0] if len(kinds) == 1 else hint
         if hint is bool and type(value) is not bool:
             raise ValueError(f"--{field.name}={value!r}: must be true or false")
         if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):

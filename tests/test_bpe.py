@@ -12,8 +12,16 @@ import pytest
 import regex
 
 import bpe
-from bpe import PATTERNS, SPECIALS, Tokenizer, count_words, cuts_in, learn_merges, read_chunks, safe_cuts, spell
+import data.words
+from bpe import PATTERNS, SPECIALS, Tokenizer, learn_merges, safe_cuts, spell
 from conftest import DATA, ROOT, run
+from data.tokenizer_files import unspell
+from data.words import cuts_in, read_chunks
+
+
+def count_words(sources, pattern, workers=1):
+    return data.words.count_words(sources, pattern, safe_cuts(pattern), workers)
+
 
 TEXT = (ROOT / "bpe.py").read_text(encoding="utf-8") + (ROOT / "model.py").read_text(encoding="utf-8")
 # letters that fold to ASCII, blanks of every kind, controls, marks, digits of other scripts, emoji of several characters
@@ -42,6 +50,37 @@ def rewrite(tok, folder, change):
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     change(data)
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+# ---- the slow and obvious form
+
+def train_both(texts, count, pattern):
+    simple = bpe.train_simple("".join(texts), count, PATTERNS[pattern])
+    fast = islice(learn_merges(count_words(["".join(texts)], PATTERNS[pattern])), count)
+    return simple, [(left, right) for left, right, _ in fast]
+
+
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+def test_the_fast_trainer_and_encoders_equal_the_simple_ones(pattern):
+    text = TEXT[:6000] + "".join(fuzz(60))
+    simple, fast = train_both([text], 150, pattern)
+    assert simple == fast and len(simple) == 150
+    tok = Tokenizer.train([text], 264 + 150, pattern)
+    assert tok.merges == simple
+    for text in ["".join(fuzz(100, seed=11)), *fuzz(20, seed=12), TEXT[20_000:22_000], ""]:
+        ids = bpe.encode_simple(text, simple, PATTERNS[pattern])
+        assert ids == tok.encode(text) == tok.encode_readable(text)
+        assert bpe.decode_simple(ids, simple) == text == tok.decode(ids)
+
+
+def test_the_simple_trainer_on_runs_and_ties_until_no_pair_is_left():
+    rng = random.Random(1)
+    for _ in range(60):
+        text = " ".join("".join(rng.choice("aab") * rng.randrange(1, 5) for _ in range(rng.randrange(1, 6)))
+                        for _ in range(12))
+        simple, fast = train_both([text], 1000, "gpt4")
+        assert simple == fast, text
+    assert bpe.train_simple("", 5, PATTERNS["gpt4"]) == [] and bpe.join_pair([b"a"] * 5, (b"a", b"a")) == [b"aa", b"aa", b"a"]
 
 
 # ---- training
@@ -127,15 +166,15 @@ def test_a_file_read_in_chunks_has_the_words_of_the_whole(tmp_path, pattern, mon
     for size in (3, 100, 5000):
         chunks = list(read_chunks(tmp_path / "t.txt", safe_cuts(PATTERNS[pattern]), size))
         assert b"".join(chunks).decode("utf-8") == text and (size > 100 or len(chunks) > 100)
-    monkeypatch.setattr(bpe, "CHUNK", 3000)
+    monkeypatch.setattr(data.words, "CHUNK", 3000)
     want = Counter(regex.findall(PATTERNS[pattern], text))
     assert count_words([tmp_path / "t.txt"], PATTERNS[pattern]) == {w.encode("utf-8"): n for w, n in want.items()}
 
 
 def test_the_number_of_workers_changes_nothing(monkeypatch, tmp_path):
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
-    monkeypatch.setattr(bpe, "TASK", 20_000)
-    monkeypatch.setattr(bpe, "CHUNK", 8_000)
+    monkeypatch.setattr(data.words, "TASK", 20_000)
+    monkeypatch.setattr(data.words, "CHUNK", 8_000)
     sources = [tmp_path / "t.txt", "two texts", "of " * 20_000]
     one = count_words(sources, PATTERNS["gpt4"])
     two = count_words(sources, PATTERNS["gpt4"], workers=2)
@@ -148,14 +187,16 @@ def test_memory_is_bounded_by_the_distinct_words():
         pytest.skip("the peak memory of a process is read from /proc")
     code = """
 import re, sys, bpe
+from data.words import count_words
+pattern = bpe.PATTERNS["gpt4"]
 def texts(megabytes):
     for _ in range(megabytes):
         yield sys.argv[1] * (1_000_000 // len(sys.argv[1]))
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status", encoding="utf-8").read())[1]) / 1000
-bpe.count_words(texts(30), bpe.PATTERNS["gpt4"])
+count_words(texts(30), pattern, bpe.safe_cuts(pattern))
 first = peak()
-bpe.count_words(texts(60), bpe.PATTERNS["gpt4"])
+count_words(texts(60), pattern, bpe.safe_cuts(pattern))
 print(first, peak() - first)
 """
     first, growth = map(float, run("-c", code, TEXT[:20_000].replace("\0", "")).stdout.split())
@@ -330,7 +371,7 @@ def test_gpt2_files_equal_tiktoken():
     ranks = json.loads((DATA / "gpt2" / "encoder.json").read_text(encoding="utf-8"))
     del ranks["<|endoftext|>"]
     original = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # as GPT-2 was released
-    theirs = tiktoken.Encoding("gpt2", pat_str=original, mergeable_ranks={bpe.unspell(t): i for t, i in ranks.items()},
+    theirs = tiktoken.Encoding("gpt2", pat_str=original, mergeable_ranks={unspell(t): i for t, i in ranks.items()},
                                special_tokens={})
     assert tok.encode("Hello world") == [15496, 995]
     for text in [*fuzz(1000), TEXT]:
@@ -491,7 +532,7 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--pattern=klingon"], "--pattern=klingon: choose one of gpt2, gpt4"), (["--vocab_size=9"], "--vocab_size=9"),
+    (["--pattern=klingon"], "--pattern=klingon: choose one of gpt2, gpt4"), (["--vocab_size=9"], "--vocab_size=9: must be at least 264"),
     (["none.txt"], "none.txt: no such file"), (["--workers=-1"], "--workers=-1"),
     (["--vocab_size=264", "--report"], "--vocab_size=264"), (["--vocab_size=99999"], "allows only")])
 def test_a_mistake_on_the_command_line_names_the_flag(tmp_path, flags, message):

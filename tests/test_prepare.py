@@ -1,5 +1,7 @@
 """prepare.py: what goes in comes out, whatever happens in between."""
+import argparse
 import csv
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -9,6 +11,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -22,8 +25,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
-from nanopath import hub  # noqa: E402
 from bpe import PATTERNS, Tokenizer  # noqa: E402
+from data import chats, dataset, encoding, readers  # noqa: E402
+from data.dataset import ShardWriter  # noqa: E402
+from data.presets import DATASETS  # noqa: E402
+from nanopath import flags, hub  # noqa: E402
 from prepare import Config  # noqa: E402
 
 DATA = Path(os.environ.get("NANOPATH_DATA", ROOT.parent / "shared" / "data"))
@@ -182,7 +188,7 @@ def test_a_trained_bpe_gives_the_ids_of_its_own_encoder_however_the_text_was_cut
 
 def test_a_long_run_of_blanks_never_reaches_tiktoken():
     tokenizer = Tokenizer.train(make_texts(200), 300)   # tiktoken panics on 500,000 blanks, past `except Exception`
-    encode = prepare.choose_encoder(tokenizer)
+    encode = encoding.choose_encoder(tokenizer)
     for blank in " \n\t\u00a0":
         text = "a" + blank * 500_000 + "b"
         ids = encode([(text, False)]).tolist()
@@ -195,8 +201,8 @@ def test_looking_up_pieces_gives_the_ids_of_the_readable_encoder(pattern, monkey
     bits = ["a", "B", " ", "  ", "\n", "\r\n", "1", "23", "é", "猫", "🙂", "'s", "'", "/", "*", ".", "\t", "<|pad|>", "\u00a0", "\u2028"]
     texts += ["".join(rng.choices(bits, k=rng.randrange(30))) for _ in range(3000)]
     tokenizer = Tokenizer.train(texts, 500, pattern=pattern)
-    pieces = prepare.Pieces(tokenizer)
-    monkeypatch.setattr(prepare.Pieces, "LIMIT", 2000)   # so that it starts afresh now and then
+    pieces = encoding.PieceEncoder(tokenizer)
+    monkeypatch.setattr(encoding.PieceEncoder, "LIMIT", 2000)   # so that the table is emptied now and then
     for at in range(0, len(texts), 50):
         some = [(text, rng.random() < 0.7) for text in texts[at:at + 50]]
         want = [i for text, last in some for i in tokenizer.encode_readable(text) + [tokenizer.eos_id] * last]
@@ -218,26 +224,26 @@ def test_gpt2s_own_tokenizer_whose_ids_are_not_in_merge_order():
 def test_a_large_vocabulary_takes_four_bytes(monkeypatch):
     class Fake:
         eos_id, vocab_size = 70_000, 70_001
-    monkeypatch.setattr(prepare, "TOKENIZER", Fake())
-    monkeypatch.setattr(prepare, "ENCODE", lambda texts: np.array([69_999, Fake.eos_id], np.uint32))
-    assert prepare.encode_batch([("val", "x", True)])["val"] == (1, 1, 2, np.array([69_999, 70_000], "<u4").tobytes())
+    monkeypatch.setattr(encoding, "TOKENIZER", Fake())
+    monkeypatch.setattr(encoding, "ENCODE", lambda texts: np.array([69_999, Fake.eos_id], np.uint32))
+    assert encoding.encode_batch([("val", "x", True)])["val"] == (1, 1, 2, np.array([69_999, 70_000], "<u4").tobytes())
     Fake.eos_id = 70_001
     with pytest.raises(AssertionError):
-        prepare.encode_batch([("val", "x", True)])
+        encoding.encode_batch([("val", "x", True)])
 
 
 def test_pieces_put_together_are_the_text_and_cut_only_before_blanks():
     text = "".join(make_texts(5000)) + "z" * 3 * prepare.PIECE + "\n" * 2 * prepare.PIECE + "漢字" * prepare.PIECE
     for size in (1000, prepare.PIECE, 3 * prepare.PIECE):
-        found = list(prepare.pieces(text[at:at + size] for at in range(0, len(text), size)))
+        found = list(readers.pieces(text[at:at + size] for at in range(0, len(text), size)))
         assert "".join(piece.text for piece in found) == text
         assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
     prose = " ".join(WORDS) * 60_000
-    found = list(prepare.pieces([prose]))
+    found = list(readers.pieces([prose]))
     assert len(found) > 4 and all(piece.text[0] == " " for piece in found[1:])
     for size in (1, 2, 3, 7, 100):   # a separator may come in two halves
         text = "one<sep>two<sep><sep>three\n"
-        found = [piece.text for piece in prepare.pieces((text[i:i + size] for i in range(0, len(text), size)), "<sep>")]
+        found = [piece.text for piece in readers.pieces((text[i:i + size] for i in range(0, len(text), size)), "<sep>")]
         assert found == ["one", "two", "", "three"]
 
 
@@ -313,6 +319,18 @@ def test_the_next_run_reuses_or_replaces(capsys):
     assert documents("data/x", "train"), "a hollow shard was taken for whole"
 
 
+# ---- the slow and obvious form ----
+
+@pytest.mark.parametrize("count, vocab_size, val_fraction", [(12, 264, 0.1), (40, 300, 0.1), (700, 400, 0.1), (30, 264, 0.3)])
+def test_the_simple_form_writes_the_same_bytes(count, vocab_size, val_fraction):
+    texts = make_texts(count) + ["same", "same", "<|endoftext|> is only text", "two\n\nparagraphs"]
+    run(jsonl("in.jsonl", texts), vocab_size=0 if vocab_size == 264 else vocab_size, val_fraction=val_fraction)
+    prepare.prepare_simple(texts, Path("simple"), vocab_size, val_fraction)
+    found = everything("data/x")
+    assert {name: found[name] for name in everything("simple")} == everything("simple")
+    assert found.keys() - everything("simple").keys() == {"meta.json"}
+
+
 # ---- killed, parallel, full ----
 
 def command(*arguments):
@@ -354,7 +372,195 @@ def test_workers_and_kill_minus_9_change_nothing(tmp_path):
         assert other["splits"] == meta["splits"] and other["dropped"] == meta["dropped"]
 
 
-def test_a_full_disk_keeps_the_earlier_dataset_and_goes_on_later(monkeypatch):
+def test_two_processes_at_once_never_damage_a_shard():
+    """Both wrote into one .partial folder: a shard could get a hole of zeros."""
+    jsonl("in.jsonl", [" ".join(make_texts(40, seed=i)) for i in range(200)])
+    arguments = ["in.jsonl", "--vocab_size=320", "--shard_tokens=50000", "--workers=1"]
+    subprocess.run(command(*arguments, "--out=data/alone"), check=True, capture_output=True)
+    expected = everything("data/alone")
+    children = [subprocess.Popen(command(*arguments, "--out=data/both"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                for _ in range(3)]
+    ended = [(*child.communicate(), child.returncode) for child in children]
+    assert 0 in {code for _, _, code in ended}
+    for _, error, code in ended:
+        lines = [line for line in error.splitlines() if not line.startswith(("encode", "counted", "learnt"))]
+        assert code == 0 or len(lines) == 1 and "another process is preparing this dataset" in lines[0], error
+    found = everything("data/both")
+    assert {name for name in expected if name != "meta.json" and found[name] != expected[name]} == set()
+    assert json.loads(found["meta.json"])["splits"] == json.loads(expected["meta.json"])["splits"]
+    assert not list(Path("data").glob("*.partial"))
+
+
+def test_a_lock_ends_with_its_process_and_is_refused_while_it_lives():
+    jsonl("in.jsonl", make_texts(30))
+    Path("data").mkdir()
+    code = "import filelock, time\nwith filelock.FileLock('data/.x.lock'):\n    print('held', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    assert "--out=data/x: another process is preparing" in refused("in.jsonl")
+    child.kill()
+    child.wait()
+    run("in.jsonl")
+
+
+@pytest.mark.parametrize("damage", ["hole", "cut", "gone", "progress", "tokenizer", "no tokenizer"])
+def test_a_resume_does_not_trust_damaged_shards(monkeypatch, damage, capsys):
+    jsonl("in.jsonl", make_texts(3000))
+    run("in.jsonl", out="data/whole")
+    write, clock = ShardWriter.write, itertools.count()
+    monkeypatch.setattr(prepare, "PIECE", 1 << 14)
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+
+    def stop(writer, data):
+        if sum(writer.sizes) > 100_000:
+            raise KeyboardInterrupt
+        write(writer, data)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="stopped; the same command resumes"):
+        broken.setattr(ShardWriter, "write", stop)
+        run("in.jsonl")
+    shard = Path("data/x.partial/train_00000.bin")
+    if damage == "hole":
+        shard.write_bytes(shard.read_bytes()[:5000] + bytes(2000) + shard.read_bytes()[7000:])
+    elif damage == "cut":
+        os.truncate(shard, 9000)
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "tokenizer":
+        Tokenizer.train([], 264, pattern="gpt2").save("data/x.partial")
+    elif damage == "no tokenizer":
+        Path("data/x.partial/tokenizer.json").write_text("{", encoding="utf-8")
+    else:
+        Path("data/x.partial/progress.json").write_text('{"recipe": ', encoding="utf-8")
+    capsys.readouterr()
+    run("in.jsonl")
+    printed = capsys.readouterr().out
+    assert "resume" not in printed.split("wrote")[0].replace("restart", "") and "restart" in printed
+    assert everything("data/x")["train_00000.bin"] == everything("data/whole")["train_00000.bin"]
+
+
+def test_ctrl_c_keeps_what_is_there_and_the_next_run_resumes(monkeypatch, capsys):
+    jsonl("in.jsonl", make_texts(3000))
+    run("in.jsonl", out="data/whole")
+    write, clock = ShardWriter.write, itertools.count()
+    monkeypatch.setattr(prepare, "PIECE", 1 << 14)
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+
+    def stop(writer, data):
+        write(writer, data)
+        if sum(writer.sizes) > 100_000:                    # what follows the last note is cut off again
+            raise KeyboardInterrupt
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="stopped; the same command resumes"):
+        broken.setattr(ShardWriter, "write", stop)
+        run("in.jsonl")
+    assert not Path("data/x").exists()
+    run("in.jsonl")
+    assert "resume  " in capsys.readouterr().out
+    assert everything("data/x")["train_00000.bin"] == everything("data/whole")["train_00000.bin"]
+
+
+# ---- are the shards what was written? ----
+
+def open_shards(name):
+    from data.shards import open_dataset
+    return open_dataset(argparse.Namespace(dataset=name))
+
+
+def flip(path, at, bit=1):
+    data = bytearray(Path(path).read_bytes())
+    data[at] ^= bit
+    Path(path).write_bytes(data)
+
+
+def test_a_flipped_bit_is_refused_and_the_command_repairs_it(monkeypatch, capsys):
+    Path("my texts").mkdir()
+    jsonl("my texts/it's.jsonl", make_texts(60))
+    meta = run("my texts/it's.jsonl", out="data/my set", vocab_size=300, shard_tokens=1000)
+    open_shards("my set")
+    shard = Path("data/my set", meta["splits"]["train"]["shards"][1]["file"])
+    before = everything("data/my set")
+    flip(shard, 77)
+    with pytest.raises(SystemExit, match=f"{shard} is damaged: its sha256.*Prepare it again: ") as stop:
+        open_shards("my set")
+    monkeypatch.setenv("RANK", "1")
+    open_shards("my set")                                  # rank 0 alone reads every shard
+    monkeypatch.delenv("RANK")
+    words = shlex.split(str(stop.value).split("Prepare it again: ")[1])
+    assert words[:3] == ["python", "prepare.py", "my texts/it's.jsonl"] and len(words) == 6
+    capsys.readouterr()
+    prepare.main(flags.parse(Config, prepare.__doc__, args=words[2:]))
+    assert "replace" in capsys.readouterr().out
+    assert everything("data/my set") == before
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(monkeypatch):
+    run(jsonl("in.jsonl", make_texts(60)))
+    shard = Path("data/x/train_00000.bin")
+    ids = np.fromfile(shard, "<u2")
+    ids[100] = 9999
+    ids.tofile(shard)
+    meta = json.loads(Path("data/x/meta.json").read_text(encoding="utf-8"))
+    meta["splits"]["train"]["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    Path("data/x/meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    with pytest.raises(SystemExit, match="train_00000.bin holds the id 9999, but the vocabulary has only 264 ids.*python prepare.py"):
+        open_shards("x")
+
+
+def test_a_large_dataset_is_read_once_until_a_shard_changes(monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "SMALL", 0)
+    run(jsonl("in.jsonl", make_texts(60)))
+    open_shards("x")
+    assert "check   data/x" in capsys.readouterr().out and Path("data/x/verified.json").exists()
+    reads, verify = [], dataset.verify_shard
+    monkeypatch.setattr(dataset, "verify_shard", lambda path, *rest: (reads.append(path.name), verify(path, *rest)))
+    open_shards("x")
+    assert reads == []
+    flip("data/x/val_00000.bin", 4)
+    with pytest.raises(SystemExit, match="val_00000.bin is damaged"):
+        open_shards("x")
+    assert reads == ["val_00000.bin"]
+    run("in.jsonl")                                        # verified.json is one of a dataset's own files
+    open_shards("x")
+
+
+@pytest.mark.parametrize("change", [lambda m: m.pop("splits"), lambda m: m.pop("vocab_size"), lambda m: m.update(dtype=5),
+                                    lambda m: m["splits"]["train"]["shards"][0].pop("sha256"), lambda m: m.pop("recipe"),
+                                    lambda m: m.update(splits=[])])
+def test_a_damaged_meta_json_is_one_clear_line(change):
+    meta = run(jsonl("in.jsonl", make_texts(60)))
+    change(meta)
+    Path("data/x/meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    if "recipe" in meta:
+        with pytest.raises(SystemExit, match="--dataset=x: .*Prepare it again: python prepare.py in.jsonl"):
+            open_shards("x")
+    run("in.jsonl")
+    open_shards("x")
+
+
+def test_the_command_that_makes_a_dataset_again():
+    from data.shards import PREPARE_DEFAULTS, prepare_command
+    assert PREPARE_DEFAULTS == {field.name: field.default for field in dataclasses.fields(Config)
+                        if field.name not in ("sources", "out", "workers", "tries")}
+    run(jsonl("in.jsonl", make_texts(60)), out="data/in")
+    assert prepare_command(Path("data/in")) == "python prepare.py in.jsonl"
+    run("in.jsonl", out="data/y", val_fraction=0, separator="\n\n", pattern="gpt2")
+    words = shlex.split(prepare_command(Path("data/y")))
+    assert words[2:] == ["in.jsonl", "--pattern=gpt2", "--val_fraction=0", "--separator=\n\n", "--out=data/y"]
+    assert "--val_fraction=0.1" in prepare_command(Path("data/y"), val_fraction=0.1)
+    run("in.jsonl", out="data/z", tokenizer="data/in")
+    assert prepare_command(Path("data/z")) == "python prepare.py in.jsonl --tokenizer=data/z --out=data/z"
+    prepare.main(flags.parse(Config, prepare.__doc__, args=["in.jsonl", "--tokenizer=data/z", "--out=data/z"]))
+
+
+def test_without_shakespeare_the_prepared_dataset_is_the_default(capsys):
+    with pytest.raises(SystemExit, match="--dataset=shakespeare: no prepared dataset there. Make one: python prepare.py"):
+        open_shards("")
+    run(jsonl("in.jsonl", make_texts(60)), out="data/mine")
+    assert open_shards("")[0] == Path("data/mine")
+    with pytest.raises(SystemExit, match="Choose one that is prepared with --dataset=NAME: mine"):
+        open_shards("shakespeare")
+
+
+def test_a_full_disk_keeps_the_earlier_dataset_and_a_later_run_resumes(monkeypatch):
     run(jsonl("in.jsonl", make_texts(30)))
     before = everything("data/x")
     jsonl("in.jsonl", make_texts(60))
@@ -362,7 +568,7 @@ def test_a_full_disk_keeps_the_earlier_dataset_and_goes_on_later(monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as broken, pytest.raises(SystemExit, match="--out=data/x: no space left"):
-        broken.setattr(prepare, "append", full)
+        broken.setattr(ShardWriter, "write", full)
         run("in.jsonl")
     assert everything("data/x") == before
     run("in.jsonl")
@@ -513,18 +719,18 @@ def test_many_distinct_words_need_little_memory_to_learn_from():
 
 def test_a_resume_asks_only_for_the_space_that_is_missing_and_keeps_what_is_there(monkeypatch):
     jsonl("in.jsonl", make_texts(3000))
-    append, clock, usage = prepare.append, itertools.count(), type("usage", (), {"free": 10})
+    write, clock, usage = ShardWriter.write, itertools.count(), type("usage", (), {"free": 10})
     monkeypatch.setattr(prepare, "PIECE", 1 << 14)
     monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))      # note progress after every batch
 
-    def full(folder, split, sizes, data, *rest):
-        if sum(sizes) > 100_000:
+    def full(writer, data):
+        if sum(writer.sizes) > 100_000:
             raise OSError(28, "No space left on device")
-        append(folder, split, sizes, data, *rest)
-    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
-        broken.setattr(prepare, "append", full)
+        write(writer, data)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="resumes from"):
+        broken.setattr(ShardWriter, "write", full)
         run("in.jsonl")
-    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="goes on from"):
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="resumes from"):
         broken.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
         run("in.jsonl")
     there = sum(path.stat().st_size for path in Path("data/x.partial").glob("*.bin"))
@@ -627,7 +833,7 @@ def test_the_rows_own_prompt_and_system_message_stay():
     def answer(text):
         return {"role": "assistant", "content": text}
     def preference(**row):
-        found = prepare.to_preference(row)[0]
+        found = chats.to_preference(row)[0]
         return found["prompt"], found["chosen"], found["rejected"]
     ends = [answer("A")], [answer("B")]
     assert preference(prompt="Q", chosen=[user, answer("A")], rejected=[user, answer("B")]) == ([user], *ends)
@@ -643,16 +849,16 @@ def test_the_rows_own_prompt_and_system_message_stay():
         preference(prompt="other", chosen=[user, answer("A")], rejected=[user, answer("B")])
     for row in ({"system": "S", "prompt": "Q", "completion": "A"}, {"prompt": [system, user], "completion": [answer("A")]},
                 {"system_prompt": "S", "question": "Q", "response": "A"}, {"system": "S", "conversations": [user, answer("A")]}):
-        assert prepare.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
+        assert chats.to_chat(row)[0] == {"messages": [system, user, answer("A")]}
     with pytest.raises(ValueError, match="role"):
-        prepare.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
+        chats.to_chat({"messages": [{"role": ["user"], "content": "Q"}]})
 
 
 def test_line_ends_around_a_separator_go_in_long_documents_too(monkeypatch):
-    monkeypatch.setattr(prepare.sys.modules["data.readers"], "PIECE", 50)
+    monkeypatch.setattr(sys.modules["data.readers"], "PIECE", 50)
     texts = ["\n".join(["words " * 20] * 3), "x\n\n\ny" * 30, "short"]
     found, text = [], ""
-    for piece in prepare.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
+    for piece in readers.pieces(iter(re.findall(r"(?s).{1,50}", "\n\n<end>\n\n".join(texts) + "\n")), "<end>"):
         text += piece.text
         if piece.last:
             found.append(text)
@@ -699,7 +905,7 @@ def server():
     made.shutdown()
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, monkeypatch):
+def test_a_broken_download_resumes_where_it_stopped(server, monkeypatch):
     body = "\n".join(make_texts(4000)).encode()
     server.files["/text.txt"] = body
     server.cut["/text.txt"] = 300_000
@@ -714,7 +920,7 @@ def test_a_broken_download_goes_on_where_it_stopped(server, monkeypatch):
 
 def test_the_known_hash_is_checked(server, monkeypatch):
     server.files["/input.txt"] = b"not Shakespeare at all " * 50
-    monkeypatch.setitem(prepare.PRESETS["shakespeare"], "train", [server.url + "/input.txt"])
+    monkeypatch.setitem(DATASETS["shakespeare"], "train", [server.url + "/input.txt"])
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     assert "another sha256" in refused("shakespeare")
     assert not Path("data/downloads/tinyshakespeare.txt").exists()
@@ -723,7 +929,7 @@ def test_the_known_hash_is_checked(server, monkeypatch):
 def test_without_network_the_error_says_what_to_do(server, monkeypatch):
     server.shutdown()
     server.server_close()
-    monkeypatch.setitem(prepare.PRESETS["shakespeare"], "train", [server.url + "/input.txt"])
+    monkeypatch.setitem(DATASETS["shakespeare"], "train", [server.url + "/input.txt"])
     line = refused("shakespeare", tries=1)
     assert "tinyshakespeare.txt" in line and "python prepare.py stdlib" in line and "ConnectionError" in line
 
@@ -787,6 +993,9 @@ def test_a_preset_takes_a_file_one_already_has():
 def test_importing_is_silent_and_every_flag_is_read():
     done = subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    source = (ROOT / "prepare.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / path).read_text(encoding="utf-8")
+                     for path in ("prepare.py", "data/presets.py", "data/dataset.py", "data/readers.py"))
+    page = subprocess.run(command("--help"), capture_output=True, encoding="utf-8").stdout
+    assert [name for name in DATASETS if name not in page] == []
     for name in Config.__dataclass_fields__:
         assert f"cfg.{name}" in source, f"--{name} is never read"

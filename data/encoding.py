@@ -1,0 +1,130 @@
+"""
+Text to token ids at full speed: distinct pieces of text are encoded once, batches go to several processes. The same ids
+as Tokenizer.encode (bpe.py), document by document, which the tests check.
+"""
+import itertools
+import multiprocessing
+import os
+import threading
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from bpe import SPECIALS, Tokenizer, safe_cuts
+from data.dataset import id_type
+from data.words import cuts_in
+
+TOKENIZER = None     # of this process; None where chat or preference data is written
+ENCODE = None        # this process's fastest function from texts to ids
+
+
+def start_worker(folder, tokenizer=None):
+    """Load the tokenizer and choose its encoder. A worker process ends when its parent is killed: its pipe alone would
+    not tell it."""
+    global TOKENIZER, ENCODE
+    TOKENIZER = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+    ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def choose_encoder(tokenizer):
+    """A function [(text, does its document end here?), ...] -> array of ids. Without merges the ids are the bytes."""
+    every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that occurs below U+0800
+    if tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
+        return PieceEncoder(tokenizer).encode
+    end = np.array([tokenizer.eos_id], np.uint16)
+
+    def encode(texts):
+        arrays = ([np.frombuffer(text.encode("utf-8"), np.uint8), end[:last]] for text, last in texts)
+        return np.concatenate(list(itertools.chain.from_iterable(arrays)))
+    return encode
+
+
+class PieceEncoder(dict):
+    """
+    Encodes by looking up. Most text repeats: it is cut wherever that cannot change its tokens (bpe.safe_cuts), and each
+    distinct piece, a word or a few, is encoded once. Maps the bytes of a piece to its number; `ids` holds the ids of
+    all pieces, `ends` where the ids of each piece end. Against a plain loop over tiktoken, one core, vocabulary 16,384
+    (2026-11-25): 30 MB of Python's library 14.1 against 12.2 MB/s (1.16 x), wikitext-2 17.8 against 12.6 (1.41 x).
+    """
+    LIMIT = 1 << 19   # pieces, about 100 MB; then the table is emptied
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.safe = tokenizer, safe_cuts(tokenizer.pattern)
+        self.type = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+        try:
+            self.fast = tokenizer.fast.encode_ordinary
+        except ValueError:   # such as GPT-2's tokenizer, whose ids are not in the order that tiktoken expects
+            self.fast = tokenizer.encode
+        self.start()
+
+    def start(self):
+        self.clear()
+        self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1, 1])
+        self[b"\xfe"] = 0     # the end of a document; like 255, the end of a piece, a byte that UTF-8 never uses
+        self[b""] = 1          # an empty document
+
+    def __missing__(self, piece):
+        text = piece.decode("utf-8")   # tiktoken's regex engine crashes on very long runs of spaces, encode does not
+        self.ids.extend(self.fast(text) if len(text) < 100_000 else self.tokenizer.encode(text))
+        self.ends.append(len(self.ids))
+        self[piece] = len(self.ends) - 2
+        return len(self.ends) - 2
+
+    def encode(self, texts):
+        if len(self) > self.LIMIT or len(self.ids) > 8 * self.LIMIT:
+            self.start()
+        data = b"\xff".join(text.encode("utf-8") + b"\xff\xfe" * last for text, last in texts)
+        cut = np.insert(np.frombuffer(data, np.uint8), cuts_in(data, self.safe), 255).tobytes()
+        found, at = [], 0
+        while at <= len(cut):      # some at a time: they stay in the processor's cache
+            until = cut.find(b"\xff", at + (1 << 17)) % (len(cut) + 1)     # find gives -1 for "not found": the end
+            found.append(self.look_up(cut[at:until].split(b"\xff")))
+            at = until + 1
+        return np.concatenate(found)
+
+    def look_up(self, pieces):
+        number = np.fromiter(map(self.__getitem__, pieces), np.int64, len(pieces))
+        ids, ends = np.frombuffer(self.ids, self.type), np.frombuffer(self.ends, np.int64)
+        begin, end = ends[number], ends[number + 1]
+        written = np.cumsum(end - begin)     # ids before the next piece
+        return ids[np.arange(written[-1]) + np.repeat(end - written, end - begin)]
+
+
+def encode_batch(batch):
+    """[(split, text, last), ...] -> {split: (documents, bytes of text, tokens, bytes to write)}."""
+    result = {}
+    for split in {split for split, _, _ in batch}:
+        mine = [(text, last) for name, text, last in batch if name == split]
+        size = sum(len(text.encode("utf-8")) for text, _ in mine)
+        documents = sum(last for _, last in mine)
+        if TOKENIZER is None:
+            result[split] = documents, size, 0, "".join(text + "\n" for text, _ in mine).encode("utf-8")
+            continue
+        ids = ENCODE(mine)
+        assert ids.max(initial=0) < TOKENIZER.vocab_size, f"id {ids.max()} in a vocabulary of {TOKENIZER.vocab_size}"
+        result[split] = documents, size, len(ids), ids.astype(id_type(TOKENIZER)).tobytes()
+    return result
+
+
+def encode_batches(batches, folder, tokenizer, workers):
+    """Encode (position, batch, dropped), here or in `workers` processes. Results keep the order of the batches, so the
+    shards are the same bytes for any number of workers."""
+    if workers <= 1:
+        start_worker(folder, tokenizer)
+        for position, batch, dropped in batches:
+            yield position, encode_batch(batch), dropped
+        return
+    context = multiprocessing.get_context("spawn")   # the only way on Windows, and safe with threads everywhere
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(folder,)) as pool:
+        waiting = deque()
+        for position, batch, dropped in batches:
+            waiting.append((position, pool.submit(encode_batch, batch), dropped))
+            if len(waiting) > 2 * workers:   # memory stays bounded: no process reads far ahead
+                position, future, dropped = waiting.popleft()
+                yield position, future.result(), dropped
+        for position, future, dropped in waiting:
+            yield position, future.result(), dropped

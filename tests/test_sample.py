@@ -13,12 +13,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
 
 import sample
 from bpe import Tokenizer
 from conftest import ROOT, run
+from nanopath import terminal
 from nanopath.constrain import Constraint
+from nanopath.flags import parse
 from model import save_model
 from test_model import make
 
@@ -49,8 +50,8 @@ def hf_generate(theirs, prompt, n, eos=None, **options):
 
 def twin(model, prompt, n, stop_ids=(), **options):
     """stream for one row, the slow and obvious way: the whole text is read again for every token."""
-    o = sample.Options(stop_ids=stop_ids, **options)
-    row, begin, size, new = sample.Row(0, prompt, n, o, set(stop_ids)), 0, min(model.config.block_size, len(prompt) + n), []
+    o = sample.Decoding(n, stop_ids=stop_ids, **options)
+    row, begin, size, new = sample.Row(0, prompt, o, set(stop_ids)), 0, min(model.config.block_size, len(prompt) + n), []
     while not row.done:
         if len(row.text) - begin > size:
             begin = len(row.text) - size // 2
@@ -111,15 +112,15 @@ def test_penalties_are_those_of_transformers_and_of_openai():
     processors = pytest.importorskip("transformers.generation.logits_process")
     text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1]
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(2))
-    for o, theirs in ((sample.Options(repetition_penalty=1.7), processors.RepetitionPenaltyLogitsProcessor(1.7)),
-                      (sample.Options(no_repeat_ngram=3), processors.NoRepeatNGramLogitsProcessor(3)),
-                      (sample.Options(no_repeat_ngram=1), processors.NoRepeatNGramLogitsProcessor(1)),
-                      (sample.Options(no_repeat_ngram=99), processors.NoRepeatNGramLogitsProcessor(99))):
+    for o, theirs in ((sample.Decoding(repetition_penalty=1.7), processors.RepetitionPenaltyLogitsProcessor(1.7)),
+                      (sample.Decoding(no_repeat_ngram=3), processors.NoRepeatNGramLogitsProcessor(3)),
+                      (sample.Decoding(no_repeat_ngram=1), processors.NoRepeatNGramLogitsProcessor(1)),
+                      (sample.Decoding(no_repeat_ngram=99), processors.NoRepeatNGramLogitsProcessor(99))):
         ours = logits[0].clone()
         sample.penalize(ours, text, 5, o)
         assert torch.equal(ours, theirs(torch.tensor([text]), logits.clone())[0])
     ours, expected = logits[0].clone(), logits[0].clone()
-    sample.penalize(ours, text, 5, sample.Options(frequency_penalty=0.5, presence_penalty=0.2))
+    sample.penalize(ours, text, 5, sample.Decoding(frequency_penalty=0.5, presence_penalty=0.2))
     for i in set(text[-5:]):
         expected[i] -= 0.5 * text[-5:].count(i) + 0.2
     assert (ours - expected).abs().max() < 1e-6
@@ -132,8 +133,8 @@ def test_mirostat_holds_the_surprise_and_entropy_lowers_the_temperature():
         o = dict(mirostat=target, stop_ids=(), seed=1)
         surprise = [-logprob / math.log(2) for _, _, logprob in sample.stream(model, [[1]] * 8, 60, **o)]
         assert abs(sum(surprise) / len(surprise) - target) < 0.3
-    logits, rows = torch.randn(1, 50) * 3, [sample.Row(0, [1], 5, sample.Options(), set())]
-    o = sample.Options(entropy_theta=1.5)
+    logits, rows = torch.randn(1, 50) * 3, [sample.Row(0, [1], sample.Decoding(5), set())]
+    o = sample.Decoding(entropy_theta=1.5)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
     expected = (logits / 0.8 ** (1.5 / entropy)).softmax(-1)[0]
     counts = torch.zeros(50)
@@ -177,7 +178,7 @@ def test_sampling_and_speculation_have_exactly_the_models_distribution(method, c
     for row, token, _ in tokens:
         new[row] += (token,)
     assert method == "stream" or 0 < stats["accepted"] < stats["guessed"]
-    expected, counts = exact(model, prompt, sample.Options(**how), 4), Counter(new)
+    expected, counts = exact(model, prompt, sample.Decoding(**how), 4), Counter(new)
     assert chi2(torch.tensor([counts[text] for text in expected]), torch.tensor(list(expected.values())) * n) < 1
 
 
@@ -258,7 +259,7 @@ def test_stop_strings_across_tokens_and_characters():
     text = "naïve café. END of 😀 it"
     ids = TOKENIZER.encode(text)                                   # one token per byte
     for stop in ("END", ". E", "é", "😀", "it", "zzz"):
-        writer, seen = sample.Writer(TOKENIZER, (stop, "QQQQQ")), ""
+        writer, seen = terminal.Writer(TOKENIZER, (stop, "QQQQQ")), ""
         for token in ids:
             seen += writer.push(token)
             assert text.startswith(seen)
@@ -356,7 +357,7 @@ def test_beams_of_a_batch_are_those_of_each_prompt_and_penalties_apply(theirs):
 
 def test_beams_find_the_best_text_when_there_are_enough_of_them():
     model = make(vocab_size=8)
-    found = exact(model, [1, 2], sample.Options(), 2)
+    found = exact(model, [1, 2], sample.Decoding(), 2)
     best, score = sample.beam_search(model, [[1, 2]], 2, 4, 0.0, stop_ids=())[0][0]
     assert tuple(best) == max(found, key=found.get) and abs(score - math.log(max(found.values()))) < 1e-5
 
@@ -469,7 +470,7 @@ def test_limits_that_are_no_errors():
 def go(folder, capsys):
     """The command line in this process: without a second of start-up for each call."""
     def go(*flags):
-        sample.main(tyro.cli(sample.Config, args=[f"--model={folder}", "--device=cpu", *flags], use_underscores=True))
+        sample.main(parse(sample.Config, sample.__doc__, args=[f"--model={folder}", "--device=cpu", *flags]))
         return capsys.readouterr().out
     return go
 
@@ -602,10 +603,10 @@ def test_chat_answers_remembers_and_saves(chat_folder, tmp_path):
 def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder, tmp_path):
     messages = [dict(role="system", content="S")] + [dict(role=role, content=c) for c in "abc" for role in ("user", "assistant")][:-1]
     full, _ = TOKENIZER.render(messages, add_generation_prompt=True)
-    assert sample.fit(TOKENIZER, messages, len(full), 0) == (full, 0)
-    ids, dropped = sample.fit(TOKENIZER, messages, len(full), 1)
+    assert terminal.fit_messages(TOKENIZER, messages, len(full), 0) == (full, 0)
+    ids, dropped = terminal.fit_messages(TOKENIZER, messages, len(full), 1)
     assert dropped == 2 and ids == TOKENIZER.render(messages[:1] + messages[3:], add_generation_prompt=True)[0]
-    ids, dropped = sample.fit(TOKENIZER, messages, 10, 10)
+    ids, dropped = terminal.fit_messages(TOKENIZER, messages, 10, 10)
     assert dropped == 4 and ids == TOKENIZER.render(messages[:1] + messages[5:], add_generation_prompt=True)[0]
     done = talk(chat_folder, "x" * 30 + "\n" + "hi\n", "--regex=[a-z]{40}", "--max_new_tokens=40")
     assert "shorten it" in done.stderr and len(done.stdout.strip()) == 40 and "Traceback" not in done.stderr

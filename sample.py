@@ -31,8 +31,7 @@ import torch.nn.functional as F
 
 from model import KVCache, load_model
 from nanopath.flags import Bound, check_bounds, parse
-from nanopath.terminal import (Screen, chat, check_flags, check_request, find_run, print_speed, read_constraint, read_prompt,
-                               show)
+from nanopath.terminal import chat, check_flags, check_request, find_run, read_constraint, read_prompt, show_samples
 
 
 @dataclass
@@ -45,54 +44,54 @@ class Source:
 
 @dataclass
 class Options:
-    """What the command line and `stream` share. 0 means off; penalties are off at 1 or 0."""
-    max_new_tokens: Annotated[int, Bound(1)] = 300        # tokens to write; beyond the context old text is forgotten
-    stop: tuple[str, ...] = ()                            # stop before any of these strings
-    temperature: Annotated[float, Bound(1e-4, off=0)] = 1.0  # divides the logits; 0: greedy, 1: the model's distribution
-    entropy_theta: Annotated[float, Bound(0)] = 0.0       # temperature falls by 0.8 ** (theta / entropy); 0: off
-    top_k: Annotated[int, Bound(0)] = 0                   # choose among the k likeliest tokens; 0: all
-    top_p: Annotated[float, Bound(0, 1)] = 0.0            # among the likeliest that together have this probability; 0: all
-    min_p: Annotated[float, Bound(0, 1)] = 0.0            # among those at least this fraction as likely as the best; 0: all
-    typical_p: Annotated[float, Bound(0, 1)] = 0.0        # among those of most typical surprise, as top_p; 0: all
-    mirostat: Annotated[float, Bound(0)] = 0.0            # keep the surprise near this many bits per token; 0: off
-    repetition_penalty: Annotated[float, Bound(1e-3, 1e3)] = 1.0  # divides the logits of every token seen so far; 1: off
-    frequency_penalty: Annotated[float, Bound(-1e3, 1e3)] = 0.0  # subtracted from a logit for each time it was written
-    presence_penalty: Annotated[float, Bound(-1e3, 1e3)] = 0.0  # subtracted once from the logit of every token written
-    no_repeat_ngram: Annotated[int, Bound(0)] = 0         # write no n tokens twice, unless nothing else is left; 0: off
+    """What the command line and `stream` share."""
+    max_new_tokens: Annotated[int, Bound(1)] = 300   # tokens to write; beyond the context old text is forgotten
+    stop: tuple[str, ...] = ()      # stop before any of these strings
+    temperature: Annotated[float, Bound(1e-4, off=0)] = 1.0   # as in Config
+    entropy_theta: Annotated[float, Bound(0)] = 0.0   # temperature * 0.8 ** (theta / entropy of the model); 0: off
+    top_k: Annotated[int, Bound(0)] = 0   # choose among the k likeliest tokens; 0: all
+    top_p: Annotated[float, Bound(0, 1)] = 0.0   # among the likeliest that together have this probability; 0: all
+    min_p: Annotated[float, Bound(0, 1)] = 0.0   # among those at least this fraction as likely as the best; 0: all
+    typical_p: Annotated[float, Bound(0, 1)] = 0.0   # among the most typical tokens that have this probability; 0: all
+    mirostat: Annotated[float, Bound(0)] = 0.0   # keep the surprise near this many bits per token; 0: off
+    repetition_penalty: Annotated[float, Bound(1e-3, 1e3)] = 1.0   # divides the logits of tokens seen so far; 1: off
+    frequency_penalty: Annotated[float, Bound(-1e3, 1e3)] = 0.0   # subtracted from a logit for each time it was written
+    presence_penalty: Annotated[float, Bound(-1e3, 1e3)] = 0.0   # subtracted once from the logit of every token written
+    no_repeat_ngram: Annotated[int, Bound(0)] = 0   # never write the same n tokens twice, unless all would be; 0: off
 
 
 @dataclass
 class Config(Options, Source):
-    temperature: Annotated[float, Bound(1e-4, off=0)] = 0.8  # divides the logits; 0: greedy, 1: the model's distribution
-    num_samples: Annotated[int, Bound(1)] = 1             # continuations, computed as one batch
+    temperature: Annotated[float, Bound(1e-4, off=0)] = 0.8   # divides the logits; 0: greedy, 1: unchanged
+    num_samples: Annotated[int, Bound(1)] = 1   # continuations, computed as one batch
     seed: int = 0                   # the same seed writes the same text, alone or in a batch
-    amateur: str = ""               # contrastive decoding: folder of a weaker model, whose log-probabilities are subtracted
+    amateur: str = ""               # contrastive decoding: model folder whose log-probabilities are subtracted
     json: bool = False              # write JSON and nothing else
     schema: str = ""                # write JSON that obeys the JSON schema in this file
     regex: str = ""                 # write a text that matches this regular expression
     draft: str = ""                 # speculate, faster with the same result: folder of a small model, or lookup
-    num_beams: Annotated[int, Bound(0)] = 0               # beam search with this many beams; 0: off
-    length_penalty: Annotated[float, Bound(-10, 10)] = 1.0  # beams: score = log-probability / length ** this
-    contrast: Annotated[float, Bound(0, 1)] = 0.0         # contrastive search: weight of being unlike the text; 0.6 is usual
+    num_beams: Annotated[int, Bound(0)] = 0   # beam search with this many beams; 0: off
+    length_penalty: Annotated[float, Bound(-10, 10)] = 1.0   # beams: score = log-probability / length ** this
+    contrast: Annotated[float, Bound(0, 1)] = 0.0   # contrastive search: weight of being unlike the text; usually 0.6
     show_probs: bool = False        # colour every token by its probability, and list the likeliest alternatives
     chat: bool = False              # chat instead of continuing text; needs a model that was fine-tuned on chats
     system: str = ""                # chat: the system prompt
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: Literal["float32", "bfloat16"] = "float32"     # number format of weights and activations
+    dtype: Literal["float32", "bfloat16"] = "float32"   # number format of weights and activations
 
 
 @dataclass
 class Decoding(Options):
     """Options, and what only a program can pass to `stream`."""
-    seed: int | list = 0            # a number: row r draws from (seed, r); a list: row r draws as row 0 of seed[r] would
+    seed: int | list = 0            # a number: row r draws from (seed, r); a list: row r draws as row 0 of seed[r]
     stop_ids: Any = None            # ids that end a row and are not part of it; None: model.config.stop_ids
     forbidden: Any = ()             # ids that are never chosen
     tokenizer: Any = None           # needed for stop
-    constraint: Any = None          # a constrain.Constraint, or any object with its start, shortest, ids, allowed, step, ends
-    amateur: Any = None             # contrastive decoding: score = log p - amateur_weight * log p_amateur, among tokens
-    amateur_weight: Annotated[float, Bound(0)] = 1.0      # at least `plausibility` times as likely as the likeliest
-    plausibility: Annotated[float, Bound(0, 1, above=True)] = 0.1
-    alternatives: Annotated[int, Bound(0)] = 0            # also yield this many likeliest (id, logprob) of each step
+    constraint: Any = None          # a nanopath.constrain.Constraint, or an object with the same methods
+    amateur: Any = None             # contrastive decoding: log p - amateur_weight * log p_amateur,
+    amateur_weight: Annotated[float, Bound(0)] = 1.0
+    plausibility: Annotated[float, Bound(0, 1, above=True)] = 0.1   # of tokens this fraction as likely as the likeliest
+    alternatives: Annotated[int, Bound(0)] = 0   # also yield this many likeliest (id, logprob) of each step
     cancelled: Any = ()             # a set of row numbers; the caller may add to it at any time
 
 
@@ -135,16 +134,16 @@ HEAD = 1024                         # sorting 1,024 logits instead of all 50,000
 
 
 def narrow(logits, top_k=0, top_p=0.0, min_p=0.0, typical_p=0.0, floor=None):
-    """The tokens that may be chosen. logits (B, V) -> probs (B, n), ids (B, n), likeliest first (with typical_p the most
-    typical first); the probability of a removed token is 0. The cuts apply in the order of the arguments, each to what
-    the previous one left, as in transformers. floor (B,): least probability, from which the likeliest token is exempt."""
+    """The tokens that may be chosen. logits (B, V) -> probs (B, n), ids (B, n), likeliest first (typical_p: typical
+    first); a removed token has probability 0. The cuts apply in the order of the arguments, each to what the previous
+    one left, as in transformers. floor (B,): least probability; the likeliest token is exempt from it."""
     V = logits.shape[-1]
     n = min(top_k or (V if typical_p else HEAD), V)
     while True:
         top, ids = logits.topk(n, dim=-1)
         probs = (top - (top if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
         keep = torch.ones_like(probs, dtype=torch.bool)
-        if 0 < top_p < 1:                                          # keep a token if those before it have less than top_p
+        if 0 < top_p < 1:                                          # keep a token while those before it have less
             keep &= probs.cumsum(dim=-1) - probs < top_p
         if min_p:
             keep &= probs >= min_p * probs[:, :1]
@@ -182,8 +181,8 @@ def draw(weights, uniform):
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=0.0, **cuts):
-    """One id for each row of logits (B, V). `uniform` (B,) in [0, 1) is all the randomness: equal numbers give equal ids,
-    whatever else is in the batch. temperature is a number, or one for each row (B, 1)."""
+    """One id for each row of logits (B, V). `uniform` (B,) in [0, 1) is all the randomness: equal numbers give equal
+    ids, whatever else is in the batch. temperature is a number, or one for each row (B, 1)."""
     if not torch.is_tensor(temperature) and temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -315,7 +314,7 @@ class Context:
         unread = [text[begin + length:] for text, begin, length in zip(self.texts, self.begin, lengths)]
         self.fed = list(map(len, unread))
         T = max(self.fed)
-        if max(map(sum, zip(lengths, self.fed))) > self.size:      # each row forgets by its own length, not its neighbour's
+        if max(map(sum, zip(lengths, self.fed))) > self.size:      # each row forgets by its own length
             for row, (text, length, new) in enumerate(zip(self.texts, lengths, unread)):
                 if length + len(new) > self.size:
                     self.begin[row] = len(text) - max(1, self.size // 2)
@@ -354,6 +353,10 @@ class Context:
             self.cache.truncate(row, min(self.cache.lengths[row], kept))
 
 
+def context_of(model, rows, o):
+    return Context(model, [row.text for row in rows], max(len(row.text) for row in rows) + o.max_new_tokens)
+
+
 def finite(totals):
     """A tensor of sums or maxima of logits as a list; ValueError where a logit was not a number."""
     totals = totals.tolist()
@@ -385,11 +388,11 @@ def stream(model, prompts, max_new_tokens, **options):
     """Continue prompts (lists of ids, of any lengths) together. Yields (row, id, logprob) as each token is chosen, with
     alternatives=n a fourth item, the n likeliest (id, logprob).
 
-    options: the fields of Decoding. A row ends at an id of stop_ids (default: model.config.stop_ids), which is not
-    yielded, after a stop string, or after max_new_tokens. With a constraint, stop_ids count only where the text may end,
-    and an id that the constraint can write is text and never ends a row. logprob is the log-probability under the
-    model's own distribution (temperature 1, no cut). Closing the iterator ends all rows, adding to `cancelled` ends one.
-    ValueError at once for arguments that cannot work.
+    options: the fields of Decoding. A row ends at an id of stop_ids, which is not yielded, after a stop string, or
+    after max_new_tokens. Under a constraint stop_ids count only where the text may end, and an id that the constraint can
+    write never ends a row. logprob is the log-probability under the model's own distribution (temperature 1, no cut).
+    Closing the iterator ends all rows; adding a row to `cancelled` ends that row. ValueError at once for arguments that
+    cannot work.
     """
     o = Decoding(max_new_tokens, **options)
     return stream_rows(model, start_rows(model, prompts, o), o)
@@ -402,8 +405,7 @@ def stream_rows(model, rows, o, logprobs=True):
     if not rows:
         return
     models = [model] if o.amateur is None else [model, o.amateur]
-    size = max(len(row.text) for row in rows) + o.max_new_tokens
-    contexts = [Context(each, [row.text for row in rows], size) for each in models]
+    contexts = [context_of(each, rows, o) for each in models]
     with evaluating(*models):
         while rows:
             logits, *amateur = (context.read(last=True).cpu() for context in contexts)
@@ -439,13 +441,13 @@ def generate(model, prompts, max_new_tokens, **options):
 
 def speculative(model, prompts, max_new_tokens, draft=None, draft_tokens=16, ngram=3, stats=None, **options):
     """`stream`, faster: guess several tokens, read all guesses in one pass over the weights, keep those that the model
-    would have written. Greedy ids are those of `stream`, sampled ids have exactly the same distribution. (In bf16 logits
-    can be equal but for rounding, and a pass over several tokens may round differently.)
+    would have written. Greedy ids are those of `stream`, sampled ids have exactly the same distribution. (In bf16 a
+    pass over several tokens may round differently, and two logits are often almost equal.)
 
-    draft: a small model with the same vocabulary; None: guesses are what followed the last `ngram` (or fewer, at least 2)
-    ids at their latest earlier place in the text. At most draft_tokens guesses at a time, fewer after wrong guesses.
-    stats, a dict, receives: readings, guessed, accepted. Options that depend on every token before (penalties,
-    constraint, Mirostat, ...) are refused.
+    draft: a small model with the same vocabulary; None: the guesses are what followed the last `ngram` (or fewer, at
+    least 2) ids at an earlier place in the text. At most draft_tokens guesses at a time, fewer after wrong guesses.
+    stats, a dict, receives: readings, guessed, accepted. Penalties, constraints, Mirostat and other options that change
+    with every token are refused.
     """
     o = Decoding(max_new_tokens, **options)
     rows = start_rows(model, prompts, o)
@@ -500,11 +502,11 @@ class Lookup:
 class Draft:
     """Guesses of a small model."""
     def __init__(self, model, rows, o):
-        self.o, self.context = o, Context(model, [row.text for row in rows], max(len(row.text) for row in rows) + o.max_new_tokens)
+        self.o, self.context = o, context_of(model, rows, o)
 
     def guess(self, rows, wanted):
-        """For each row a list of wanted[row] guesses, and (when sampling) the distributions they were drawn from. Nothing
-        depends on the neighbours: a row that has all its guesses reads its last id again and draws no random number."""
+        """For each row a list of wanted[row] guesses and, when sampling, the distributions they were drawn from. No row
+        depends on the others: a row that has all its guesses reads its last id again and draws no random number."""
         found, origin = [[] for _ in rows], [[] for _ in rows]
         for n in range(max(1, *wanted)):
             logits = self.context.read(last=True).cpu()
@@ -544,10 +546,10 @@ def verify(row, logits, guessed, origin, o):
 @torch.inference_mode()
 def speculate(model, rows, o, guesser, draft_tokens, stats):
     """The loop of `speculative`."""
-    context = Context(model, [row.text for row in rows], max(len(row.text) for row in rows) + o.max_new_tokens)
+    context = context_of(model, rows, o)
     contexts, room = [each for each in (context, guesser.context) if each], context.size
-    if model.dynamic:                                              # NTK: beyond the original context every length has its
-        room = model.config.rope_scaling.get("original_max_position_embeddings") or room     # own angles: no guesses
+    if model.dynamic:                                              # NTK: beyond the original context the angles depend
+        room = model.config.rope_scaling.get("original_max_position_embeddings") or room     # on the length: no guesses
     counts = [min(4, draft_tokens)] * len(rows)                    # how many guesses each row makes next time
     stats.update(readings=0, guessed=0, accepted=0)
     guessed, origin = [[] for _ in rows], None
@@ -601,7 +603,8 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, length_penalty=1.0,
     early_stopping True: stop once num_beams texts have ended. False: when the best beam, at its length so far, scores
     below the worst of these texts; "never": when it could not exceed that score at any length.
     """
-    o = Decoding(max_new_tokens, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram, stop_ids=stop_ids)
+    o = Decoding(max_new_tokens, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
+    o.stop_ids = stop_ids
     check_bounds(Config(num_beams=num_beams, length_penalty=length_penalty))
     stop_ids, V = check_request(model, prompts, o, fits=True), model.config.vocab_size
     if not 1 <= num_beams <= V // 2:
@@ -654,9 +657,9 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, length_penalty=1.0,
 
 @torch.inference_mode()
 def contrastive_search(model, prompts, max_new_tokens, top_k=4, contrast=0.6, stop_ids=None):
-    """Of the top_k likeliest tokens, always the one with the largest (1 - contrast) * p - contrast * similarity, which is
-    the greatest cosine between its hidden state and those of the text before it (arXiv:2202.06417, equation 5).
-    Returns the new ids of each row. contrast 0 is greedy."""
+    """Of the top_k likeliest tokens, always the one with the largest (1 - contrast) * p - contrast * similarity, where
+    similarity is the greatest cosine between its hidden state and those of the text before it (arXiv:2202.06417,
+    equation 5). Returns the new ids of each row. contrast 0 is greedy."""
     check_bounds(Config(contrast=contrast))
     stop_ids = check_request(model, prompts, Decoding(max_new_tokens, top_k=top_k, stop_ids=stop_ids), fits=True)
     if top_k < 1:
@@ -680,7 +683,8 @@ def contrastive_search(model, prompts, max_new_tokens, top_k=4, contrast=0.6, st
             for text, token in zip(context.texts, ids.flatten().tolist()):
                 text.append(token)
             logits, hidden = read(last=True)                       # (B k, V): after each candidate
-            similarity = torch.stack([(hidden[i * k:i * k + k] @ states.T).amax(dim=-1) for i, states in enumerate(past)])
+            tried = hidden.unflatten(0, (-1, k))                   # (B, k, C)
+            similarity = torch.stack([(mine @ states.T).amax(dim=-1) for mine, states in zip(tried, past)])
             best = ((1 - contrast) * probs - contrast * similarity).argmax(dim=-1).tolist()
             keep = []
             for i, row in enumerate(rows):
@@ -718,7 +722,7 @@ def run_method(cfg, model, tokenizer, prompt, options):
     """Write and print what the flags ask for. Returns whether Ctrl-C stopped it."""
     ids = tokenizer.encode(prompt)
     if not ids and tokenizer.eos_id is None:
-        raise ValueError("--prompt is empty, and this tokenizer has no end-of-text token to start a document with. Give a prompt")
+        raise ValueError("--prompt is empty, and this tokenizer has no end-of-text token to start from. Give a prompt")
     ids, stats = ids or [tokenizer.eos_id], {}                     # after the end of a document a new one begins
     prompts = [ids] * cfg.num_samples
     check_request(model, prompts, Decoding(**options))
@@ -741,15 +745,7 @@ def run_method(cfg, model, tokenizer, prompt, options):
         tokens = speculative(model, prompts, draft=draft, stats=stats, **options)
     else:
         tokens = stream(model, prompts, **options)
-    screens = [Screen(tokenizer, cfg.stop, cfg.show_probs) for _ in prompts]
-    stopped, spent = show(tokens, screens, prompt)
-    for row, screen in enumerate(screens):
-        if row:
-            print(f"\n--- sample {row + 1}\n{prompt}{screen.text}", end="")
-        screen.end()
-    print(file=sys.stderr)
-    print_speed(*spent, f"; {stats['accepted']} of {stats['guessed']} guesses right" if stats else "")
-    return stopped
+    return show_samples(tokens, tokenizer, cfg, prompt, stats)
 
 
 def main(cfg):

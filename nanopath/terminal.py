@@ -1,11 +1,12 @@
 """
 The screen and the chat of sample.py: what is read from the user, and how tokens are shown as they come.
 
-    read_prompt, read_constraint, check_flags, find_run    flags and files -> values, or one line that says what is wrong
-    Writer, Screen, show, print_speed                      ids -> text on the screen, with colours and a table of alternatives
-    chat                                                   questions and answers until /quit
+    find_run, read_prompt, read_constraint    flags and files -> values, or one line that says what is wrong
+    check_flags, check_request                what the command line, or any program, asks for and cannot have
+    Writer, Screen, show, show_samples        ids -> text on the screen, with colours and a table of alternatives
+    chat                                      questions and answers until /quit
 
-No function here chooses a token: tokens arrive as an iterator of (row, id, logprob, ...), such as sample.stream returns.
+No function here chooses a token: tokens arrive as an iterator of (row, id, logprob, ...), as sample.stream yields them.
 """
 import json
 import math
@@ -29,8 +30,8 @@ CHAT_COMMANDS = """/reset       forget the conversation; the system prompt stays
 # Flags and files
 
 def find_run(flag, name):
-    """The model folder of a flag: `name`, or where it is empty the newest run under out/, whose name is printed. Ends the
-    program where there is none; names that do not begin with out/ are left to load_model."""
+    """The model folder of a flag: `name`, or where it is empty the newest run under out/, whose name is printed. Ends
+    the program where there is none; names that do not begin with out/ are left to load_model."""
     configs = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     runs, advice = [file.parent.as_posix() for file in configs], "train one first: python train.py"
     if name and (Path(name).parts[:1] != ("out",) or Path(name, "config.json").is_file()):
@@ -38,7 +39,8 @@ def find_run(flag, name):
     if not runs:
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")
     if name:
-        raise SystemExit(f"no model at {name}: {advice}, or take {', '.join(runs[:5])}: python sample.py --{flag}={runs[0]}")
+        raise SystemExit(f"no model at {name}: {advice}; or use the newest of {len(runs)} under out/: "
+                         f"python sample.py --{flag}={runs[0]}")
     print(f"model: {runs[0]}", file=sys.stderr)
     return runs[0]
 
@@ -106,7 +108,7 @@ def check_ids(name, ids, V):
     lists = isinstance(ids, (list, tuple, range, set, frozenset))
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < V] if lists else [ids]
     if wrong:
-        raise ValueError(f"{name}: {wrong[0]!r} is not an id of this model's vocabulary; ids are whole numbers from 0 to {V - 1}")
+        raise ValueError(f"{name}: {wrong[0]!r} is not an id of the vocabulary; ids are whole numbers, 0 to {V - 1}")
 
 
 def check_request(model, prompts, o, fits=False):
@@ -119,25 +121,25 @@ def check_request(model, prompts, o, fits=False):
     for prompt in prompts:
         check_ids("prompt", prompt, V)
         if not 1 <= len(prompt) <= T:
-            raise ValueError(f"--prompt is {len(prompt)} tokens long; the model needs at least 1 and reads at most {T}. "
+            raise ValueError(f"--prompt is {len(prompt)} tokens long; the model reads at least 1 and at most {T}. "
                              "Shorten it, or train with a larger --block_size")
     longest = max(map(len, prompts))
     if fits and longest + o.max_new_tokens > T:
         raise ValueError(f"--max_new_tokens={o.max_new_tokens}: this method keeps the whole text in the context of {T} "
                          f"tokens; a prompt of {longest} leaves {T - longest}")
     if o.mirostat and (o.temperature == 0 or o.top_k or o.top_p or o.min_p or o.typical_p):
-        raise ValueError(f"--mirostat={o.mirostat} sets the cut itself: leave out --top_k, --top_p, --min_p, --typical_p "
-                         "and --temperature=0")
-    seeds = [o.seed] * len(prompts) if type(o.seed) is int else o.seed
-    if not isinstance(seeds, (list, tuple)) or len(seeds) != len(prompts) or any(type(seed) is not int for seed in seeds):
-        raise ValueError(f"--seed={o.seed}: must be a whole number, or a list with one for each of {len(prompts)} prompts")
+        raise ValueError(f"--mirostat={o.mirostat} sets the cut itself: leave out --top_k, --top_p, --min_p, "
+                         "--typical_p and --temperature=0")
+    n, seeds = len(prompts), [o.seed] * len(prompts) if type(o.seed) is int else o.seed
+    if not isinstance(seeds, (list, tuple)) or len(seeds) != n or any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"--seed={o.seed}: must be a whole number, or a list with one for each of {n} prompts")
     if not isinstance(o.stop, (list, tuple)) or not all(isinstance(stop, str) and stop for stop in o.stop):
         raise ValueError(f"--stop={o.stop!r}: must be strings of at least one character")
     if o.stop and o.tokenizer is None:
         raise ValueError("stop strings need tokenizer=")
     if o.amateur is not None and o.amateur.config.vocab_size != V:
-        raise ValueError(f"--amateur has a vocabulary of {o.amateur.config.vocab_size}, the model one of {V}; both need "
-                         "the same tokenizer")
+        raise ValueError(f"--amateur has a vocabulary of {o.amateur.config.vocab_size}, the model one of {V}; both "
+                         "need the same tokenizer")
     stop_ids = model.config.stop_ids if o.stop_ids is None else o.stop_ids
     check_ids("stop_ids", stop_ids, V)
     check_ids("forbidden", o.forbidden, V)
@@ -146,7 +148,8 @@ def check_request(model, prompts, o, fits=False):
     if not o.constraint:
         return frozenset(stop_ids)
     if o.stop or o.forbidden:
-        raise ValueError("--stop and forbidden could cut a text that --json, --schema or --regex must complete; leave them out")
+        raise ValueError("--stop and forbidden could cut a text that --json, --schema or --regex must complete; leave "
+                         "them out")
     if o.constraint.shortest > o.max_new_tokens:
         raise ValueError(f"--max_new_tokens={o.max_new_tokens}: the shortest text that satisfies --json, --schema or "
                          f"--regex has {o.constraint.shortest} bytes; give at least as many tokens")
@@ -229,16 +232,29 @@ def show(tokens, screens, before=""):
 
 
 def print_speed(count, seconds, first, note=""):
-    print(f"[{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tok/s, first after {1000 * first:.0f} ms"
-          f"{note}]", file=sys.stderr)
+    print(f"[{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tok/s, "
+          f"first after {1000 * first:.0f} ms{note}]", file=sys.stderr)
+
+
+def show_samples(tokens, tokenizer, cfg, prompt, stats):
+    """Show cfg.num_samples rows, the first as it grows, then the others. Returns whether Ctrl-C stopped them."""
+    screens = [Screen(tokenizer, cfg.stop, cfg.show_probs) for _ in range(cfg.num_samples)]
+    stopped, spent = show(tokens, screens, prompt)
+    for row, screen in enumerate(screens):
+        if row:
+            print(f"\n--- sample {row + 1}\n{prompt}{screen.text}", end="")
+        screen.end()
+    print(file=sys.stderr)
+    print_speed(*spent, f"; {stats['accepted']} of {stats['guessed']} guesses right" if stats else "")
+    return stopped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The chat
 
 def read_message(interactive):
-    """The next message of the user, or None at the end of the input. A message that begins with three quotes ends at the
-    next three."""
+    """The next message of the user, or None at the end of the input. A message that begins with three quotes ends at
+    the next three."""
     def line(sign):
         if interactive:
             return input(sign)
@@ -284,7 +300,8 @@ def save_chat(name, messages):
         os.replace(temporary, name)
         print(f"(saved to {name})", file=sys.stderr)
     except (OSError, ValueError) as error:
-        print(f"(/save {name}: {getattr(error, 'strerror', None) or error}; give a file: /save chat.jsonl)", file=sys.stderr)
+        problem = getattr(error, "strerror", None) or error
+        print(f"(/save {name}: {problem}; give a file: /save chat.jsonl)", file=sys.stderr)
         if name and os.path.exists(temporary):
             os.unlink(temporary)
 
@@ -323,8 +340,7 @@ def chat(cfg, tokenizer, size, constraint, answer):
                 ids, dropped = fit_messages(tokenizer, system + messages[forgotten:] + [question], size,
                                             max(least, min(cfg.max_new_tokens, size // 2)))
                 if len(ids) + least > size:
-                    raise ValueError(f"this message has {len(ids)} tokens with the system prompt, the model reads {size}: "
-                                     "shorten it")
+                    raise ValueError(f"{len(ids)} tokens with the system prompt, the model reads {size}: shorten it")
                 if dropped:
                     print(f"(the oldest {dropped} messages no longer fit and are forgotten)", file=sys.stderr)
                 forgotten += dropped

@@ -700,21 +700,20 @@ class KVCache:
             self.lengths[row] += count
 
     def keep(self, rows):
-        """Keep only these rows, in this order (a row may be repeated: a fork). Only the used slots of rows that change their
-        place are copied; memory grows when there are more rows than ever before, and never shrinks."""
+        """Keep only these rows, in this order (a row may be repeated: a fork). Only rows that change their place are
+        copied, and only their used slots. Memory grows with the largest number of rows so far and never shrinks."""
         moved = [(row, place) for place, row in enumerate(rows) if row != place]
         self.lengths = [self.lengths[row] for row in rows]
-        if not moved:
-            return
-        sources, places = (list(column) for column in zip(*moved))
         used = max(self.lengths)
-        for name in ("k", "v"):
-            old = new = getattr(self, name)
-            if len(rows) > old.shape[1]:
-                new = old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
-                new[:, :old.shape[1], :, :used] = old[:, :, :, :used]
-                setattr(self, name, new)
-            new[:, places, :, :used] = old[:, sources, :, :used]
+        for name in ("k", "v") if moved else ():
+            cache = getattr(self, name)                                                  # (L, B, K, S, D)
+            held = {row: cache[:, row, :, :used].clone() for row, _ in moved}            # before any is overwritten
+            if len(rows) > cache.shape[1]:
+                old, cache = cache, cache.new_zeros(len(cache), len(rows), *cache.shape[2:])
+                cache[:, :old.shape[1], :, :used] = old[:, :, :, :used]
+                setattr(self, name, cache)
+            for row, place in moved:
+                cache[:, place, :, :used] = held[row]
 
     def truncate(self, row, length):
         """Forget all but the first `length` tokens of a row."""

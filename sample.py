@@ -389,8 +389,8 @@ def stream(model, prompts, max_new_tokens, **options):
     alternatives=n a fourth item, the n likeliest (id, logprob).
 
     options: the fields of Decoding. A row ends at an id of stop_ids, which is not yielded, after a stop string, or
-    after max_new_tokens. Under a constraint stop_ids count only where the text may end, and an id that the constraint can
-    write never ends a row. logprob is the log-probability under the model's own distribution (temperature 1, no cut).
+    after max_new_tokens. Under a constraint stop_ids count only where the text may end, and an id that the constraint
+    can write never ends a row. logprob is the log-probability under the model's own distribution (temperature 1, no cut).
     Closing the iterator ends all rows; adding a row to `cancelled` ends that row. ValueError at once for arguments that
     cannot work.
     """
@@ -430,8 +430,10 @@ def stream_rows(model, rows, o, logprobs=True):
 
 def generate(model, prompts, max_new_tokens, **options):
     """The new ids of each row, as lists. Arguments: those of `stream`."""
-    o, new = Decoding(max_new_tokens, **options), [[] for _ in prompts or ()]
-    for row, token, *_ in stream_rows(model, start_rows(model, prompts, o), o, logprobs=o.alternatives > 0):
+    o = Decoding(max_new_tokens, **options)
+    rows = start_rows(model, prompts, o)
+    new = [[] for _ in rows]
+    for row, token, *_ in stream_rows(model, rows, o, logprobs=o.alternatives > 0):
         new[row].append(token)
     return new
 

@@ -44,10 +44,10 @@ class Source:
 
 @dataclass
 class Options:
-    """What the command line and `stream` share."""
+    """How a text is written: what the command line and `stream` share."""
     max_new_tokens: Annotated[int, Bound(1)] = 300   # tokens to write; beyond the context old text is forgotten
     stop: tuple[str, ...] = ()      # stop before any of these strings
-    temperature: Annotated[float, Bound(1e-4, off=0)] = 1.0   # as in Config
+    temperature: Annotated[float, Bound(1e-4, off=0)] = 1.0   # divides the logits; 0: greedy, 1: unchanged
     entropy_theta: Annotated[float, Bound(0)] = 0.0   # temperature * 0.8 ** (theta / entropy of the model); 0: off
     top_k: Annotated[int, Bound(0)] = 0   # choose among the k likeliest tokens; 0: all
     top_p: Annotated[float, Bound(0, 1)] = 0.0   # among the likeliest that together have this probability; 0: all
@@ -87,10 +87,10 @@ class Decoding(Options):
     stop_ids: Any = None            # ids that end a row and are not part of it; None: model.config.stop_ids
     forbidden: Any = ()             # ids that are never chosen
     tokenizer: Any = None           # needed for stop
-    constraint: Any = None          # a nanopath.constrain.Constraint, or an object with the same methods
-    amateur: Any = None             # contrastive decoding: log p - amateur_weight * log p_amateur,
-    amateur_weight: Annotated[float, Bound(0)] = 1.0
-    plausibility: Annotated[float, Bound(0, 1, above=True)] = 0.1   # of tokens this fraction as likely as the likeliest
+    constraint: Any = None          # a constrain.Constraint, or an object with start, shortest, ids, allowed, step, ends
+    amateur: Any = None             # contrastive decoding: this weaker model's log-probabilities are subtracted,
+    amateur_weight: Annotated[float, Bound(0)] = 1.0   # times this weight, among tokens that are at least
+    plausibility: Annotated[float, Bound(0, 1, above=True)] = 0.1   # this fraction as likely as the likeliest
     alternatives: Annotated[int, Bound(0)] = 0   # also yield this many likeliest (id, logprob) of each step
     cancelled: Any = ()             # a set of row numbers; the caller may add to it at any time
 
@@ -107,13 +107,14 @@ def random_numbers(seed, row=0):
 def generate_naive(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=0.0, seed=0):
     """The new ids of one row: the model reads the whole text again for every token. `generate` returns the same ids."""
     ids, generator, T = list(prompt), random_numbers(seed), model.config.block_size
+    device = next(model.parameters()).device
     if temperature == 0:                                           # greedy: only the likeliest token may be chosen
         temperature, top_k = 1.0, 1
     begin = 0                                                      # the first id that the model still reads
     while len(ids) < len(prompt) + max_new_tokens:
         if len(ids) - begin > T:                                   # the context is full: forget its older half
             begin = len(ids) - max(1, T // 2)
-        logits = model(torch.tensor([ids[begin:]]))[0, -1]         # (V), after the last id
+        logits = model(torch.tensor([ids[begin:]], device=device))[0, -1].cpu()        # (V), after the last id
         probs, order = (logits.double() / temperature).softmax(dim=-1), torch.arange(len(logits))
         if top_k or top_p:
             probs, order = probs.sort(descending=True)
@@ -347,13 +348,14 @@ class Context:
     def forget(self, row, length):
         """Mark everything after the first `length` ids of a text as unread."""
         kept = length - self.begin[row]
-        if kept < 0:                                               # a shorter context than the model's had moved on
+        if kept < 0:                                               # a draft's shorter context begins after that length
             self.begin[row], kept = max(0, length - self.size // 2), 0
         if self.cache:
             self.cache.truncate(row, min(self.cache.lengths[row], kept))
 
 
 def context_of(model, rows, o):
+    """A Context with room for the rows, each a Row, and all that they will write."""
     return Context(model, [row.text for row in rows], max(len(row.text) for row in rows) + o.max_new_tokens)
 
 
@@ -380,6 +382,7 @@ def evaluating(*models):
 
 
 def start_rows(model, prompts, o):
+    """A Row for each prompt; ValueError where the arguments cannot work."""
     stop_ids = check_request(model, prompts, o)
     return [Row(i, prompt, o, stop_ids) for i, prompt in enumerate(prompts)]
 
@@ -389,10 +392,10 @@ def stream(model, prompts, max_new_tokens, **options):
     alternatives=n a fourth item, the n likeliest (id, logprob).
 
     options: the fields of Decoding. A row ends at an id of stop_ids, which is not yielded, after a stop string, or
-    after max_new_tokens. Under a constraint stop_ids count only where the text may end, and an id that the constraint
-    can write never ends a row. logprob is the log-probability under the model's own distribution (temperature 1, no cut).
-    Closing the iterator ends all rows; adding a row to `cancelled` ends that row. ValueError at once for arguments that
-    cannot work.
+    after max_new_tokens. Under a constraint stop_ids count only where the text may end, and ids that the constraint
+    can write never end a row. logprob is the log-probability under the model's own distribution (temperature 1, no
+    cut). Closing the iterator ends all rows; adding a row to `cancelled` ends that row. ValueError at once for
+    arguments that cannot work.
     """
     o = Decoding(max_new_tokens, **options)
     return stream_rows(model, start_rows(model, prompts, o), o)

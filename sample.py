@@ -87,7 +87,7 @@ class Decoding(Options):
     stop_ids: Any = None            # ids that end a row and are not part of it; None: model.config.stop_ids
     forbidden: Any = ()             # ids that are never chosen
     tokenizer: Any = None           # needed for stop
-    constraint: Any = None          # a constrain.Constraint, or an object with start, shortest, ids, allowed, step, ends
+    constraint: Any = None          # a Constraint, or an object with start, shortest, ids, allowed, step and ends
     amateur: Any = None             # contrastive decoding: this weaker model's log-probabilities are subtracted,
     amateur_weight: Annotated[float, Bound(0)] = 1.0   # times this weight, among tokens that are at least
     plausibility: Annotated[float, Bound(0, 1, above=True)] = 0.1   # this fraction as likely as the likeliest

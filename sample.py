@@ -35,8 +35,8 @@ from nanopath.terminal import chat, check_flags, check_request, find_run, read_c
 
 
 @dataclass
-class Source:
-    """Where a text begins."""
+class Prompt:
+    """What is continued, and by which model."""
     model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest run under out/
     prompt: str = ""                # text to continue; empty: start a new document
     prompt_file: str = ""           # read the prompt from this file instead; - is standard input
@@ -61,7 +61,7 @@ class Options:
 
 
 @dataclass
-class Config(Options, Source):
+class Config(Options, Prompt):
     temperature: Annotated[float, Bound(1e-4, off=0)] = 0.8   # divides the logits; 0: greedy, 1: unchanged
     num_samples: Annotated[int, Bound(1)] = 1   # continuations, computed as one batch
     seed: int = 0                   # the same seed writes the same text, alone or in a batch

@@ -700,9 +700,21 @@ class KVCache:
             self.lengths[row] += count
 
     def keep(self, rows):
-        """Keep only these rows, in this order (a row may be repeated: a fork)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        """Keep only these rows, in this order (a row may be repeated: a fork). Only rows that change their place are
+        copied, and only their used slots. Memory grows with the largest number of rows so far and never shrinks."""
+        moved = {place: row for place, row in enumerate(rows) if row != place}
         self.lengths = [self.lengths[row] for row in rows]
+        used = max(self.lengths)
+        for name in ("k", "v") if moved else ():
+            cache = getattr(self, name)                                                  # (L, B, K, S, D)
+            parts = {row: cache[:, row, :, :used] for row in moved.values()}
+            parts |= {row: part.clone() for row, part in parts.items() if row in moved}  # before it is overwritten
+            if len(rows) > cache.shape[1]:
+                old, cache = cache, cache.new_zeros(len(cache), len(rows), *cache.shape[2:])
+                cache[:, :old.shape[1], :, :used] = old[:, :, :, :used]
+                setattr(self, name, cache)
+            for place, row in moved.items():
+                cache[:, place, :, :used] = parts[row]
 
     def truncate(self, row, length):
         """Forget all but the first `length` tokens of a row."""

@@ -1,14 +1,15 @@
 """
-How fast does sample.py write, and what could the machine do? Against transformers' generate, same weights, same ids.
+How fast does sample.py write, and what does the memory's bandwidth allow? Against transformers' generate, same weights.
 
-Shapes, random weights, one file of weights for both: laptop (4 x 128, 512 tokens: what train.py makes), 124M (12 x 768,
-GPT-2's size, 50,304 tokens), 0.5B (24 x 896, Qwen2.5-0.5B's size, 151,936 tokens). Greedy, prompt of 64 random tokens, all
-rows different. Time to the first token is a call that writes one; tokens per second are those after the first: the call
-of n tokens minus the call of one. Tools take turns; medians of --rounds.
-"limit" is bytes of all weights read per step, over the bandwidth of torch.sum over 512 MB in the same run: what reading the
-weights alone would allow one row. llama.cpp: give --llama=PATH of its llama-bench and --gguf=FILE of a 124M model.
-Speculation: a model trained for a few minutes on this Python's own source writes on from source code, plainly and with
-guesses looked up in the text; the outputs must be equal.
+Shapes, random weights, one file of weights for all: laptop (4 x 128, 512 tokens: what train.py makes), 124M (12 x 768,
+GPT-2's size, 50,304 tokens), 0.5B (24 x 896, Qwen2.5-0.5B's size, 151,936 tokens). Greedy, prompts of 64 random tokens,
+all rows different. "First token" is the time of a call that writes one token; tokens per second are those after the
+first: the call of n tokens minus the call of one. "naive" is generate_naive, without a cache (laptop shape, one row).
+The tools take turns; medians of --rounds.
+"limit" is the bandwidth of torch.sum over 512 MB in the same run / bytes of all weights: the most tokens per second of
+one row if reading the weights took all the time. llama.cpp: --llama=PATH of llama-bench, --gguf=FILE of a 124M model.
+Speculation: a model trained for a few minutes on Python's own source continues source code, without and with guesses
+that are looked up in the text; the ids must be equal.
 
 Run     python bench/sample.py --shapes laptop 124M
         python bench/sample.py --shapes --speculation=out/stdlib --prompt_file=train.py
@@ -26,30 +27,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
-import tyro  # noqa: E402
 
 import model as m  # noqa: E402
 import sample  # noqa: E402
+from nanopath.flags import parse  # noqa: E402
 
 SHAPES = {
     "laptop": dict(vocab_size=512, n_layer=4, n_embd=128, n_head=2, n_kv_head=2, head_dim=64, n_hidden=344),
     "124M": dict(vocab_size=50304, n_layer=12, n_embd=768, n_head=12, n_kv_head=4, head_dim=64, n_hidden=2304),
-    "0.5B": dict(vocab_size=151936, n_layer=24, n_embd=896, n_head=14, n_kv_head=2, head_dim=64, n_hidden=4864, tie_embeddings=True)}
+    "0.5B": dict(vocab_size=151936, n_layer=24, n_embd=896, n_head=14, n_kv_head=2, head_dim=64, n_hidden=4864,
+                 tie_embeddings=True)}
 
 
 @dataclass
 class Config:
-    shapes: tuple[str, ...] = ("laptop", "124M", "0.5B")  # which of them
+    shapes: tuple[str, ...] = ("laptop", "124M", "0.5B")  # models to time
     batches: tuple[int, ...] = (1, 8, 32)  # rows at a time
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
     new_tokens: int = 32            # per row, after the first; the laptop shape writes 4 times as many
-    rounds: int = 3                 # runs of everything; the median counts
+    rounds: int = 3                 # runs of each tool; the median is printed
     threads: int = 1                # of torch
     hf: bool = True                 # run transformers too
     llama: str = ""                 # path of llama-bench
     gguf: str = ""                  # model for it
     speculation: str = ""           # model folder for the table of speculation
-    prompt_file: str = "train.py"   # text that it writes on from
+    prompt_file: str = "train.py"   # text that it continues
 
 
 def clock(function):
@@ -86,14 +88,18 @@ def bench_shape(name, cfg, speed):
                 transformers.utils.logging.disable_progress_bar()
                 theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
                 tools["transformers"] = lambda ids, count: theirs.generate(
-                    torch.tensor(ids), attention_mask=torch.ones(len(ids), len(ids[0])), max_new_tokens=count, do_sample=False,
-                    eos_token_id=None, pad_token_id=0, use_cache=True)[:, len(ids[0]):].tolist()
-            weights = sum(p.numel() for key, p in m.GPT(config).named_parameters() if "embed" not in key or config.tie_embeddings)
+                    torch.tensor(ids), attention_mask=torch.ones(len(ids), len(ids[0])), max_new_tokens=count,
+                    do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)[:, len(ids[0]):].tolist()
+            weights = sum(p.numel() for key, p in m.GPT(config).named_parameters()
+                          if "embed" not in key or config.tie_embeddings)
             size = weights * (2 if dtype == "bfloat16" else 4)
             for batch in cfg.batches:
+                tools.pop("naive", None)
+                if name == "laptop" and batch == 1:
+                    tools = {"naive": lambda ids, count: [sample.generate_naive(ours, ids[0], count, 0)], **tools}
                 ids = torch.randint(config.vocab_size, (batch, 64)).tolist()
                 times = {tool: [] for tool in tools}
-                outputs = {tool: run(ids, n + 1) for tool, run in tools.items()}       # and warm
+                outputs = {tool: run(ids, n + 1) for tool, run in tools.items()}       # also warms up
                 for _ in range(cfg.rounds):
                     for tool, run in tools.items():
                         first, all_of_it = clock(lambda: run(ids, 1)), clock(lambda: run(ids, n + 1))
@@ -103,15 +109,16 @@ def bench_shape(name, cfg, speed):
                     ratio = statistics.median(run[1] for run in times[list(tools)[-1]]) / wall
                     same = sum(a == b for a, b in zip(outputs[tool], outputs["nanopath"]))
                     limit = f"{speed / size:,.0f}" if batch == 1 else ""
-                    print(f"| {name} {dtype} | {batch} | {tool} | {1000 * first:,.1f} | {batch / wall:,.1f} | {batch / processor:,.1f} "
-                          f"| {ratio:.2f} | {limit} | {same}/{batch} |", flush=True)
+                    print(f"| {name} {dtype} | {batch} | {tool} | {1000 * first:,.1f} | {batch / wall:,.1f} "
+                          f"| {batch / processor:,.1f} | {ratio:.2f} | {limit} | {same}/{batch} |", flush=True)
             del ours, tools
             if cfg.hf:
                 del theirs
 
 
 def bench_speculation(cfg):
-    print("\n| | tok/s | against plain | readings of the weights | guesses right | same ids |\n|---|---|---|---|---|---|")
+    print("\n| | tok/s | against plain | readings of the weights | guesses right | same ids |")
+    print("|---|---|---|---|---|---|")
     for dtype in cfg.dtypes:
         model, tokenizer = m.load_model(cfg.speculation, "cpu", getattr(torch, dtype))
         if dtype == "bfloat16":
@@ -148,8 +155,8 @@ def main(cfg):
     speed = bandwidth()
     print(f"{cfg.threads} thread; reading 512 MB: {speed / 1e9:.1f} GB/s\n")
     if cfg.shapes:
-        print("| shape | batch | tool | first token, ms | tok/s | tok/processor s | x the other | limit tok/s | same ids |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        names = "shape|batch|tool|first token, ms|tok/s|tok/processor s|x the other|limit tok/s|same ids".split("|")
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name in cfg.shapes:
         bench_shape(name, cfg, speed)
     if cfg.llama and cfg.gguf:
@@ -161,4 +168,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True, description=__doc__))
+    main(parse(Config, __doc__))

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
 
 import sample
 from bpe import Tokenizer
 from conftest import ROOT, run
+from nanopath import terminal
 from nanopath.constrain import Constraint
-from model import save_model
+from nanopath.flags import parse
+from model import KVCache, save_model
 from test_model import make
 
 TOKENIZER = Tokenizer.train([], 264)
@@ -49,8 +51,8 @@ def hf_generate(theirs, prompt, n, eos=None, **options):
 
 def twin(model, prompt, n, stop_ids=(), **options):
     """stream for one row, the slow and obvious way: the whole text is read again for every token."""
-    o = sample.Options(stop_ids=stop_ids, **options)
-    row, begin, size, new = sample.Row(0, prompt, n, o, set(stop_ids)), 0, min(model.config.block_size, len(prompt) + n), []
+    o = sample.Decoding(n, stop_ids=stop_ids, **options)
+    row, begin, size, new = sample.Row(0, prompt, o, set(stop_ids)), 0, min(model.config.block_size, len(prompt) + n), []
     while not row.done:
         if len(row.text) - begin > size:
             begin = len(row.text) - size // 2
@@ -111,15 +113,15 @@ def test_penalties_are_those_of_transformers_and_of_openai():
     processors = pytest.importorskip("transformers.generation.logits_process")
     text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1]
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(2))
-    for o, theirs in ((sample.Options(repetition_penalty=1.7), processors.RepetitionPenaltyLogitsProcessor(1.7)),
-                      (sample.Options(no_repeat_ngram=3), processors.NoRepeatNGramLogitsProcessor(3)),
-                      (sample.Options(no_repeat_ngram=1), processors.NoRepeatNGramLogitsProcessor(1)),
-                      (sample.Options(no_repeat_ngram=99), processors.NoRepeatNGramLogitsProcessor(99))):
+    for o, theirs in ((sample.Decoding(repetition_penalty=1.7), processors.RepetitionPenaltyLogitsProcessor(1.7)),
+                      (sample.Decoding(no_repeat_ngram=3), processors.NoRepeatNGramLogitsProcessor(3)),
+                      (sample.Decoding(no_repeat_ngram=1), processors.NoRepeatNGramLogitsProcessor(1)),
+                      (sample.Decoding(no_repeat_ngram=99), processors.NoRepeatNGramLogitsProcessor(99))):
         ours = logits[0].clone()
         sample.penalize(ours, text, 5, o)
         assert torch.equal(ours, theirs(torch.tensor([text]), logits.clone())[0])
     ours, expected = logits[0].clone(), logits[0].clone()
-    sample.penalize(ours, text, 5, sample.Options(frequency_penalty=0.5, presence_penalty=0.2))
+    sample.penalize(ours, text, 5, sample.Decoding(frequency_penalty=0.5, presence_penalty=0.2))
     for i in set(text[-5:]):
         expected[i] -= 0.5 * text[-5:].count(i) + 0.2
     assert (ours - expected).abs().max() < 1e-6
@@ -132,8 +134,8 @@ def test_mirostat_holds_the_surprise_and_entropy_lowers_the_temperature():
         o = dict(mirostat=target, stop_ids=(), seed=1)
         surprise = [-logprob / math.log(2) for _, _, logprob in sample.stream(model, [[1]] * 8, 60, **o)]
         assert abs(sum(surprise) / len(surprise) - target) < 0.3
-    logits, rows = torch.randn(1, 50) * 3, [sample.Row(0, [1], 5, sample.Options(), set())]
-    o = sample.Options(entropy_theta=1.5)
+    logits, rows = torch.randn(1, 50) * 3, [sample.Row(0, [1], sample.Decoding(5), set())]
+    o = sample.Decoding(entropy_theta=1.5)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
     expected = (logits / 0.8 ** (1.5 / entropy)).softmax(-1)[0]
     counts = torch.zeros(50)
@@ -177,7 +179,7 @@ def test_sampling_and_speculation_have_exactly_the_models_distribution(method, c
     for row, token, _ in tokens:
         new[row] += (token,)
     assert method == "stream" or 0 < stats["accepted"] < stats["guessed"]
-    expected, counts = exact(model, prompt, sample.Options(**how), 4), Counter(new)
+    expected, counts = exact(model, prompt, sample.Decoding(**how), 4), Counter(new)
     assert chi2(torch.tensor([counts[text] for text in expected]), torch.tensor(list(expected.values())) * n) < 1
 
 
@@ -227,6 +229,37 @@ def test_it_writes_beyond_the_context_and_stops_at_the_end_token():
     assert cut == long[0][:long[0].index(stop)]
 
 
+@pytest.mark.parametrize("options", [dict(temperature=0), {}, dict(temperature=0.7), dict(top_k=5), dict(top_p=0.8),
+                                     dict(temperature=1.5, top_k=40, top_p=0.9), dict(top_k=1, top_p=0.1)])
+@pytest.mark.parametrize("size", [24, 64])
+def test_the_naive_loop_writes_the_same_ids(options, size):
+    model = make(block_size=size, eos_token_id=9)
+    for seed, prompt in enumerate([[1, 2, 3], [7], [4] * 24]):
+        slow = sample.generate_naive(model, prompt, 60, seed=seed, **options)
+        assert sample.generate(model, [prompt], 60, seed=seed, **options) == [slow]
+    assert len(sample.generate_naive(make(block_size=size), [1], 90)) == 90
+
+
+METHODS = {"generate": sample.generate, "beam_search": lambda *a, **k: [beams[0][0] for beams in sample.beam_search(*a, num_beams=1, **k)],
+           "contrastive_search": lambda *a, **k: sample.contrastive_search(*a, contrast=0.0, **k),
+           "stream": lambda *a, **k: [[token for _, token, _ in sample.stream(*a, **k)]],
+           "speculative": lambda *a, **k: [[token for _, token, _ in sample.speculative(*a, **k)]]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_at_all_stop_ids_of_the_model_and_refuses_impossible_ones(method):
+    """Issue 12, fault 21: only the command line knew of more than eos_token_id."""
+    write, greedy = METHODS[method], dict(temperature=0) if method in ("generate", "stream", "speculative") else {}
+    free = write(make(), [[1, 2, 3]], 20, **greedy)[0]
+    stop = free[7]
+    model = make(eos_token_id=256, stop_token_ids=(257, stop))
+    assert write(model, [[1, 2, 3]], 20, **greedy)[0] == free[:free.index(stop)]
+    assert write(model, [[1, 2, 3]], 20, stop_ids=(), **greedy)[0] == free
+    for bad in ({9999}, ["504"], "504", {-1}, [[504]], 7, [1.0], [True]):
+        with pytest.raises(ValueError, match="stop_ids: .*is not an id"):
+            write(model, [[1, 2, 3]], 20, stop_ids=bad, **greedy)
+
+
 def test_logprobs_and_alternatives_are_the_models():
     model, prompt = make(), [1, 2, 3]
     out = list(sample.stream(model, [prompt], 8, temperature=0.5, stop_ids=(), alternatives=4))
@@ -258,7 +291,7 @@ def test_stop_strings_across_tokens_and_characters():
     text = "naïve café. END of 😀 it"
     ids = TOKENIZER.encode(text)                                   # one token per byte
     for stop in ("END", ". E", "é", "😀", "it", "zzz"):
-        writer, seen = sample.Writer(TOKENIZER, (stop, "QQQQQ")), ""
+        writer, seen = terminal.Writer(TOKENIZER, (stop, "QQQQQ")), ""
         for token in ids:
             seen += writer.push(token)
             assert text.startswith(seen)
@@ -323,6 +356,17 @@ def test_speculation_stops_where_plain_decoding_stops_and_gives_its_logprobs():
             sample.speculative(model, [prompt], 5, **bad)
 
 
+@pytest.mark.parametrize("draft", [None, "small"])
+def test_speculation_under_dynamic_ntk_is_that_of_stream(draft):
+    """Issue 12, fault 24: beyond the original context the angles depend on the length so far."""
+    model = make(rope_scaling=dict(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16))
+    small, prompts = draft and make(seed=1, n_layer=1), [[7, 8, 9, 7, 8, 9, 7, 8], [1, 2], [5] * 20]
+    plain, stats, new = sample.generate(model, prompts, 80, temperature=0, stop_ids=()), {}, [[] for _ in prompts]
+    for row, token, _ in sample.speculative(model, prompts, 80, temperature=0, stop_ids=(), draft=small, stats=stats):
+        new[row].append(token)
+    assert new == plain and stats["guessed"] > 0
+
+
 # ---- searching
 
 @pytest.mark.parametrize("num_beams,length_penalty,early", [(1, 1.0, False), (2, 1.0, False), (4, 0.0, False), (4, 2.0, True),
@@ -354,9 +398,28 @@ def test_beams_of_a_batch_are_those_of_each_prompt_and_penalties_apply(theirs):
     assert [ids for ids, _ in ours] == expected and abs(ours[0][1] - scores[0].item()) < 1e-4
 
 
+def test_the_cache_copies_only_what_moves():
+    """Issue 12, fault 26."""
+    model, rng = make(block_size=64), random.Random(1)
+    cache, ids = KVCache(model, 3, 64), torch.randint(264, (3, 7))
+    with torch.no_grad():
+        model(ids, cache=cache, counts=[7, 3, 5])
+        cache.k[..., 7:, :] = math.nan
+        for n in (3, 3, 3, 5, 8, 2, 1, 4, 8):
+            rows = [rng.randrange(len(cache.lengths)) for _ in range(n)] if n != 3 else [0, 1, 2]
+            k, v, lengths, place = cache.k.clone(), cache.v.clone(), cache.lengths, cache.k.data_ptr()
+            grows = n > k.shape[1]
+            cache.keep(rows)
+            assert cache.lengths == [lengths[row] for row in rows] and (cache.k.data_ptr() == place) == (not grows)
+            for i, (row, length) in enumerate(zip(rows, cache.lengths)):
+                assert torch.equal(cache.k[:, i, :, :length], k[:, row, :, :length])
+                assert torch.equal(cache.v[:, i, :, :length], v[:, row, :, :length])
+            assert not (grows and cache.k.isnan().any())           # unused slots are not copied
+
+
 def test_beams_find_the_best_text_when_there_are_enough_of_them():
     model = make(vocab_size=8)
-    found = exact(model, [1, 2], sample.Options(), 2)
+    found = exact(model, [1, 2], sample.Decoding(), 2)
     best, score = sample.beam_search(model, [[1, 2]], 2, 4, 0.0, stop_ids=())[0][0]
     assert tuple(best) == max(found, key=found.get) and abs(score - math.log(max(found.values()))) < 1e-5
 
@@ -422,6 +485,69 @@ def test_every_output_parses_however_few_tokens_there_are(what, options):
                 assert 1 <= len(value["tags"]) <= 3 and set(value["tags"]) <= {"red", "blé"} and 0 <= value.get("age", 0) <= 130
 
 
+def test_an_id_that_the_constraint_writes_is_text_and_never_ends_it():
+    """Issue 12, fault 22."""
+    model = make(eos_token_id=256)
+    five = Constraint("[a-e]{5}", TOKENIZER)
+    for ids in sample.generate(model, [[1, 2]] * 8, 9, seed=3, stop_ids={97}, constraint=five):
+        assert re.fullmatch("[a-e]{5}", TOKENIZER.decode(ids))
+    some, lengths = Constraint("[a-e]{2,9}", TOKENIZER), set()
+    for ids in sample.generate(model, [[1, 2]] * 200, 9, temperature=3.0, stop_ids={97, 256}, constraint=some):
+        assert re.fullmatch("[a-e]{2,9}", TOKENIZER.decode(ids))
+        lengths.add(len(ids))
+    assert len(lengths) > 3                                        # 256 is no text: it may end any of them
+
+
+def best_allowed(model, ids, allowed):
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1]
+    return max(allowed, key=lambda i: logits[i].item())
+
+
+def test_where_all_that_remains_is_forbidden_the_models_ranking_decides():
+    """Issue 12, fault 23: both ended at the first of many equal scores."""
+    model, amateur = make(), make(seed=1, n_layer=1)
+    how = dict(temperature=0, stop_ids=(), constraint=Constraint("[a-z]{12}", TOKENIZER))
+    assert sample.generate(model, [[5, 6]], 12, amateur=amateur, amateur_weight=0, plausibility=1.0, **how) == \
+        sample.generate(model, [[5, 6]], 12, **how)
+    ids = [5, 6, *range(97, 103)]                                  # every letter is already written: none is new
+    for token in sample.generate(model, [ids], 9, no_repeat_ngram=1, temperature=0, stop_ids=(),
+                                 constraint=Constraint("[a-f]{9}", TOKENIZER))[0]:
+        assert token == best_allowed(model, ids, range(97, 103))
+        ids = ids + [token]
+    small, ids = make(vocab_size=4), [0, 1, 2, 3]                  # the same without a constraint
+    for token in sample.generate(small, [ids], 9, no_repeat_ngram=1, temperature=0, stop_ids=())[0]:
+        assert token == best_allowed(small, ids, range(4))
+        ids = ids + [token]
+
+
+class AnyText:
+    """The plainest constraint: these ids, and the end anywhere."""
+    start = shortest = 0
+    ids = torch.arange(256)
+
+    def allowed(self, state, left):
+        return self.ids
+
+    def step(self, state, token):
+        return state
+
+    def ends(self, state):
+        return True
+
+
+def test_forbidden_ids_are_never_chosen():
+    model = make(eos_token_id=256)
+    forbidden = set(range(257, 264))
+    ours = sample.generate(model, [[1], [2]], 60, temperature=3.0, forbidden=forbidden, seed=1)
+    assert ours == sample.generate(model, [[1], [2]], 60, temperature=3.0, constraint=AnyText(), seed=1)
+    odd = set(range(0, 264, 2))
+    assert all(i % 2 for row in sample.generate(model, [[1]] * 9, 40, forbidden=odd, amateur=make(seed=1)) for i in row)
+    for bad in (range(264), [264], "a"):
+        with pytest.raises(ValueError, match="forbidden"):
+            sample.generate(model, [[1]], 5, forbidden=bad)
+
+
 def test_a_text_without_a_stop_id_ends_where_nothing_fits():
     model = make()
     for what, n in (("(ab)*", 3), ("", 3), ("(ab)*c?", 4), ("(ab)*", 1)):
@@ -469,7 +595,7 @@ def test_limits_that_are_no_errors():
 def go(folder, capsys):
     """The command line in this process: without a second of start-up for each call."""
     def go(*flags):
-        sample.main(tyro.cli(sample.Config, args=[f"--model={folder}", "--device=cpu", *flags], use_underscores=True))
+        sample.main(parse(sample.Config, sample.__doc__, args=[f"--model={folder}", "--device=cpu", *flags]))
         return capsys.readouterr().out
     return go
 
@@ -512,7 +638,7 @@ def test_json_schema_and_expression_from_the_command_line(go, tmp_path):
     (["--chat"], "--chat"), (["--temperature=-1"], "--temperature=-1"), (["--temperature=nan"], "--temperature=nan"), (["--temperature=1e-40"], "--temperature=1e-40"),
     (["--top_k=-3"], "--top_k=-3"), (["--prompt=" + "x" * 65], "--prompt is 65 tokens"), (["--num_beams=-2", "--max_new_tokens=5"], "--num_beams=-2"),
     (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt"), (["--model=nowhere"], "no config.json"),
-    (["--dtype=int3"], "--dtype=int3"), (["--num_samples=0"], "--num_samples=0"), (["--regex=a(?=b)"], "not supported"),
+    (["--num_samples=0"], "--num_samples=0"), (["--regex=a(?=b)"], "not supported"),
     (["--schema=nowhere.json"], "--schema=nowhere.json"), (["--json", "--regex=a"], "choose one"), (["--draft=nowhere"], "--draft=nowhere"),
     (["--regex=a{500}"], "--max_new_tokens=300"),
     (["--num_beams=2", "--json"], "--json"), (["--contrast=0.6", "--stop", "x"], "--stop"), (["--num_beams=2", "--num_samples=3"], "--num_samples=3"),
@@ -524,6 +650,34 @@ def test_bad_input_is_one_clear_line(go, flags, message):
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
+def test_a_number_format_is_one_of_the_choices(go, capsys):
+    with pytest.raises(SystemExit):
+        go("--dtype=int3")
+    message = capsys.readouterr().err
+    assert "--dtype" in message and "float32" in message and "bfloat16" in message
+    with pytest.raises(SystemExit, match="--dtype=int3: choose one of float32, bfloat16"):
+        sample.main(sample.Config(dtype="int3"))
+
+
+def test_without_a_run_it_says_so_and_without_a_name_it_takes_the_newest(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = dict(prompt="ab", max_new_tokens=5, device="cpu")
+    for name in ("", "out/shakespeare"):
+        with pytest.raises(SystemExit, match=rf"^no model at {name or 'out/'}: train one first: python train.py$"):
+            sample.main(sample.Config(model=name, **short))
+    shutil.copytree(folder, tmp_path / "out" / "stdlib")
+    (tmp_path / "out" / "tokenizer").mkdir()                       # a folder that is no run
+    for flag in ("model", "draft", "amateur"):
+        with pytest.raises(SystemExit, match=f"^no model at out/shakespeare: .*python sample.py --{flag}=out/stdlib$"):
+            sample.main(sample.Config(**short | {flag: "out/shakespeare"}))
+    sample.main(sample.Config(**short))
+    shutil.copytree(folder, tmp_path / "out" / "later")
+    os.utime(tmp_path / "out" / "later" / "config.json", (2e9, 2e9))
+    sample.main(sample.Config(**short))
+    written = capsys.readouterr()
+    assert "model: out/stdlib\n" in written.err and "model: out/later\n" in written.err and written.out.startswith("ab")
+
+
 def test_a_damaged_model_is_one_clear_line(go, monkeypatch):
     def broken(*args, **options):
         yield 0, 65, -1.0
@@ -533,9 +687,14 @@ def test_a_damaged_model_is_one_clear_line(go, monkeypatch):
         go("--prompt=ab")
 
 
+def listen():
+    """Before a child starts: a shell runs background jobs with SIGINT ignored, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_and_head_end_quietly(folder):
     start = lambda n: subprocess.Popen([sys.executable, "-u", ROOT / "sample.py", f"--model={folder}", "--device=cpu", "--prompt=ab",
-                                        f"--max_new_tokens={n}", "--regex=[a-z]{100000}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+                                        f"--max_new_tokens={n}", "--regex=[a-z]{100000}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=listen)
     process = start(100000)
     process.stdout.read(5)
     process.send_signal(signal.SIGINT)
@@ -602,10 +761,10 @@ def test_chat_answers_remembers_and_saves(chat_folder, tmp_path):
 def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder, tmp_path):
     messages = [dict(role="system", content="S")] + [dict(role=role, content=c) for c in "abc" for role in ("user", "assistant")][:-1]
     full, _ = TOKENIZER.render(messages, add_generation_prompt=True)
-    assert sample.fit(TOKENIZER, messages, len(full), 0) == (full, 0)
-    ids, dropped = sample.fit(TOKENIZER, messages, len(full), 1)
+    assert terminal.fit_messages(TOKENIZER, messages, len(full), 0) == (full, 0)
+    ids, dropped = terminal.fit_messages(TOKENIZER, messages, len(full), 1)
     assert dropped == 2 and ids == TOKENIZER.render(messages[:1] + messages[3:], add_generation_prompt=True)[0]
-    ids, dropped = sample.fit(TOKENIZER, messages, 10, 10)
+    ids, dropped = terminal.fit_messages(TOKENIZER, messages, 10, 10)
     assert dropped == 4 and ids == TOKENIZER.render(messages[:1] + messages[5:], add_generation_prompt=True)[0]
     done = talk(chat_folder, "x" * 30 + "\n" + "hi\n", "--regex=[a-z]{40}", "--max_new_tokens=40")
     assert "shorten it" in done.stderr and len(done.stdout.strip()) == 40 and "Traceback" not in done.stderr
@@ -620,7 +779,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat_folder, tmp_path):
             "def endless():\n    import time\n    while True:\n        time.sleep(0.01)\n        yield 0, 65, -1.0\n"
             f"sample.main(sample.Config(model={str(chat_folder)!r}, chat=True, device='cpu'))")
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=listen)
     process.stdin.write(b"hi\n")
     process.stdin.flush()
     assert process.stdout.read(3) == b"AAA"

@@ -164,6 +164,7 @@ def test_bounds_of_integers_are_exact():
     ({"type": "number", "minimum": True}, "minimum=True"), ({"type": "integer", "multipleOf": 0}, "above 0"), ({"type": "integer", "multipleOf": 997}, "too large"),
     ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 3}]}, "branches 0 and 1"), ({"oneOf": [True, {"type": "null"}]}, "branches 0 and 1"),
     ({"oneOf": [{"properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}]}, "branches 0 and 1"),
+    ({"oneOf": [{"type": "number", "maximum": 0.6}, {"type": "number", "minimum": 0.3}]}, "branches 0 and 1"),
     ({"oneOf": [{"enum": [1, "x"]}, {"const": 1.0}]}, "branches 0 and 1"), ({"allOf": [{}, {}]}, "allOf with 2"), ({"allOf": [{}], "type": "null"}, "'type'"),
     ({"$ref": "#/%24defs/\u00b2", "$defs": [1]}, "nothing"), ({"type": "array", "minItems": 10 ** 400}, "minItems"), ({"type": "array", "minItems": 1.5}, "minItems"),
     ({"type": "array", "minItems": 10 ** 9, "items": {"type": "array", "minItems": 10 ** 9}}, "no finite text"), ({"x": {}, 5: 1}, "5"),

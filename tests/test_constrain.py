@@ -3,7 +3,9 @@ import json
 import math
 import random
 import re
+import time
 import warnings
+from fractions import Fraction
 
 import pytest
 
@@ -115,6 +117,18 @@ SCHEMAS = [
     {"type": "object", "additionalProperties": {"type": "array", "items": {"$ref": "#"}}},
     {"type": "string", "pattern": "^[A-Z]{2}-\\d{3}[\"\\\\é]?$", "description": "a remark"},
     {"minimum": 3, "maximum": 3}, {"type": "integer", "minimum": 95, "maximum": 10107}, {"type": "integer", "maximum": -5},
+    {"type": "number", "minimum": -1.25, "exclusiveMaximum": 3}, {"type": "number", "exclusiveMinimum": 0.1, "maximum": 0.30000000000000004},
+    {"type": "number", "exclusiveMinimum": -1e-3, "maximum": 1e300}, {"type": "integer", "minimum": 0.0, "exclusiveMaximum": 50, "multipleOf": 7},
+    {"type": "integer", "multipleOf": 3600}, {"type": "number", "multipleOf": 0.25, "minimum": -2}, {"type": "integer", "minimum": 0.5, "maximum": 3.5},
+    {"type": ["number", "null"], "exclusiveMinimum": 999999999}, {"type": ["number", "integer"], "minimum": 1}, {"type": "number", "maximum": 1},
+    {"type": "string", "pattern": "b.\\s", "uniqueItems": False}, {"type": "string", "pattern": "^a|b$"}, {"type": "string", "pattern": "(^a$)|x(b|$)"},
+    {"type": "string", "pattern": "^[A-Z][a-z]*-[0-9]{2}$", "minLength": 6, "maxLength": 9}, {"type": "string", "pattern": "^(a|b)$", "maxLength": 1},
+    {"type": "string", "pattern": "^((?:ab)+)$", "minLength": 3, "maxLength": 7.0}, {"type": "string", "pattern": "^$|^[^\\d]{2}$", "format": "x"},
+    {"allOf": [{"$ref": "#/$defs/a%20b"}], "description": "x", "$defs": {"a b": {"type": "integer", "maximum": 3}}},
+    {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 2}, {"const": [1]}, {"enum": [None, False]}, {"type": "array", "items": False}][:4]},
+    {"oneOf": [{"type": "object", "properties": {"kind": {"const": kind}, "v": {"type": ["number", "string"]}}, "required": ["kind"]} for kind in "abc"]},
+    {"oneOf": [{"type": "object", "required": ["x"]}, {"type": "object", "properties": {"y": {}}, "additionalProperties": False},
+               {"type": "number", "maximum": 1}, {"type": "integer", "exclusiveMinimum": 1}, {"$ref": "#/$defs/text"}], "$defs": {"text": {"type": "string"}}},
     {"type": "object", "required": ["x"]}, {"type": "object", "properties": {"p": {}, "q": False, "r": {"type": "boolean"}}}, True, {}]
 
 
@@ -145,8 +159,18 @@ def test_bounds_of_integers_are_exact():
     ({"type": "array", "minItems": 3, "maxItems": 2}, "no finite text"), ({"enum": []}, "no finite text"), (False, "no finite text"),
     ({"$ref": "#"}, "no finite text"), ({"$ref": "#/nowhere"}, "nothing"), ({"$ref": "http://x"}, "within the schema"),
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no finite text"),
-    ({"type": "integer", "minimum": 5, "maximum": 4}, "no finite text"), ({"type": "integer", "minimum": 0.5}, "must be integers"),
-    ({"type": ["number", "integer"], "minimum": 1}, "only supported for type integer"), ({"type": "number", "maximum": 1}, "'maximum'"), ({"type": "string", "minLength": -1}, "minLength"),
+    ({"type": "integer", "minimum": 5, "maximum": 4}, "no finite text"), ({"type": "integer", "minimum": 0.5, "maximum": 0.75}, "no finite text"),
+    ({"type": ["number", "integer"], "minimum": "1"}, "minimum='1'"), ({"type": "string", "maximum": 1}, "'maximum'"), ({"type": "number", "maximum": math.nan}, "maximum=nan"),
+    ({"type": "number", "minimum": True}, "minimum=True"), ({"type": "integer", "multipleOf": 0}, "above 0"), ({"type": "integer", "multipleOf": 997}, "too large"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 3}]}, "branches 0 and 1"), ({"oneOf": [True, {"type": "null"}]}, "branches 0 and 1"),
+    ({"oneOf": [{"properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}]}, "branches 0 and 1"),
+    ({"oneOf": [{"type": "number", "maximum": 0.6}, {"type": "number", "minimum": 0.3}]}, "branches 0 and 1"),
+    ({"oneOf": [{"enum": [1, "x"]}, {"const": 1.0}]}, "branches 0 and 1"), ({"allOf": [{}, {}]}, "allOf with 2"), ({"allOf": [{}], "type": "null"}, "'type'"),
+    ({"$ref": "#/%24defs/\u00b2", "$defs": [1]}, "nothing"), ({"type": "array", "minItems": 10 ** 400}, "minItems"), ({"type": "array", "minItems": 1.5}, "minItems"),
+    ({"type": "array", "minItems": 10 ** 9, "items": {"type": "array", "minItems": 10 ** 9}}, "no finite text"), ({"x": {}, 5: 1}, "5"),
+    ({"type": "string", "pattern": "a^"}, "not supported"), ({"type": "string", "pattern": "^[ab]*[cd]*$", "maxLength": 3}, "pattern together"),
+    ([], "not a schema"), ([{"type": "null"}], "not a schema"), (5, "not a schema"), (None, "not a schema"), (1.5, "not a schema"),
+    ({"type": "string", "minLength": -1}, "minLength"),
     ({"type": "string", "minLength": 2, "maxLength": 1}, "no finite text"), ({"properties": 5}, "properties"), ({"items": 7}, "not a schema"),
     ({"const": math.nan}, "not JSON"), ({"type": "string", "pattern": "(?=x)"}, "not supported"), ({"anyOf": {}}, "anyOf"),
     ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern together"), ({"required": ["a", 1]}, "required=['a', 1]"),
@@ -176,25 +200,182 @@ def test_a_vocabulary_that_cannot_spell_it_is_refused():
     with pytest.raises(ValueError, match="0x62"):
         Constraint("a+b", Poor)
     with pytest.raises(ValueError, match="ambiguous"):
-        write(Constraint("((a?){500}){500}", BYTES), random.Random(0), 10, BYTES)
+        write(Constraint("a?" * 25000, BYTES), random.Random(0), 10, BYTES)
+
+
+@pytest.mark.parametrize("pattern", ["((a?){500}){500}", "(a?){5000}", "(a|aa){0,5000}", "(?:a?b?c?){3000}", "((((a*)*)*)*)*b?", "(a|a?)+", "(|a|b){3,5}",
+                                     "(a?){2}b", "(a*b*){2,3}", "((a|b?)c?){0,2}"])
+def test_repeats_of_what_may_be_empty_are_quick_and_exact(pattern):
+    constraint, known, state = Constraint(pattern, BYTES), re.compile(pattern), 0
+    texts = ["", "a", "b", "ab", "ba", "aab", "abab", "ababab", "aaaaaa", "cc", "acbc"]
+    if "00" not in pattern:                                        # else re itself takes for ever
+        assert all(accepts(constraint, text) == bool(known.fullmatch(text)) for text in texts)
+    for i in range(60):
+        if 97 in constraint.allowed(state := constraint.start if not i else state, 100):
+            state = constraint.step(state, 97)
+    assert len(constraint.states[state]) < 130
 
 
 def test_masks_are_those_of_one_token_at_a_time():
     tokenizer = Tokenizer.load(DATA / "gpt2") if (DATA / "gpt2").is_dir() else MERGED
-    for what in ("json", r"( ?[a-z]+)+\.", SCHEMAS[0]):
-        constraint, rng, state = Constraint(what, tokenizer), random.Random(5), None
+    for tokens, whats, steps in ((MERGED, ["json", "(a|ab|abc){3,40}x?", {"type": "string", "minLength": 3, "maxLength": 30}, *SCHEMAS], 25),
+                                 (tokenizer, [r"( ?[a-z]+)+\.", {"type": "string", "maxLength": 40}], 2)):
+        for what in whats:
+            constraint, rng = Constraint(what, tokens), random.Random(5)
+            state, left = constraint.start, constraint.shortest + rng.choice([0, 3, 40])
+            for left in range(left, max(0, left - steps), -1):
+                allowed = constraint.allowed(state, left).tolist()
+                assert sorted(allowed) == sorted(constraint.allowed_slowly(state, left).tolist())
+                if not allowed:
+                    break
+                state = constraint.step(state, rng.choice(allowed))
+
+
+def test_a_long_count_needs_no_new_masks_and_masks_are_kept_by_bytes(monkeypatch):
+    walked, walk = [], Constraint.walk
+    monkeypatch.setattr(Constraint, "walk", lambda self, state, tokens: walked.append(state) or walk(self, state, tokens))
+    for schema in ({"type": "string"}, {"type": "string", "maxLength": 1000}, {"type": "string", "pattern": "^[a-z]{0,999}$"}):
+        constraint = Constraint(schema, MERGED)
+        state, walked[:] = constraint.step(constraint.start, ord('"')), []
+        for _ in range(100):
+            assert 97 in constraint.allowed(state, 2000)
+            state = constraint.step(state, 97)
+        assert len(walked) == len(constraint.groups)               # each group of tokens once
+    monkeypatch.setattr("nanopath.constrain.MASK_BYTES", 4000)
+    constraint, other, rng = Constraint("json", MERGED), Constraint("json", MERGED), random.Random(6)
+    for _ in range(10):
+        text, state = write(other, rng, 60, MERGED, stop=0), constraint.start
+        for i in MERGED.encode(text):
+            assert sorted(constraint.allowed(state, 99).tolist()) == sorted(constraint.allowed(state, 99).tolist())
+            state = constraint.step(state, i)
+            assert constraint.held == sum(ids.nbytes for ids, _, _ in constraint.masks.values()) < 4000 + 4 * len(constraint.ids)
+
+
+def test_a_token_that_may_not_follow_leads_nowhere():
+    constraint = Constraint("[a-e]{2}", MERGED)
+    special = MERGED.eos_id
+    assert constraint.step(constraint.start, special) == -1 == constraint.step(constraint.start, ord("x"))
+    state = constraint.step(constraint.start, 97)                  # an id in stop_ids that is an ordinary token here
+    assert state >= 0 and not constraint.ends(state) and constraint.ends(constraint.step(state, 97))
+
+
+def test_a_schema_is_never_taken_for_an_expression():
+    assert accepts(Constraint.regex("json", BYTES), "json") and accepts(Constraint("json", BYTES), "[1]")
+    assert accepts(Constraint.json_schema({"const": 1}, BYTES), "1") and accepts(Constraint.json_schema(True, BYTES), "[1]")
+    for bad in ("json", "a+", [], [{}], 3, 0.5, None):             # json.loads of a file may give each of them
+        with pytest.raises(ValueError, match="not a schema"):
+            Constraint.json_schema(bad, BYTES)
+
+
+def test_numbers_within_limits_are_exact():
+    rng = random.Random(7)
+    for _ in range(60):
+        low, high = sorted(rng.choice([round(rng.uniform(-3, 3), rng.randrange(4)), rng.randrange(-200, 200)]) for _ in range(2))
+        step = rng.choice([None, None, 0.5, 0.25, 1.5, 0.01, 3, 12])
+        schema = {"type": "number", rng.choice(["minimum", "exclusiveMinimum"]): low, rng.choice(["maximum", "exclusiveMaximum"]): high}
+        try:
+            constraint = Constraint(schema | ({"multipleOf": step} if step else {}), BYTES)
+        except ValueError as error:
+            assert "no finite text" in str(error)
+            continue
+        for text in [str(low), str(high), *(str(round(rng.uniform(low - 1, high + 1), rng.randrange(4))) for _ in range(30))]:
+            x, a, b = Fraction(text), Fraction(str(low)), Fraction(str(high))
+            fine = (a < x or a == x and "minimum" in schema) and (x < b or x == b and "maximum" in schema) \
+                and (not step or (x / Fraction(str(step))).denominator == 1)
+            written = text if not step or "." not in text else (text.rstrip("0").rstrip("."))      # no more places than the step
+            assert accepts(constraint, written) == (fine and written not in ("-0", "-0.0")), (schema, step, written)
+
+
+def test_a_pattern_is_searched_for_as_in_ecmascript():
+    blanks = "\t\n\v\f\r \u00a0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+    inside = lambda pattern, text: accepts(Constraint({"type": "string", "pattern": pattern}, BYTES), json.dumps(text, ensure_ascii=False))
+    assert all(inside(r"^\s$", c) and not inside(r"^\S$", c) for c in blanks)
+    assert not any(inside(r"^\s$", c) for c in "\x1c\x1f\x85\u180e\u200b")      # blanks for Python's str only
+    assert not any(inside("^.$", c) for c in "\n\r\u2028\u2029") and inside("^.$", "\x85") and not inside(r"^\d$", "\u0663")
+    for pattern in ("b", "^b", "b$", "^b$", "^a|b$", "(^a|b)c", "(a|b$)", "^", "$", "^$", "", "a*", "(^b$)|cc", "x?$"):
+        for text in ("", "a", "b", "ab", "ba", "bb", "abc", "bac", "ac", "cc", "accb"):
+            assert inside(pattern, text) == bool(re.search(pattern, text)), (pattern, text)
+
+
+def test_plain_nesting_has_no_limit_and_recursion_neither():
+    schema, text = {"type": "integer"}, "7"
+    for i in range(60):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]} if i % 2 else {"type": "array", "items": schema, "minItems": 1}
+        text = f'{{"a": {text}}}' if i % 2 else f"[{text}]"
+    assert accepts(Constraint(schema, BYTES), text)
+    chain = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}, "minItems": 1} for i in range(200)} | {"d200": {"const": 0}}
+    assert accepts(Constraint({"$defs": chain, "$ref": "#/$defs/d0"}, BYTES), "[" * 200 + "0" + "]" * 200)
+    left = Constraint({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "array", "items": {"$ref": "#/$defs/a"}}, {"type": "null"}]}},
+                       "$ref": "#/$defs/a"}, BYTES)
+    assert accepts(left, "[[null], null]") and accepts(left, "[" * 100 + "]" * 100) and not accepts(left, "[1]")
+    assert accepts(Constraint("json", BYTES), "[" * 16 + "]" * 16) and not accepts(Constraint("json", BYTES), "[" * 17 + "]" * 17)
+
+
+def nested(depth):
+    return {"anyOf": [nested(depth - 1)]} if depth else {}
+
+
+@pytest.mark.parametrize("what", [
+    nested(900), {"enum": ["word %d" % i for i in range(30_000)]}, {"enum": ["a" * i for i in range(2000)]}, {"const": "abc" * 30_000},
+    "a{1000000}", "(?:a{1000}){1000}", "(" * 3000 + ")" * 3000, "a{99999999999}", r"(?:(?:(?:\w{1,50}){1,50}){1,50}){1,50}", "(a|b)*a(a|b){30}", "(x+x+)+y",
+    {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(2000)}}, {"type": "array", "minItems": 10 ** 9},
+    {"$ref": "#/$defs/d59", "$defs": {f"d{i}": {"oneOf": [{"$ref": f"#/$defs/d{i - 1}"}] * 2} if i else {"type": "null"} for i in range(60)}},
+    {"$ref": "#/$defs/d59", "$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i - 1}"}, {"type": "array", "items": {"$ref": f"#/$defs/d{i - 1}"}}]} if i
+                                      else {"type": "null"} for i in range(60)}},
+    {"oneOf": [{"type": "object", "properties": {"k": {"const": i}}, "required": ["k"]} for i in range(3000)]},
+    {"type": "array", "prefixItems": [{"type": "string", "pattern": f"{i}"} for i in range(2000)]}], ids=range(17))
+def test_hostile_input_is_quick_or_refused(what):
+    start = time.process_time()
+    try:
+        constraint = Constraint(what, MERGED)
         state = constraint.start
-        for left in (40, 39, 38, 4, 3):
-            if left < constraint.fewest[state]:
+        for _ in range(5):
+            allowed = constraint.allowed(state, constraint.shortest + 9).tolist()
+            state = constraint.step(state, allowed[0]) if allowed else state
+    except ValueError as error:
+        assert len(str(error)) < 600
+    assert time.process_time() - start < 5
+
+
+# ---- llguidance as a second oracle
+
+def test_the_masks_are_those_of_llguidance():
+    ll = pytest.importorskip("llguidance")
+
+    class Vocabulary:
+        tokens, eos_token_id, bos_token_id, special_token_ids = [bytes([b]) for b in range(256)] + [b"<end>"], 256, None, [256]
+
+        def __call__(self, text):
+            return list(text)
+
+    tokenizer, rng, compared = ll.LLTokenizer(ll.TokenizerWrapper(Vocabulary())), random.Random(8), 0
+
+    def walk_both(what, grammar, equal, steps=20):
+        """Write with our masks; theirs must be equal, or hold at least ours."""
+        matcher, constraint = ll.LLMatcher(tokenizer, grammar), Constraint(what, BYTES)
+        assert not matcher.is_error(), matcher.get_error()
+        state, written = constraint.start, []
+        for left in range(constraint.shortest + steps, 0, -1):
+            ours = set(constraint.allowed(state, 10 ** 6).tolist()) - {127} | ({256} if constraint.ends(state) else set())
+            bits = matcher.compute_bitmask()
+            theirs = {i for i in range(257) if bits[i // 8] >> i % 8 & 1}
+            assert ours == theirs if equal else ours <= theirs, (what, bytes(written), ours ^ theirs)
+            allowed = sorted({*constraint.allowed(state, left).tolist()} - {127})      # it never writes DEL in strings
+            if not allowed:
                 break
-            allowed = set(constraint.allowed(state, left).tolist())
-            some = rng.sample(sorted(constraint.bytes_of), min(3000, len(constraint.bytes_of))) + sorted(allowed)[:200]
-            for i in some:
-                at = state
-                for b in tokenizer.bytes_of[i]:
-                    constraint.build(at)
-                    at = int(constraint.table[at, b])
-                    if at < 0:
-                        break
-                assert (i in allowed) == (at >= 0 and constraint.fewest[at] < left)
-            state = constraint.step(state, rng.choice(sorted(allowed)))
+            written.append(rng.choice(allowed))
+            state = constraint.step(state, written[-1])
+            assert matcher.consume_token(written[-1]), (what, bytes(written))
+
+    for pattern in ("ab*é?", "[a-c]{2,5}(x|[0-9]+)é?", "(a|aa){3,7}b", "(a?){20}", "([a-z]+ ?){1,4}\\.", "[é-ü😀]*x", "(ab?c|a(b|d))+", "a{0,3}b{2}|c*"):
+        for _ in range(4):
+            walk_both(pattern, ll.LLMatcher.grammar_from_regex(pattern), equal=True)
+    for schema in ({"type": "integer", "minimum": 3, "maximum": 1205}, {"enum": ["ab", "abc", "b", 1]},
+                   {"type": "string", "pattern": "^[a-z]{2,4}-[0-9]+$"}, {"type": "boolean"}):
+        for _ in range(4):
+            walk_both(schema, ll.LLMatcher.grammar_from_json_schema(schema), equal=True)
+    for schema in ({"type": "integer", "multipleOf": 7}, {"type": "integer", "minimum": -57, "exclusiveMaximum": 8}, {"type": "string", "minLength": 2, "maxLength": 4}, SCHEMAS[1], SCHEMAS[2], SCHEMAS[4], {"oneOf": [{"type": "integer"}, {"type": "null"}]},
+                   {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "boolean"}}}, "required": ["b"],
+                    "additionalProperties": False}):
+        for _ in range(4):
+            walk_both(schema, ll.LLMatcher.grammar_from_json_schema(schema), equal=False, steps=40)

@@ -370,28 +370,12 @@ def build_model(cfg, tokenizer, before, machine):
     return model, cfg
 
 
-class Ordinary:
-    """For sample.py: the tokens that text is made of, and none of the specials, which were never trained. The end of a
-    document may come at any time."""
-    start = shortest = 0
-
-    def __init__(self, tokenizer):
-        self.ids = torch.tensor(sorted(tokenizer.tokens.values()))
-
-    def allowed(self, state, left):
-        return self.ids
-
-    def step(self, state, token):
-        return state
-
-    def ends(self, state):
-        return True
-
-
 def write_sample(model, tokenizer, cfg, device):
-    """What the model writes at the beginning of a document, ready to be shown."""
+    """What the model writes at the beginning of a document, ready to be shown: none of the special tokens, which were
+    never trained, but the end of a document."""
+    special = set(range(tokenizer.vocab_size)) - set(tokenizer.tokens.values()) - {tokenizer.eos_id}
     ids = sample.generate(model.to(device), [[tokenizer.eos_id]], cfg.sample_tokens, temperature=0.8, seed=cfg.seed,
-                          constraint=Ordinary(tokenizer))[0]
+                          forbidden=special)[0]
     return "  | " + tokenizer.decode(ids).strip().replace("\n", "\n  | ")
 
 

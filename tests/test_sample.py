@@ -650,11 +650,9 @@ def test_bad_input_is_one_clear_line(go, flags, message):
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-def test_a_number_format_is_one_of_the_choices(go, capsys):
-    with pytest.raises(SystemExit):
+def test_a_number_format_is_one_of_the_choices(go):
+    with pytest.raises(SystemExit, match="--dtype=int3: choose one of float32, bfloat16"):
         go("--dtype=int3")
-    message = capsys.readouterr().err
-    assert "--dtype" in message and "float32" in message and "bfloat16" in message
     with pytest.raises(SystemExit, match="--dtype=int3: choose one of float32, bfloat16"):
         sample.main(sample.Config(dtype="int3"))
 

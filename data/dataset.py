@@ -14,7 +14,8 @@ import numpy as np
 
 from nanopath.files import read_json, write_json
 
-OURS = r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|verified\.json(\.tmp)?|tokenizer(_config)?\.json|chat_template\.jinja"
+OURS = (r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|verified\.json(\.tmp)?|tokenizer(_config)?\.json"
+        r"|chat_template\.jinja")
 SMALL = 200_000_000   # bytes of shards that are hashed at every start; larger datasets are hashed once
 BLOCK_SIZE = 1 << 24  # bytes read at a time
 

@@ -57,9 +57,10 @@ class Constraint:
         self.length = np.array([len(token) for token, _ in tokens])
         self.offset = np.cumsum(self.length) - self.length
         self.data = np.frombuffer(b"".join(token for token, _ in tokens), dtype=np.uint8)
+        # each group has its own masks: what is left of a maxLength of 30 matters only to tokens of 17 bytes or more
         limits = [0, *(n for n in (4, 8, 16) if n < self.length.max()), int(self.length.max())]
         self.groups = {high: np.flatnonzero((low < self.length) & (self.length <= high))
-                       for low, high in zip(limits, limits[1:])}   # tokens by length: each group has its own masks
+                       for low, high in zip(limits, limits[1:])}
 
         self.cells, self.cell_of, self.bytes_left = [None], {}, [0]     # cell 0 is the end of the text
         self.states, self.state_of = [], {}
@@ -67,16 +68,18 @@ class Constraint:
         self.built = np.zeros(256, dtype=bool)                     # which rows of it are filled in
         self.fewest = np.zeros(256, dtype=np.int64)                # state -> fewest bytes to an end
         self.masks, self.held = OrderedDict(), 0                   # masks in the order of their use, their bytes
-        self.clipped, self.twins = {}, {}
+        self.clipped, self.twins = {}, {}                          # see clip and twin
         self.start = self.state(self.closure([self.cell(root, 0)]))
         self.shortest = int(self.fewest[self.start])
 
     @classmethod
     def regex(cls, pattern, tokenizer):
+        """A regular expression, even where it is the word json."""
         return cls(pattern, tokenizer, "regex")
 
     @classmethod
     def json_schema(cls, schema, tokenizer):
+        """What json.loads returned for a schema: ValueError for a string, a number, a list or null."""
         return cls(schema, tokenizer, "schema")
 
     def cell(self, node, rest):
@@ -165,12 +168,13 @@ class Constraint:
         self.built[state] = True
 
     def step(self, state, token):
-        """The state after a token, -1 if it may not follow (as special tokens never may)."""
-        for b in self.bytes_of.get(token, ()):
-            state = int(self.table[state, b]) if self.built[state] else self.after(state, b)
-            if state < 0:
-                break
-        return state if token in self.bytes_of else -1
+        """The state after a token, -1 if the token may not follow (as special tokens never may)."""
+        if token not in self.bytes_of:
+            return -1
+        for b in self.bytes_of[token]:
+            if state >= 0:
+                state = int(self.table[state, b]) if self.built[state] else self.after(state, b)
+        return state
 
     def ends(self, state):
         """May the text end here?"""
@@ -222,11 +226,12 @@ class Constraint:
         return ids[order].astype(np.int32), fewest[order]
 
     def mask(self, state, limit):
-        """The tokens of one group that may follow: ids, and how many of them need fewer than each number of bytes."""
+        """The tokens of one group that may follow: ids, the numbers of bytes still needed after them, and where
+        in `ids` each of these numbers begins."""
         key = self.twin(state, limit), limit
         if key not in self.masks:
             ids, fewest = self.walk(key[0], self.groups[limit])
-            values, first = np.unique(fewest, return_index=True)   # first: where each value begins in `ids`
+            values, first = np.unique(fewest, return_index=True)
             self.masks[key] = torch.from_numpy(ids), values.tolist(), [*first.tolist(), len(ids)]
             self.held += ids.nbytes
             while self.held > MASK_BYTES and len(self.masks) > len(self.groups):

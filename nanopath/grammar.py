@@ -36,7 +36,7 @@ ECMA_SPACE = [*SPACE, (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028,
 NEVER = float("inf")                                               # length of a text that does not exist
 LONGEST_TEXT = 2 ** 31                                             # bytes; a longer minimum counts as impossible
 DEPTH = 16                                                         # levels of nesting in JSON of any kind
-MAX_NODES = 1_000_000                                              # about 400 MB
+MAX_NODES = 1_000_000                                              # of a schema or expression
 BRIEF = Repr()
 BRIEF.maxstring = BRIEF.maxother = 200
 brief = BRIEF.repr                                                 # repr for messages: long values are shortened

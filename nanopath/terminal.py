@@ -68,8 +68,10 @@ def read_constraint(cfg, tokenizer):
         raise SystemExit("--json, --schema and --regex: choose one")
     try:
         if cfg.schema:
-            return Constraint(json.loads(Path(cfg.schema).read_text(encoding="utf-8")), tokenizer)
-        return Constraint("json" if cfg.json else cfg.regex, tokenizer) if cfg.json or cfg.regex else None
+            return Constraint.json_schema(json.loads(Path(cfg.schema).read_text(encoding="utf-8")), tokenizer)
+        if cfg.json:
+            return Constraint.json_schema({}, tokenizer)           # the schema of any JSON
+        return Constraint.regex(cfg.regex, tokenizer) if cfg.regex else None
     except (OSError, ValueError, RecursionError) as error:
         flag = f"--schema={cfg.schema}" if cfg.schema else "--json" if cfg.json else f"--regex={cfg.regex}"
         raise SystemExit(f"{flag}: {getattr(error, 'strerror', None) or error}") from None

@@ -786,3 +786,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat_folder, tmp_path):
     process.stdin.close()
     assert process.wait(timeout=20) == 0
     assert b"(stopped)" in process.stderr.read()
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"[a-z]"', "null"])
+def test_a_schema_file_holds_a_schema_and_nothing_else(go, tmp_path, text):
+    (tmp_path / "schema.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="--schema=.*schema.json: "):
+        go(f"--schema={tmp_path / 'schema.json'}")
+
+
+def test_json_is_also_an_expression(go):
+    assert go("--regex=json", "--max_new_tokens=9").strip() == "json"

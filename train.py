@@ -104,7 +104,7 @@ class Config:
     dry_run: bool = False           # measure a micro-batch, then print what the whole run would need; writes nothing
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matmuls; weights: float32, or 64
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # number format of the matmuls
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: long runs, on a CPU in bf16
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
     parallel: Literal["ddp", "zero2", "fsdp", "hsdp"] = "ddp"  # under torchrun; hsdp: fsdp in a node, ddp between nodes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A cluster with Slurm: sbatch runs/slurm.sh --preset=gpt2-xl --dataset=NAME --out=out/xl --parallel=hsdp
-# When the time limit or a preemption nears, Slurm sends SIGTERM: train.py saves and leaves, and the job goes back into the
-# queue until the run has all its steps. torchrun ends with 1 after a signal, so its status says nothing; the run folder does.
+# Before the time limit or a preemption Slurm sends SIGTERM: train.py saves and ends, and the job returns to the queue until
+# the run has all its steps. torchrun ends with status 1 after a signal, so the folder of the run is read instead.
 #SBATCH --job-name=nanopath
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -31,15 +31,15 @@ newest() { { ls -d "$out"/state/step-* 2> /dev/null || true; } | tail -n 1; }
 before=$(newest)
 resume=()
 if unfinished; then resume=(--resume); fi
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # after a restart processes meet in a new place
-trap : TERM         # the processes of srun get it too, and they are who must act
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # a restart gets a new store
+trap : TERM         # the processes of srun get the signal too, and act on it
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max_restarts=3 --shutdown-timeout=110 \
     --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" train.py "$@" ${resume[@]+"${resume[@]}"} || true
 if unfinished && [[ ! "$(newest)" > "$before" ]]; then
-    echo "no step was saved in this turn: not handed in again"
+    echo "no step was saved in this turn: the job is not submitted again"
     exit 1
 elif unfinished; then
-    echo "stopped early: back into the queue"
+    echo "stopped early: the job returns to the queue"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ ! -d "$out/state" ]; then
     exit 1

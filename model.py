@@ -13,18 +13,18 @@ GPT-2, Llama, Mistral, Qwen and Mixtral are this one picture; they differ in a d
     qwen3      rms    RoPE        RMSNorm on q and k             gated silu              small ones tied
     mixtral, qwen3_moe            as mistral, as qwen3           the best k of E experts own
 
-The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so a checkpoint
-of ours opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
+The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so our
+checkpoint opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
 
 Run     python model.py --summary=gpt2                           # also: llama3-70b, a folder, Qwen/Qwen3-0.6B
 You see parameters, FLOPs and memory to train and to serve, before a byte of it is allocated (70 billion: 3 s)
-Read    GPT.forward first, then Attention, then the parts above it and KVCache. What follows "A model is a folder" is for
-        the engineer: this file is long because seven families and their folders have to agree to the last digit
+Read    GPT.forward first, then Attention, then the parts above it and KVCache. The end of
+        the file loads and saves Hugging Face folders. Faster versions of the parts are in nanopath/kernels.py
 Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
         E experts, S slots of a KV cache
-Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), QK-norm (2010.04245),
-        gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
+Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467),
+        QK-norm (2010.04245), gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
 import math
 import os
@@ -185,8 +185,8 @@ class LayerNorm(nn.LayerNorm):
 def rope_table(positions, frequency, scale):
     """cos and signed sin of position * frequency. positions (T) or (B, T) -> each (T, 1, D) or (B, T, 1, D), fp32.
 
-    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin comes
-    as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
+    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin
+    comes as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
     """
     angle = positions[..., None, None].float() * frequency         # (..., T, 1, D/2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -231,7 +231,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
-        self.fused = None                                          # None: choose the faster attention; True, False: force one
+        self.fused = None  # None: choose the faster attention; True, False: force one
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
@@ -252,7 +252,7 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D): the past and these T
         mask = masks[self.window]
         fused = self.fused
-        if fused is None:                                          # decided by shapes alone: the same with and without gradients
+        if fused is None:  # decided by shapes alone: the same with and without gradients
             fused = T == 1 or kernels.fused_attention_pays(x.device.type, x.dtype, k.shape[2])
         y = (kernels.fused_attention if fused else attention)(q, k, v, mask, causal=mask is None and T == k.shape[2])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -279,7 +279,8 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k, self.norm = config.n_expert_used, config.expert_norm
-        self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0  # grouped_mm's rule
+        # grouped_mm's rule
+        self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0
         self.gate = Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
 
@@ -326,7 +327,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
-        self.checkpointing = False                                 # keep only each block's input, compute the rest again
+        self.checkpointing = False  # keep only each block's input, compute the rest again
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -349,7 +350,7 @@ class GPT(nn.Module):
             self.register_buffer("sinusoids", table, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Behind .to(), .half() and the like: angles are computed anew where the weights are now, never rounded to bf16."""
+        """Behind .to(), .half() and the like: angles are recomputed on the new device, never rounded to bf16."""
         super()._apply(fn, recurse)
         self.make_buffers(self.embed_tokens.weight.device)
         return self
@@ -417,7 +418,7 @@ class GPT(nn.Module):
         if config.position == "rope":
             frequency = self.frequency
             if self.dynamic:                                                             # depends on the length so far;
-                ends = [T] if cache is None else cache.ends()                            # what is cached keeps its angles,
+                ends = [T] if cache is None else cache.ends()  # what is cached keeps its angles,
                 frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
             if cache is not None and cache.rope is not None:
                 rope = tuple(t[cache.span if cache.even else positions] for t in cache.rope)
@@ -467,8 +468,8 @@ class GPT(nn.Module):
 
     def pack(self):
         """Lay out all weights for inference on a CPU, where that is faster, and where the numbers of a row of a product
-        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its dtype.
-        On other devices nothing happens."""
+        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its
+        dtype. On other devices nothing happens."""
         if kernels.can_pack(self.embed_tokens.weight.device, self.dtype):
             for module in self.modules():
                 if isinstance(module, Linear) and module.packed is None:
@@ -483,9 +484,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens.
 
-        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and layer.
-        All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and by
-        torch's counter, though a causal kernel may skip half. Of the experts only those count that a token is sent to.
+        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and
+        layer. All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and
+        torch's counter, though a causal kernel may skip half. Of the experts, the n_expert_used per token are counted.
         """
         c = self.config
         matmul = c.vocab_size * c.n_embd                           # the head, tied or not
@@ -502,7 +503,7 @@ class KVCache:
     k, v (L, B, K, S, D) are allocated once; lengths[b] tokens of row b are in use. Rows may have different lengths: a
     new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it.
     With a sliding window old tokens stay where they are, but are no longer read.
-    Zeroed at birth, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
+    Zeroed when made, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
     """
     def __init__(self, model, batch_size, size):
         c, device = model.config, model.embed_tokens.weight.device
@@ -592,8 +593,9 @@ def save_model(folder, model, tokenizer):
     if tokenizer is not None:
         tokenizer.save(folder)
         if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
-            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever tokenizer.json "
-                          "says: its ids will differ from ours. Learn it with --pattern=qwen2, or use a qk_norm model")
+            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
+                          "tokenizer.json says: its ids will differ from ours. Learn it with "
+                          "--pattern=qwen2, or use a qk_norm model")
     config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
@@ -646,7 +648,7 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
 @dataclass
 class Config:
     summary: str = "laptop"      # a preset, a model folder, or OWNER/NAME on the Hub (only its config.json is read)
-    batch_size: int = 1          # sequences B of the training step that is reckoned
+    batch_size: int = 1          # sequences B of the training step
     block_size: int = 0          # their length T; 0: the model's own, but at most 4096
     dtype: str = "bfloat16"      # of activations and cache, and of the weights to serve
 
@@ -664,9 +666,9 @@ def main(cfg):
         raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and no longer than the model's "
                          f"context of {config.block_size}")
     if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts are reckoned in bfloat16 only)")
+        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts: only bfloat16)")
     if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
-        raise SystemExit(f"--summary={cfg.summary}: experts are reckoned only where they are gated, have no biases, and "
+        raise SystemExit(f"--summary={cfg.summary}: experts must be gated, without biases, and have "
                          "widths that are multiples of 8")
     print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
 

@@ -1,9 +1,9 @@
 """
 What Hugging Face calls things: config.json and tensor names of each family <-> GPTConfig and parameters of model.py.
 
-Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses q, k
-and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by name when
-they say anything: a setting that is silently ignored is a wrong model.
+Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses
+q, k and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by
+name when they are set: a setting that is silently ignored gives a wrong model.
 """
 import re
 import warnings
@@ -33,16 +33,18 @@ READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", 
         "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
         "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
 # ... that cannot change a logit ...
-HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|n_ctx|output_.*|"
-                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|unsloth.*|"
-                      r"router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|is_llama_config|"
-                      r"_?attn_implementation.*")
+HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|"
+                      r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|"
+                      r".*_token_id|n_ctx|output_.*|"
+                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|"
+                      r"unsloth.*|router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|"
+                      r"is_llama_config|_?attn_implementation.*")
 # ... and that would, with the only value this file computes
 FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
 
 
 def family_of(config):
-    """The transformers class that computes exactly this; nanopath where there is none, and only we can open the folder."""
+    """The transformers class that computes exactly this; nanopath if there is none: only nanopath opens it then."""
     c, n_biases = config, (config.qkv_bias, config.o_bias, config.mlp_bias)
     even, everywhere = c.head_dim * c.n_head == c.n_embd, c.window_layers is None
     if c.logit_softcap or c.position == "none":
@@ -83,8 +85,8 @@ def config_to_hf(config, dtype="float32"):
     old = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "dynamic" and old:
         hf["max_position_embeddings"] = old                        # what the formula there is measured by
-    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
-           "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
+           "rope_scaling": c.rope_scaling, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
     if family in ("llama", "qwen3", "qwen3_moe"):
         hf |= {"attention_bias": c.qkv_bias}
     if family == "llama":
@@ -105,10 +107,10 @@ def config_to_hf(config, dtype="float32"):
 
 
 def config_from_hf(hf, where="config.json"):
-    """The dictionary of config.json -> the arguments of GPTConfig. Raises ValueError by name for what this model does not compute."""
+    """The dictionary of config.json -> the arguments of GPTConfig. ValueError names a key that is not supported."""
     family = hf.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise ValueError(f"{where}: model_type={family!r} is not supported; this model reads {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{where}: model_type={family!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
     if family == "nanopath":
         outer = ("architectures", "model_type", "torch_dtype", "dtype")
         values = {key: value for key, value in hf.items() if key not in outer}
@@ -170,19 +172,20 @@ def config_from_hf(hf, where="config.json"):
             raise ValueError(f"{where}: {error}") from None
         if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
             raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling is measured by it")
-        if kind == "linear" and longest is not None:               # then max_position_embeddings is the unstretched context
+        if kind == "linear" and longest is not None:  # then max_position_embeddings is the unstretched context
             v["block_size"] = max(v["block_size"], longest)
         old = v["block_size"] if rope["rope_type"] == "dynamic" else hf.get(old) or rope.get(old) or v["block_size"]
         if type(old) is not int or old < 1:
             raise ValueError(f"{where}: original_max_position_embeddings={old!r}: must be a whole number, at least 1")
-        if rope["rope_type"] in ("dynamic", "yarn"):               # files differ in whether they give the longer context
+        if rope["rope_type"] in ("dynamic", "yarn"):  # files differ in whether they give the longer context
             v["block_size"] = max(v["block_size"], int(old * rope["factor"]))
         if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
             rope["original_max_position_embeddings"] = old
         if rope["rope_type"] != "default":
             v["rope_scaling"] = rope
         bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
+        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
+                  mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
         window = hf.get("sliding_window", None if family == "mixtral" else 4096)
         if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
             window = None
@@ -219,11 +222,12 @@ def check_ids(name, value, vocab_size, lists=True):
     ids = value if lists and isinstance(value, (list, tuple)) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
-            raise ValueError(f"{name}={value!r}: must be a token id from 0 to {vocab_size - 1}" + (", or a list of them" if lists else ""))
+            raise ValueError(f"{name}={value!r}: must be a token id from 0 to {vocab_size - 1}"
+                             + (", or a list of them" if lists else ""))
 
 
 def read_config(GPTConfig, folder):
-    """config.json and generation_config.json of a folder -> GPTConfig. ValueError names the file, the key and the value."""
+    """config.json and generation_config.json of a folder -> GPTConfig. ValueError names file, key and value."""
     where, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = GPTConfig(**config_from_hf(read_json(where), where))
@@ -233,7 +237,8 @@ def read_config(GPTConfig, folder):
     if generation.is_file():
         stop = read_json(generation).get("eos_token_id")
         check_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
-        eos, *more = dict.fromkeys([i for i in (config.eos_token_id, *config.stop_token_ids) if i is not None] + as_list(stop)) or [None]
+        ids = [*as_list(config.eos_token_id), *config.stop_token_ids, *as_list(stop)]
+        eos, *more = dict.fromkeys(ids) or [None]
         config = replace(config, eos_token_id=eos, stop_token_ids=tuple(more))
     return config
 
@@ -241,8 +246,8 @@ def read_config(GPTConfig, folder):
 def read_tensors(folder, files, config, shapes, dtype, device):
     """The tensors of safetensors files under our names, as parameters. shapes: what each of our names must have.
 
-    A tied head is left out, with two exceptions, as in transformers 5: a head without an embedding becomes the embedding;
-    a head that differs from the embedding is kept, with a warning, although config.json says that both are one matrix.
+    A tied head is left out, with two exceptions, as in transformers 5: a head without an embedding becomes the
+    embedding; a head that differs from the embedding is kept, with a warning.
     """
     tensors, family = {}, read_json(folder / "config.json")["model_type"]
     shapes = shapes | {"lm_head.weight": shapes["embed_tokens.weight"]}
@@ -252,7 +257,7 @@ def read_tensors(folder, files, config, shapes, dtype, device):
                 for key in opened.keys():
                     for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family):
                         if name not in shapes:
-                            raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no tensor of that name")
+                            raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
                         if not tensor.is_floating_point():
                             raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
                         if tensor.shape != shapes[name]:
@@ -260,12 +265,12 @@ def read_tensors(folder, files, config, shapes, dtype, device):
                                              f"config.json asks for {tuple(shapes[name])}")
                         tensors[name] = torch.nn.Parameter(tensor.to(dtype))
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy the file again") from None
+            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again or copy it again") from None
     if config.tie_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.setdefault("embed_tokens.weight", head)):
-            warnings.warn(f"{folder}: config.json says that the embedding is also the output head (tie_word_embeddings, by "
-                          "default true for gpt2), but lm_head.weight differs from it. The model is loaded with both matrices; "
+            warnings.warn(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings, "
+                          "by default true for gpt2), but lm_head.weight differs from it. Both matrices are loaded; "
                           "set tie_word_embeddings to false in config.json")
             tensors["lm_head.weight"] = head
     missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_embeddings else set())
@@ -335,8 +340,10 @@ _GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv
             o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
 _LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=8192)
-_NUMBERS = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta")
-KNOWN_MODELS = {"laptop": dict(vocab_size=512, block_size=128)} | {name: dict(zip(_NUMBERS, numbers)) | more for name, numbers, more in (
+_NUMBERS = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden",
+            "rope_theta")
+KNOWN_MODELS = {"laptop": dict(vocab_size=512, block_size=128)} | {
+    name: dict(zip(_NUMBERS, numbers)) | more for name, numbers, more in (
     ("gpt2", (50257, 1024, 12, 768, 12, 12, 64, 3072), _GPT2),
     ("gpt2-medium", (50257, 1024, 24, 1024, 16, 16, 64, 4096), _GPT2),
     ("gpt2-large", (50257, 1024, 36, 1280, 20, 20, 64, 5120), _GPT2),
@@ -344,10 +351,12 @@ KNOWN_MODELS = {"laptop": dict(vocab_size=512, block_size=128)} | {name: dict(zi
     ("llama2-7b", (32000, 4096, 32, 4096, 32, 32, 128, 11008, 1e4), _LLAMA),
     ("llama3-8b", (128256, 8192, 32, 4096, 32, 8, 128, 14336, 5e5), _LLAMA),
     ("llama3-70b", (128256, 8192, 80, 8192, 64, 8, 128, 28672, 5e5), _LLAMA),
-    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5), _LLAMA | dict(tie_embeddings=True, rope_scaling=_LLAMA32)),
+    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5),
+     _LLAMA | dict(tie_embeddings=True, rope_scaling=_LLAMA32)),
     ("smollm2-135m", (49152, 8192, 30, 576, 9, 3, 64, 1536, 1e5), _LLAMA | dict(tie_embeddings=True)),
     ("mistral-7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e4), _LLAMA | dict(window=4096)),
-    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6), dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
+    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6),
+     dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
     ("qwen3-0.6b", (151936, 40960, 28, 1024, 16, 8, 128, 3072, 1e6), dict(tie_embeddings=True)),
     ("mixtral-8x7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e6), _LLAMA | dict(n_expert=8, n_expert_used=2)),
     ("qwen3-30b-a3b", (151936, 40960, 48, 2048, 32, 4, 128, 768, 1e6), dict(n_expert=128, n_expert_used=8)))}

@@ -30,8 +30,8 @@ def endpoint():
 def hub_file(repo, file, kind="models", revision="main", tries=3):
     """Path of one file of a repository "OWNER/NAME" on the Hub; kind is models or datasets.
 
-    All files of a repository come from one commit: the first download notes the commit of `revision`, later ones use it.
-    Delete the repository's folder in data/downloads to fetch a newer commit.
+    All files of a repository come from one commit: the first download notes the commit of `revision`, later ones
+    use it. Delete the repository's folder in data/downloads to fetch a newer commit.
     FileNotFoundError: the repository has no such file (so that a caller can ask for an optional one), or
     HF_HUB_OFFLINE is set and it is not on this machine. ConnectionError: the network failed. ValueError: not a plain
     name (it may come from an index that somebody else wrote, and must not leave the folder)."""
@@ -74,7 +74,7 @@ def pin(address, file, revision, folder):
     token, headers = os.environ.get("HF_TOKEN"), {}
     with sole_writer(note) as part:
         if part is not None:
-            try:                                                   # redirects lead to a file store that knows no commits
+            try:  # redirects lead to a file store that knows no commits
                 headers = requests.head(f"{address}/{revision}/{file}", timeout=(5, 60), allow_redirects=False,
                                         headers={"Authorization": f"Bearer {token}"} if token else {}).headers
             except requests.RequestException:
@@ -92,8 +92,8 @@ def pin(address, file, revision, folder):
 
 @contextmanager
 def sole_writer(target):
-    """Open target.part for appending, for one process at a time; others wait. Yields None to a process that waited while
-    another one completed `target`. The caller renames or deletes the part; a part that is left is resumed later."""
+    """Open target.part for appending, for one process at a time; others wait. Yields None to a process that waited
+    while another one completed `target`. The caller renames or deletes the part; else it is resumed later."""
     part, before = target.with_name(target.name + ".part"), stamp(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -195,8 +195,8 @@ def hub_folder(repo):
             return folder                                  # all files are here: no network needed
     except ValueError:
         pass                                               # weights are missing: fetched below
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.bpe",
-                 "encoder.json"):
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "vocab.bpe", "encoder.json"):
         try:
             found.append(hub_file(repo, file))
         except FileNotFoundError:
@@ -207,8 +207,8 @@ def hub_folder(repo):
         try:
             found.append(index := hub_file(repo, "model.safetensors.index.json"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{repo} has no safetensors weights that can be downloaded; older models have pickles "
-                                    "only, which are never opened here") from None
+            raise FileNotFoundError(f"{repo} has no safetensors weights that can be downloaded; older models have "
+                                    "pickles only, which are never opened here") from None
         found += [hub_file(repo, shard) for shard in files_in_index(index)]
     folder = found[-1].parent
     for path in found:                                     # files from Hugging Face's cache and from ours: join them
@@ -233,7 +233,7 @@ def files_in_index(index):
 
 
 def find_folder(path, only=None):
-    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why there is none.
+    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why not.
 
     only: the one file that is needed; the others are then not downloaded."""
     folder = Path(path)
@@ -248,8 +248,8 @@ def find_folder(path, only=None):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder: one, or the shards that its index names. ValueError where one is missing,
-    or where there is a pickle instead: that could run any code, and is never opened."""
+    """The safetensors files of a model folder: one, or the shards that its index names. ValueError if one is
+    missing, or where there is a pickle instead: that could run any code, and is never opened."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():
@@ -260,8 +260,8 @@ def weight_files(folder):
     elif not single.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(f"{folder} has no model.safetensors" + (
-            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust "
-            "it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
+            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you "
+            "trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
             ": the folder is incomplete. Train again: python train.py, or copy the missing file into it"))
     for file in files:
         with open(file, "rb") as opened:

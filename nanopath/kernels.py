@@ -15,15 +15,16 @@ import torch.nn.functional as F
 def fused_attention_pays(device_type, dtype, T):
     """Whether torch's fused attention is the faster one to train with, over T keys.
 
-    Only in bf16 on a CPU is it not always so. Forward and backward, time of fused / written out, measured 2026-11-25 on one
-    core with AMX (H = 12, H = 2):   16 x 128: 2.4, 2.9    8 x 256: 1.1, 1.6    4 x 512: 0.8, 1.3    1 x 1024: 0.8, 0.8
+    It does except in bf16 on a CPU in short contexts. Time of fused / written out, forward and backward, 2026-11-25,
+    one core with AMX, H = 12 and H = 2:
+    16 x 128: 2.4, 2.9    8 x 256: 1.1, 1.6    4 x 512: 0.8, 1.3    1 x 1024: 0.8, 0.8
     """
     return device_type != "cpu" or dtype != torch.bfloat16 or T >= 512
 
 
 def fused_attention(q, k, v, mask=None, causal=False):
-    """model.attention in torch's kernel. For one query without gradients the heads of a group are passed as its "time", so
-    that keys and values are not copied for every head."""
+    """model.attention in torch's kernel. For one query without gradients the heads of a group are passed as its "time",
+    so that keys and values are not copied for every head."""
     B, H, T, D = q.shape
     groups = H // k.shape[1]
     if T == 1 and groups > 1 and not q.requires_grad:
@@ -35,30 +36,32 @@ class RMSNormFunction(torch.autograd.Function):
     """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps), all in float32, and the gradient derived by hand.
 
     dw = sum over rows of dy n;  dx = r (dy w - n mean(dy w n)). Autograd would need a dozen passes over memory.
-    Forward is the same call with and without gradients, so that its values are the same too, bit for bit.
     """
     @staticmethod
     def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+        wide = torch.promote_types(x.dtype, torch.float32)         # bf16 is summed in float32
+        w, n = weight.to(x.dtype).to(wide), x.to(wide)
+        r = (n.square().mean(-1, keepdim=True) + eps).rsqrt()
+        n = n * r
+        ctx.save_for_backward(n, r, w)
+        ctx.dtypes = x.dtype, weight.dtype
+        return (n * w).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)         # bf16 is summed in float32
-        n, w, dy = x.to(wide), weight.to(x.dtype).to(wide), dy.to(wide)
-        r = (n.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        n = n * r
-        dweight = (dy * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        dyw = dy * w
-        mean = (dyw * n).mean(-1, keepdim=True)
-        dx = torch.addcmul(dyw, n, mean, value=-1).mul_(r)
-        return dx.to(x.dtype), None if dweight is None else dweight.to(weight.dtype), None
+        n, r, w = ctx.saved_tensors
+        dy = dy.to(n.dtype)
+        dyn = dy * n
+        mean = (dyn @ w).unsqueeze(-1) / len(w)
+        dx = torch.addcmul(dy * w, n, mean, value=-1).mul_(r)
+        return dx.to(ctx.dtypes[0]), dyn.flatten(0, -2).sum(0).to(ctx.dtypes[1]), None
 
 
 def rms_norm(x, weight, eps):
-    if not torch.is_grad_enabled():                                # the same forward call without autograd's bookkeeping
+    """model.rms_norm. On a CPU F.rms_norm does the operations of RMSNormFunction in the same order, so that a model
+    gives the same logits with and without gradients, bit for bit; as one call it is faster where no gradient is needed. Other
+    devices have a fused kernel that rounds differently, so it is not used there."""
+    if not torch.is_grad_enabled() and x.device.type == "cpu":
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNormFunction.apply(x, weight, eps)
 
@@ -103,10 +106,10 @@ def grouped_experts(moe, flat, weight, chosen):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits alive.
 
-    The gradient of the sum is known in the forward pass already, softmax - one_hot per row, so each chunk of logits is
-    turned into its part of dh and dweight at once and then dropped: N x V numbers never exist, nothing is computed twice.
-    Buffers are allocated once: a CPU spends as long on the page faults of fresh memory as on the arithmetic. For the same
-    reason dweight is added up in slices of the vocabulary (2026-11-25, V = 50257: 80 ms against 175 ms per chunk).
+    The gradient of the sum is known in the forward pass already, softmax - one_hot per row, so each chunk of logits
+    becomes its part of dh and dweight at once and is dropped: N x V numbers never exist, nothing is computed twice.
+    Buffers are allocated once: a CPU spends as long on the page faults of fresh memory as on the arithmetic. For the
+    same reason dweight is added up in slices of the vocabulary (2026-11-25, V = 50257: 80 ms against 175 ms per chunk).
     torch's own F.linear_cross_entropy is not used: see bench/results.md.
     """
     SLICE = 4096
@@ -116,8 +119,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w, wide, shape = weight.to(h.dtype), torch.promote_types(h.dtype, torch.float32), (rows, len(weight))
         total = torch.zeros((), dtype=wide, device=h.device)
         dh = torch.empty_like(h)
-        dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if ctx.needs_input_grad[1] else None    # frozen head: none
-        narrow, logprobs = torch.empty(shape, dtype=h.dtype, device=h.device), torch.empty(shape, dtype=wide, device=h.device)
+        need_dw = ctx.needs_input_grad[1]                          # not where the head is frozen
+        dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_dw else None
+        narrow = torch.empty(shape, dtype=h.dtype, device=h.device)
+        logprobs = torch.empty(shape, dtype=wide, device=h.device)
         logits = narrow if wide == h.dtype else torch.empty_like(logprobs)
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
             n = len(y)
@@ -134,10 +139,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad.mul_(1 - (z / softcap).square())
             if wide != h.dtype:
                 grad = narrow[:n].copy_(grad)
-            dchunk.copy_((grad @ w) * counted)                     # positions that do not count: masked where rows are short
+            dchunk.copy_((grad @ w) * counted)  # positions that do not count: masked where rows are short
             if dw is not None:
                 counted_chunk = chunk * counted
-                for part, dpart in zip(grad.split(ChunkedCrossEntropy.SLICE, dim=1), dw.split(ChunkedCrossEntropy.SLICE)):
+                size = ChunkedCrossEntropy.SLICE
+                for part, dpart in zip(grad.split(size, dim=1), dw.split(size)):
                     dpart.add_(part.T @ counted_chunk)
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype

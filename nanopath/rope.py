@@ -61,7 +61,7 @@ def rope_frequencies(config, length=0, device=None):
         keep = ((turns - low) / (high - low)).clamp(0, 1)          # turns within the old context: few are squeezed
         return keep * frequency + (1 - keep) * frequency / factor, 1.0
     if kind == "yarn":
-        def pair(turns):                                           # the pair that makes so many turns in the old context
+        def pair(turns):  # the pair that makes so many turns in the old context
             return D * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
         if scaling.get("truncate", True):

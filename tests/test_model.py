@@ -886,7 +886,7 @@ def test_summaries_have_the_published_sizes_and_need_no_memory():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_activations_reckoned_are_those_that_a_real_step_keeps(checkpointing):
+def test_the_activations_computed_are_those_that_a_real_step_keeps(checkpointing):
     config = m.GPTConfig(**shrunk("llama3-8b") | dict(n_layer=5))
     model, kept = m.GPT(config).init_weights(), {}
     model.checkpointing = checkpointing

@@ -58,9 +58,9 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps):
-    """model.rms_norm. On a CPU F.rms_norm does the operations of RMSNormFunction in the same order, so that a model
-    gives the same logits with and without gradients, bit for bit; as one call it is faster where no gradient is needed. Other
-    devices have a fused kernel that rounds differently, so it is not used there."""
+    """model.rms_norm, the same with and without gradients, bit for bit. On a CPU F.rms_norm does the operations of
+    RMSNormFunction in the same order, and as one call is faster where no gradient is needed. Other devices have a fused
+    kernel that rounds differently, so it is not used there."""
     if not torch.is_grad_enabled() and x.device.type == "cpu":
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNormFunction.apply(x, weight, eps)

@@ -122,8 +122,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         need_dw = ctx.needs_input_grad[1]                          # not where the head is frozen
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_dw else None
         narrow = torch.empty(shape, dtype=h.dtype, device=h.device)
-        logprobs = torch.empty(shape, dtype=wide, device=h.device)
-        logits = narrow if wide == h.dtype else torch.empty_like(logprobs)
+        logits = narrow if wide == h.dtype else torch.empty(shape, dtype=wide, device=h.device)
+        # a CPU's log_softmax may write over its input; the tanh of a softcap needs its logits again
+        logprobs = logits if h.device.type == "cpu" and not softcap else torch.empty_like(logits)
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
             n = len(y)
             torch.mm(chunk, w.T, out=narrow[:n])

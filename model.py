@@ -13,18 +13,18 @@ GPT-2, Llama, Mistral, Qwen and Mixtral are this one picture; they differ in a d
     qwen3      rms    RoPE        RMSNorm on q and k             gated silu              small ones tied
     mixtral, qwen3_moe            as mistral, as qwen3           the best k of E experts own
 
-The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so a checkpoint
-of ours opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
+The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so our
+checkpoint opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
 
 Run     python model.py --summary=gpt2                           # also: llama3-70b, a folder, Qwen/Qwen3-0.6B
 You see parameters, FLOPs and memory to train and to serve, before a byte of it is allocated (70 billion: 3 s)
-Read    GPT.forward first, then Attention, then the parts above it and KVCache. What follows "A model is a folder" is for
-        the engineer: this file is long because seven families and their folders have to agree to the last digit
+Read    GPT.forward first, then Attention, then the parts above it and KVCache. The end of
+        the file loads and saves Hugging Face folders. Faster versions of the parts are in nanopath/kernels.py
 Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
         E experts, S slots of a KV cache
-Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467), QK-norm (2010.04245),
-        gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
+Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467),
+        QK-norm (2010.04245), gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
 import math
 import os
@@ -35,16 +35,16 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from nanopath.hf import (ARCHITECTURES, PRESETS, config_from_hf, config_to_hf, family_of, tensors_from_hf,
-                           tensors_to_hf)
+from nanopath import kernels
+from nanopath.hf import (KNOWN_MODELS, check_ids, config_to_hf, family_of, read_config, read_tensors, tensors_to_hf)
 from nanopath.devices import pick_device
-from nanopath.files import read_json, write_json
+from nanopath.files import write_json
 from nanopath.hub import find_folder, weight_files
 from nanopath.plan import print_summary
+from nanopath.rope import check_rope, rope_frequencies
 
 
 @dataclass
@@ -103,9 +103,11 @@ class GPTConfig:
             scaling = dict(self.rope_scaling)
             self.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
         if self.position == "rope":
-            rope_frequencies(self)                                 # raises where a key is missing or unknown
+            check_rope(self.rope_theta, self.rope_scaling or {})
         if self.n_expert and not 1 <= self.n_expert_used <= self.n_expert:
             raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
+            check_ids(name, getattr(self, name), self.vocab_size)
         if not set(self.window_layers or ()) <= set(range(self.n_layer)):
             raise ValueError(f"window_layers={self.window_layers}: numbers from 0 to n_layer - 1 = {self.n_layer - 1}")
 
@@ -123,6 +125,8 @@ class GPTConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
+
+FAST = True  # False: the plain versions in this file instead of nanopath.kernels, which the tests hold equal to them
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
                "relu2": lambda x: F.relu(x).square()}
@@ -142,57 +146,33 @@ class Linear(nn.Linear):
     packed = None
 
     def forward(self, x):
-        if self.packed is None and self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)             # a small model feels even a cast that does nothing
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.packed is None:
-            return F.linear(x, self.weight.to(x.dtype), bias)
-        rows = x.reshape(-1, self.in_features)
-        if len(rows) == 1:                                         # one row takes another kernel, with other rounding;
-            rows = rows.expand(2, -1).contiguous()                 # two cost the same and equal any larger batch
-        y = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
-        return y[:x.numel() // self.in_features].view(*x.shape[:-1], self.out_features)
+        if self.packed is not None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return kernels.packed_linear(x, self.packed, bias, self.out_features)
+        if self.weight.dtype == x.dtype:                           # a small model feels even a cast that does nothing
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def pack(self, dtype):
-        """Lay the weight out as the CPU's matmul wants it, once and not on every call. The plain one is dropped."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype).contiguous(), 16)
-        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)      # its shape
+        """Keep the weight in the CPU's own layout only; of the plain weight the shape remains."""
+        self.packed = kernels.pack_weight(self.weight.to(dtype))
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """n = x r with r = 1 / sqrt(mean(x^2) + eps), y = n w, and the gradient derived by hand.
-
-    dw = sum over rows of dy n;  dx = r (dy w - n mean(dy w n)). Autograd would reach the same through a dozen passes
-    over memory: 1.0 ms against 0.2 for (1024, 128) on one laptop-class core, a fifth of a training step in all.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        n = x * r
-        ctx.save_for_backward(n, r, weight)
-        return n * weight
-
-    @staticmethod
-    def backward(ctx, dy):
-        n, r, weight = ctx.saved_tensors
-        dyn = dy * n
-        dweight = dyn.flatten(0, -2).sum(0)
-        mean = (dyn @ weight).unsqueeze(-1) / len(weight)
-        dx = torch.addcmul(dy * weight, n, mean, value=-1).mul_(r)
-        return dx, dweight, None
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+    y = upcast(x)
+    return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32."""
     def __init__(self, dim, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x):
-        if not torch.is_grad_enabled():                            # one call instead of seven: a small model's step is
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)      # mostly calls
-        return RMSNormFunction.apply(upcast(x), upcast(self.weight), self.eps).to(x.dtype)
+        return (kernels.rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -202,63 +182,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(upcast(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-def rope_frequencies(config, length=0, device=None):
-    """Angle per position of each pair of channels, (D/2,) in fp32, and the factor on cos and sin.
-
-    theta^(-2i/D) (arXiv:2104.09864, 3.2.2), stretched for contexts longer than those of pretraining:
-    linear    every angle divided by `factor`: positions squeezed together
-    dynamic   NTK: a larger base theta, growing with `length` once that exceeds the original context
-    llama3    slow pairs (wavelength beyond the old context) are squeezed, fast ones left alone, a ramp between
-    yarn      the same idea with a ramp over pairs, and cos and sin scaled to keep the softmax sharp (2309.00071)
-    """
-    D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
-    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
-    needed = {"default": [], "linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"],
-              "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    optional = {"rope_type", "rope_theta", "original_max_position_embeddings"}
-    if kind == "yarn":
-        optional |= {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
-    problems = [f"rope_type={kind!r}; choose {', '.join(needed)}"] if kind not in needed else \
-        [f"{kind} needs {key}" for key in needed[kind] if not isinstance(scaling.get(key), (int, float))] + \
-        [f"{kind} with {key}" for key in scaling.keys() - optional - set(needed[kind])
-         if scaling[key] is not None and (key, scaling[key]) != ("partial_rotary_factor", 1.0)]
-    if problems:
-        raise ValueError(f"rope_scaling: {problems[0]} is not supported")
-    if not (theta > 0 and factor > 0):
-        raise ValueError(f"rope_theta={theta}, rope_scaling factor={factor}: both must be positive")
-    old = scaling.get("original_max_position_embeddings") or config.block_size
-    if kind == "dynamic":
-        theta = theta * (factor * max(length, old) / old - (factor - 1)) ** (D / (D - 2))
-    frequency = theta ** -(torch.arange(0, D, 2, device=device).float() / D)
-    if kind == "linear":
-        return frequency / factor, 1.0
-    if kind == "llama3":
-        turns, low, high = old * frequency / (2 * math.pi), scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)          # turns within the old context: few are squeezed
-        return keep * frequency + (1 - keep) * frequency / factor, 1.0
-    if kind == "yarn":
-        def pair(turns):                                           # the pair that makes so many turns in the old context
-            return D * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        ramp = (torch.arange(D // 2, device=device).float() - low) / (high - low if high != low else 0.001)
-        keep = 1 - ramp.clamp(0, 1)
-
-        def sharpen(weight):
-            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
-        scale = sharpen(scaling["mscale"]) / sharpen(scaling["mscale_all_dim"]) if both else sharpen(1.0)
-        return keep * frequency + (1 - keep) * frequency / factor, scaling.get("attention_factor") or scale
-    return frequency, 1.0
-
-
 def rope_table(positions, frequency, scale):
     """cos and signed sin of position * frequency. positions (T) or (B, T) -> each (T, 1, D) or (B, T, 1, D), fp32.
 
-    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin comes
-    as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
+    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin
+    comes as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
     """
     angle = positions[..., None, None].float() * frequency         # (..., T, 1, D/2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -283,23 +211,15 @@ def visible(query, key, window=0):
     return (key <= query) & (key > query - window) if window else key <= query
 
 
-def attention(q, k, v, mask=None, causal=False, fused=True):
+def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
     mask (B or 1, 1, T, S) is True where a query may look; causal=True (only when T == S) is the triangle.
-    fused=False is the same arithmetic written out: the lesson, the reference of the tests, and the faster way to train
-    in bf16 on a CPU in short contexts (1.5 to 3 times at 64 to 256 tokens; at 1,024 the fused kernel wins by as much).
     """
-    B, H, T, D = q.shape
-    groups = H // k.shape[1]
-    if fused and T == 1 and groups > 1 and not q.requires_grad:    # one query: the heads of a group are its "time",
-        y = F.scaled_dot_product_attention(q.view(B, -1, groups, D), k, v, attn_mask=mask)     # nothing is copied
-        return y.view(B, H, T, D)
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+    groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)   # query head h reads h // groups
-    scores = (q * D ** -0.5) @ k.mT                                                     # (B, H, T, S)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT                                           # (B, H, T, S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -311,7 +231,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
-        self.fused = True
+        self.fused = None  # None: choose the faster attention; True, False: force one
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
@@ -331,7 +251,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D): the past and these T
         mask = masks[self.window]
-        y = attention(q, k, v, mask, causal=mask is None and T == k.shape[2], fused=self.fused)
+        fused = self.fused
+        if fused is None:  # decided by shapes alone: the same with and without gradients
+            fused = T == 1 or kernels.fused_attention_pays(x.device.type, x.dtype, k.shape[2])
+        y = (kernels.fused_attention if fused else attention)(q, k, v, mask, causal=mask is None and T == k.shape[2])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -356,7 +279,8 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k, self.norm = config.n_expert_used, config.expert_norm
-        self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0   # the kernel's rule
+        # grouped_mm's rule
+        self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0
         self.gate = Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
 
@@ -370,18 +294,9 @@ class MoE(nn.Module):
         ones = torch.ones(chosen.numel(), device=x.device)
         self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), ones)
         self.liked = probs.sum(dim=0)
+        if FAST and self.training and self.grouped and x.dtype == torch.bfloat16:
+            return kernels.grouped_experts(self, flat, weight, chosen).view_as(x)
         y = torch.zeros_like(flat)
-        expert = self.experts[0]
-        if self.training and self.grouped and x.dtype == torch.bfloat16:
-            # sorted by expert, one grouped matmul per matrix: no shape depends on the data, so it compiles whole
-            order = chosen.flatten().argsort(stable=True)                       # (N k), the pairs of expert 0 first
-            token, ends = order // self.k, self.load.cumsum(0).to(torch.int32)
-            stack = [torch.stack([getattr(e, name).weight for e in self.experts]).to(x.dtype).mT      # (E, in, out)
-                     for name in ("gate_proj", "up_proj", "down_proj")]
-            rows = flat[token]
-            hidden = expert.act(F.grouped_mm(rows, stack[0], offs=ends)) * F.grouped_mm(rows, stack[1], offs=ends)
-            out = F.grouped_mm(hidden, stack[2], offs=ends) * weight.flatten()[order, None].to(x.dtype)
-            return y.index_add(0, token, out).view_as(x)
         # for inference only the experts that somebody chose; in training all, so that each has a gradient, if only zero
         for number in range(E) if self.training else chosen.unique().tolist():
             token, rank = (chosen == number).nonzero(as_tuple=True)
@@ -403,44 +318,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits alive.
-
-    The gradient of a sum is known in the forward pass already, (softmax - one_hot) per row, so each chunk of logits is
-    turned into its part of dh and dweight at once and forgotten: N x V numbers never exist, nothing is computed twice.
-    """
-    @staticmethod
-    def forward(ctx, h, weight, targets, rows, softcap):
-        w = weight.to(h.dtype)
-        total = torch.zeros((), dtype=upcast(h).dtype, device=h.device)
-        dh, dw = torch.empty_like(h), None
-        for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
-            logits = upcast(chunk @ w.T)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            counted = (y != -100)[:, None]
-            gold = torch.where(counted, y[:, None], 0)
-            logprobs = logits.log_softmax(dim=-1)
-            total -= (logprobs.gather(1, gold) * counted).sum()
-            grad = logprobs.exp_().scatter_add_(1, gold, -torch.ones_like(gold, dtype=logprobs.dtype))
-            if softcap:
-                grad = grad * (1 - (logits / softcap).square())
-            grad = grad.to(h.dtype)
-            dchunk.copy_((grad @ w) * counted)                     # rows that do not count: masked here, where they are short
-            if ctx.needs_input_grad[1]:                            # not where the head is frozen
-                part = grad.T @ (chunk * counted)
-                dw = upcast(part) if dw is None else dw.add_(part)
-        ctx.save_for_backward(dh, dw)
-        ctx.dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, dtotal):
-        dh, dw = ctx.saved_tensors
-        dw = None if dw is None else dw.mul_(dtotal).to(ctx.dtype)                     # in place, for it is large
-        return dh.mul_(dtotal), dw, None, None, None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -450,7 +327,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
-        self.checkpointing = False                                 # keep only each block's input, compute the rest again
+        self.checkpointing = False  # keep only each block's input, compute the rest again
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -473,7 +350,7 @@ class GPT(nn.Module):
             self.register_buffer("sinusoids", table, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Behind .to(), .half() and the like: angles are computed anew where the weights are now, never rounded to bf16."""
+        """Behind .to(), .half() and the like: angles are recomputed on the new device, never rounded to bf16."""
         super()._apply(fn, recurse)
         self.make_buffers(self.embed_tokens.weight.device)
         return self
@@ -541,7 +418,7 @@ class GPT(nn.Module):
         if config.position == "rope":
             frequency = self.frequency
             if self.dynamic:                                                             # depends on the length so far;
-                ends = [T] if cache is None else cache.ends()                            # what is cached keeps its angles,
+                ends = [T] if cache is None else cache.ends()  # what is cached keeps its angles,
                 frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
             if cache is not None and cache.rope is not None:
                 rope = tuple(t[cache.span if cache.even else positions] for t in cache.rope)
@@ -567,23 +444,18 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, x, targets, reduction="mean"):
-        """Cross-entropy of hidden states x (B, T, C), in pieces where the logits would be many; plus the balance loss
-        of a mixture of experts while it trains (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
-        flat, y, V = x.flatten(0, 1), targets.flatten(), self.config.vocab_size
-        rows = max(1, self.max_logits // V)
-        if reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
-            if torch.is_grad_enabled():
-                loss = ChunkedCrossEntropy.apply(flat, self.lm_head.weight, y, rows, self.config.logit_softcap)
-            else:
-                loss = sum(F.cross_entropy(self.logits(part), gold, reduction="sum", ignore_index=-100)
-                           for part, gold in zip(flat.split(rows), y.split(rows)))
+        """Cross-entropy of hidden states x (B, T, C); while a mixture of experts trains, its balance loss is added
+        (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
+        flat, y, c = x.flatten(0, 1), targets.flatten(), self.config
+        rows = max(1, self.max_logits // c.vocab_size)
+        if FAST and reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
+            loss = kernels.chunked_cross_entropy(self, flat, y, rows)
             loss = loss / (y != -100).sum() if reduction == "mean" else loss
         else:
             loss = F.cross_entropy(self.logits(flat), y, reduction=reduction, ignore_index=-100)
             loss = loss.view(targets.shape) if reduction == "none" else loss
-        if self.training and self.config.n_expert and self.config.balance_loss and reduction != "none":
-            weight = self.config.balance_loss * (1 if reduction == "mean" else (y != -100).sum())
-            loss = loss + weight * self.balance()
+        if self.training and c.n_expert and c.balance_loss and reduction != "none":
+            loss = loss + c.balance_loss * (1 if reduction == "mean" else (y != -100).sum()) * self.balance()
         return loss
 
     def balance(self):
@@ -596,12 +468,9 @@ class GPT(nn.Module):
 
     def pack(self):
         """Lay out all weights for inference on a CPU, where that is faster, and where the numbers of a row of a product
-        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its dtype.
-        On other devices nothing happens."""
-        device = self.embed_tokens.weight.device
-        able = device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if able:
+        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its
+        dtype. On other devices nothing happens."""
+        if kernels.can_pack(self.embed_tokens.weight.device, self.dtype):
             for module in self.modules():
                 if isinstance(module, Linear) and module.packed is None:
                     module.pack(self.dtype)
@@ -615,9 +484,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens.
 
-        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and layer.
-        All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and by
-        torch's counter, though a causal kernel may skip half. Of the experts only those count that a token is sent to.
+        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and
+        layer. All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and
+        torch's counter, though a causal kernel may skip half. Of the experts, the n_expert_used per token are counted.
         """
         c = self.config
         matmul = c.vocab_size * c.n_embd                           # the head, tied or not
@@ -634,7 +503,7 @@ class KVCache:
     k, v (L, B, K, S, D) are allocated once; lengths[b] tokens of row b are in use. Rows may have different lengths: a
     new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it.
     With a sliding window old tokens stay where they are, but are no longer read.
-    Zeroed at birth, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
+    Zeroed when made, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
     """
     def __init__(self, model, batch_size, size):
         c, device = model.config, model.embed_tokens.weight.device
@@ -736,8 +605,9 @@ def save_model(folder, model, tokenizer):
     if tokenizer is not None:
         tokenizer.save(folder)
         if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
-            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever tokenizer.json "
-                          "says: its ids will differ from ours. Learn it with --pattern=qwen2, or use a qk_norm model")
+            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
+                          "tokenizer.json says: its ids will differ from ours. Learn it with "
+                          "--pattern=qwen2, or use a qk_norm model")
     config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
@@ -748,14 +618,6 @@ def save_model(folder, model, tokenizer):
         old.unlink(missing_ok=True)                                # shards of what was here before
 
 
-def read_config(hf, where):
-    try:
-        return GPTConfig(**config_from_hf(hf, where))
-    except (ValueError, TypeError) as error:                       # an impossible value, or one of the wrong type
-        message = str(error)
-        raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
-
-
 def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     """Read a Hugging Face folder, or download one. Returns (model, tokenizer), the model on `device`.
 
@@ -763,17 +625,11 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     dtype       of weights and activations; None is float32
     need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
     Tensor by tensor: peak memory is the model plus one tensor. Raises ValueError naming the file and what is wrong with
-    it; no partial model is ever returned.
+    it; a partly loaded model is never returned.
     """
     from bpe import Tokenizer                                      # lazily: the model itself knows only ids
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
-    hf, tokenizer = read_json(folder / "config.json"), None
-    config, family = read_config(hf, folder / "config.json"), hf["model_type"]
-    if (folder / "generation_config.json").is_file():
-        stop = read_json(folder / "generation_config.json").get("eos_token_id")
-        stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
-        more = dict.fromkeys([*config.stop_token_ids, *stop])
-        config = replace(config, stop_token_ids=tuple(i for i in more if i != config.eos_token_id))
+    config, tokenizer = read_config(GPTConfig, folder), None
     files = weight_files(folder)
     if need_tokenizer and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.bpe").is_file():
         raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Train again: python train.py, "
@@ -783,31 +639,14 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     except ValueError:
         if need_tokenizer:
             raise
-    if config.eos_token_id is None and config.stop_token_ids:
-        config = replace(config, eos_token_id=config.stop_token_ids[0], stop_token_ids=config.stop_token_ids[1:])
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
-    expected, tensors = dict(model.named_parameters()), {}
-    for file in files:
-        try:
-            with safe_open(file, "pt", device=str(device)) as opened:
-                for key in opened.keys():
-                    if key == "lm_head.weight" and config.tie_embeddings:
-                        continue                                   # the same matrix again
-                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family):
-                        if name not in expected:
-                            raise ValueError(f"{file}: unexpected tensor {key}; config.json asks for none of that name")
-                        if not tensor.is_floating_point():
-                            raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
-                        if tensor.shape != expected[name].shape:
-                            raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
-                                             f"config.json asks for {tuple(expected[name].shape)}")
-                        tensors[name] = nn.Parameter(tensor.to(dtype))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short ({error}). Train again, or copy it anew") from None
-    missing = expected.keys() - tensors.keys()
-    if missing:
-        raise ValueError(f"{folder}: {sorted(missing)[0]} is missing from {files[0].name} ({len(missing)} in all)")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    tensors = read_tensors(folder, files, config, shapes, dtype, device)
+    if config.tie_embeddings and "lm_head.weight" in tensors:      # the file has an output head of its own
+        config = replace(config, tie_embeddings=False)
+        with torch.device("meta"):
+            model = GPT(config)
     if config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -821,28 +660,27 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
 @dataclass
 class Config:
     summary: str = "laptop"      # a preset, a model folder, or OWNER/NAME on the Hub (only its config.json is read)
-    batch_size: int = 1          # sequences B of the training step that is reckoned
+    batch_size: int = 1          # sequences B of the training step
     block_size: int = 0          # their length T; 0: the model's own, but at most 4096
     dtype: str = "bfloat16"      # of activations and cache, and of the weights to serve
 
 
 def main(cfg):
-    if cfg.summary in PRESETS:
-        config = GPTConfig(**PRESETS[cfg.summary])
+    if cfg.summary in KNOWN_MODELS:
+        config = GPTConfig(**KNOWN_MODELS[cfg.summary])
     else:
         try:
-            file = find_folder(cfg.summary, only="config.json") / "config.json"
-            config = read_config(read_json(file), file)
+            config = read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
         except (ValueError, OSError) as error:
-            raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(PRESETS)}") from None
+            raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
     T = cfg.block_size or min(config.block_size, 4096)
     if cfg.batch_size < 1 or not 1 <= T <= config.block_size:
         raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and no longer than the model's "
                          f"context of {config.block_size}")
     if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts are reckoned in bfloat16 only)")
+        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts: only bfloat16)")
     if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
-        raise SystemExit(f"--summary={cfg.summary}: experts are reckoned only where they are gated, have no biases, and "
+        raise SystemExit(f"--summary={cfg.summary}: experts must be gated, without biases, and have "
                          "widths that are multiples of 8")
     print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
 

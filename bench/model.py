@@ -52,8 +52,6 @@ def child(tool, folder, dtype, mode, B, T, steps, threads):
         from model import load_model
         model, _ = load_model(folder, device="cpu", need_tokenizer=False)
         model.dtype = dtype
-        for block in model.layers:
-            block.self_attn.fused = dtype == torch.float32 or T >= 512     # what is faster on a CPU, see attention()
     elif tool == "transformers":
         from transformers import GPT2LMHeadModel
         model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
@@ -98,7 +96,7 @@ def main(cfg):
     print("| activations | mode | tool | tok/s | of transformers | peak MB | loss |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        m.save_model(folder, m.GPT(m.GPTConfig(**m.PRESETS["gpt2"])).init_weights(), None)
+        m.save_model(folder, m.GPT(m.GPTConfig(**m.KNOWN_MODELS["gpt2"])).init_weights(), None)
         for dtype in cfg.dtypes:
             for mode in cfg.modes:
                 rows = {}

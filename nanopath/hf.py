@@ -1,14 +1,19 @@
 """
 What Hugging Face calls things: config.json and tensor names of each family <-> GPTConfig and parameters of model.py.
 
-Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses q, k
-and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by name when
-they say anything: a setting that is silently ignored is a wrong model.
+Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses
+q, k and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by
+name when they are set: a setting that is silently ignored gives a wrong model.
 """
 import re
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from nanopath.files import read_json
+from nanopath.rope import check_rope
 
 # our name -> Hugging Face's name in config.json
 HF_NAMES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
@@ -28,16 +33,18 @@ READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", 
         "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
         "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
 # ... that cannot change a logit ...
-HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|.*_token_id|n_ctx|output_.*|"
-                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|unsloth.*|"
-                      r"router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|is_llama_config|"
-                      r"_?attn_implementation.*")
+HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|"
+                      r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|"
+                      r".*_token_id|n_ctx|output_.*|"
+                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|"
+                      r"unsloth.*|router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|"
+                      r"is_llama_config|_?attn_implementation.*")
 # ... and that would, with the only value this file computes
 FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
 
 
 def family_of(config):
-    """The transformers class that computes exactly this; nanopath where there is none, and only we can open the folder."""
+    """The transformers class that computes exactly this; nanopath if there is none: only nanopath opens it then."""
     c, n_biases = config, (config.qkv_bias, config.o_bias, config.mlp_bias)
     even, everywhere = c.head_dim * c.n_head == c.n_embd, c.window_layers is None
     if c.logit_softcap or c.position == "none":
@@ -78,8 +85,8 @@ def config_to_hf(config, dtype="float32"):
     old = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "dynamic" and old:
         hf["max_position_embeddings"] = old                        # what the formula there is measured by
-    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
-           "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
+           "rope_scaling": c.rope_scaling, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
     if family in ("llama", "qwen3", "qwen3_moe"):
         hf |= {"attention_bias": c.qkv_bias}
     if family == "llama":
@@ -100,15 +107,15 @@ def config_to_hf(config, dtype="float32"):
 
 
 def config_from_hf(hf, where="config.json"):
-    """The dictionary of config.json -> the arguments of GPTConfig. Raises ValueError by name for what this model does not compute."""
+    """The dictionary of config.json -> the arguments of GPTConfig. ValueError names a key that is not supported."""
     family = hf.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"{where}: model_type={family!r} is not supported; this model reads {', '.join(ARCHITECTURES)}")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise ValueError(f"{where}: model_type={family!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
     if family == "nanopath":
         outer = ("architectures", "model_type", "torch_dtype", "dtype")
         values = {key: value for key, value in hf.items() if key not in outer}
         for key in ("window_layers", "stop_token_ids"):
-            values[key] = values.get(key) and tuple(values[key])
+            values[key] = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
         return values | {"stop_token_ids": values["stop_token_ids"] or ()}
     for key, value in hf.items():
         wrong = value != FIXED[key] if key in FIXED else value and key not in READ and not HARMLESS.fullmatch(key)
@@ -117,9 +124,13 @@ def config_from_hf(hf, where="config.json"):
             raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
-    v |= {"block_size": hf["max_sequence_length"]} if "max_sequence_length" in hf and "block_size" not in v else {}
-    for ours, value in v.items():                                  # before anything is reckoned with it
-        if ours in ("block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
+    longest = hf.get("max_sequence_length")                        # an old name, also beside the present one
+    if longest is not None:
+        v.setdefault("block_size", longest)
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ValueError(f"{where}: max_sequence_length={longest!r} must be a whole number, at least 1")
+    for ours, value in v.items():                                  # before anything is computed with it
+        if ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
                 type(value) is not int or value < 1):
             raise ValueError(f"{where}: {names[ours]}={value!r} must be a whole number, at least 1")
     if family == "gpt2":
@@ -137,11 +148,12 @@ def config_from_hf(hf, where="config.json"):
     v.setdefault("head_dim", v["n_embd"] // v["n_head"])
     v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
     v.setdefault("tie_embeddings", family == "gpt2")
-    eos = hf.get("eos_token_id")
-    v["eos_token_id"], *more = eos if isinstance(eos, list) and eos else [eos if eos != [] else None]
+    for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        check_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
+    v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
     v["stop_token_ids"] = tuple(more)
     act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
-    if act not in HF_ACTIVATIONS:
+    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
         raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
     v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
     if family == "gpt2":
@@ -153,21 +165,35 @@ def config_from_hf(hf, where="config.json"):
         rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
         v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
         old, kind = "original_max_position_embeddings", rope.pop("type", None)
-        rope["rope_type"] = rope.get("rope_type") or kind or "default"
+        rope["rope_type"] = kind = rope.get("rope_type") or kind or "default"
+        try:
+            check_rope(1.0, rope)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
+            raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling is measured by it")
+        if kind == "linear" and longest is not None:  # then max_position_embeddings is the unstretched context
+            v["block_size"] = max(v["block_size"], longest)
         old = v["block_size"] if rope["rope_type"] == "dynamic" else hf.get(old) or rope.get(old) or v["block_size"]
-        if rope["rope_type"] in ("dynamic", "yarn"):               # files differ in whether they give the longer context
-            factor = rope.get("factor")
-            v["block_size"] = max(v["block_size"], int(old * factor) if isinstance(factor, (int, float)) else 0)
+        if type(old) is not int or old < 1:
+            raise ValueError(f"{where}: original_max_position_embeddings={old!r}: must be a whole number, at least 1")
+        if rope["rope_type"] in ("dynamic", "yarn"):  # files differ in whether they give the longer context
+            v["block_size"] = max(v["block_size"], int(old * rope["factor"]))
         if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
             rope["original_max_position_embeddings"] = old
         if rope["rope_type"] != "default":
             v["rope_scaling"] = rope
         bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
+        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
+                  mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
         window = hf.get("sliding_window", None if family == "mixtral" else 4096)
         if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
             window = None
         v["window"], kinds, first = window or 0, hf.get("layer_types"), hf.get("max_window_layers", 28)
+        if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+            raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
+        if type(first) is not int:
+            raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
         usual = ["sliding_attention" if window else "full_attention"] * v["n_layer"]
         if kinds and (len(kinds) != v["n_layer"] or not set(kinds) <= {"sliding_attention", "full_attention"} or
                       kinds != usual and not (window and family in ("qwen2", "qwen3"))):
@@ -185,6 +211,72 @@ def config_from_hf(hf, where="config.json"):
                   balance_loss=hf.get("router_aux_loss_coef", 0.001),
                   expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
     return v
+
+
+def as_list(ids):
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def check_ids(name, value, vocab_size, lists=True):
+    """Raise ValueError unless value is None, a token id, or (lists) a list of token ids."""
+    ids = value if lists and isinstance(value, (list, tuple)) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(f"{name}={value!r}: must be a token id from 0 to {vocab_size - 1}"
+                             + (", or a list of them" if lists else ""))
+
+
+def read_config(GPTConfig, folder):
+    """config.json and generation_config.json of a folder -> GPTConfig. ValueError names file, key and value."""
+    where, generation = folder / "config.json", folder / "generation_config.json"
+    try:
+        config = GPTConfig(**config_from_hf(read_json(where), where))
+    except (ValueError, TypeError) as error:                       # an impossible value, or one of the wrong type
+        message = str(error)
+        raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
+    if generation.is_file():
+        stop = read_json(generation).get("eos_token_id")
+        check_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
+        ids = [*as_list(config.eos_token_id), *config.stop_token_ids, *as_list(stop)]
+        eos, *more = dict.fromkeys(ids) or [None]
+        config = replace(config, eos_token_id=eos, stop_token_ids=tuple(more))
+    return config
+
+
+def read_tensors(folder, files, config, shapes, dtype, device):
+    """The tensors of safetensors files under our names, as parameters. shapes: what each of our names must have.
+
+    A tied head is left out, with two exceptions, as in transformers 5: a head without an embedding becomes the
+    embedding; a head that differs from the embedding is kept, with a warning.
+    """
+    tensors, family = {}, read_json(folder / "config.json")["model_type"]
+    shapes = shapes | {"lm_head.weight": shapes["embed_tokens.weight"]}
+    for file in files:
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                for key in opened.keys():
+                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family):
+                        if name not in shapes:
+                            raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
+                        if not tensor.is_floating_point():
+                            raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
+                        if tensor.shape != shapes[name]:
+                            raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
+                                             f"config.json asks for {tuple(shapes[name])}")
+                        tensors[name] = torch.nn.Parameter(tensor.to(dtype))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again or copy it again") from None
+    if config.tie_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.setdefault("embed_tokens.weight", head)):
+            warnings.warn(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings, "
+                          "by default true for gpt2), but lm_head.weight differs from it. Both matrices are loaded; "
+                          "set tie_word_embeddings to false in config.json")
+            tensors["lm_head.weight"] = head
+    missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_embeddings else set())
+    if missing:
+        raise ValueError(f"{folder}: {sorted(missing)[0]} is missing from {files[0].name} ({len(missing)} in all)")
+    return tensors
 
 
 GPT2_TENSORS = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm", "ln_1": "input_layernorm",
@@ -243,24 +335,28 @@ def tensors_to_hf(model, family):
 
 
 # Well-known models as arguments of GPTConfig, for `python model.py --summary=NAME` and for the tests
-LLAMA = dict(qk_norm=False, norm_eps=1e-5)
-GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv_bias=True,
+_LLAMA = dict(qk_norm=False, norm_eps=1e-5)
+_GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv_bias=True,
             o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
-LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+_LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=8192)
-SHAPE = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "rope_theta")
-PRESETS = {"laptop": dict(vocab_size=512, block_size=128)} | {name: dict(zip(SHAPE, shape)) | more for name, shape, more in (
-    ("gpt2", (50257, 1024, 12, 768, 12, 12, 64, 3072), GPT2),
-    ("gpt2-medium", (50257, 1024, 24, 1024, 16, 16, 64, 4096), GPT2),
-    ("gpt2-large", (50257, 1024, 36, 1280, 20, 20, 64, 5120), GPT2),
-    ("gpt2-xl", (50257, 1024, 48, 1600, 25, 25, 64, 6400), GPT2),
-    ("llama2-7b", (32000, 4096, 32, 4096, 32, 32, 128, 11008, 1e4), LLAMA),
-    ("llama3-8b", (128256, 8192, 32, 4096, 32, 8, 128, 14336, 5e5), LLAMA),
-    ("llama3-70b", (128256, 8192, 80, 8192, 64, 8, 128, 28672, 5e5), LLAMA),
-    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5), LLAMA | dict(tie_embeddings=True, rope_scaling=LLAMA32)),
-    ("smollm2-135m", (49152, 8192, 30, 576, 9, 3, 64, 1536, 1e5), LLAMA | dict(tie_embeddings=True)),
-    ("mistral-7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e4), LLAMA | dict(window=4096)),
-    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6), dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
+_NUMBERS = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden",
+            "rope_theta")
+KNOWN_MODELS = {"laptop": dict(vocab_size=512, block_size=128)} | {
+    name: dict(zip(_NUMBERS, numbers)) | more for name, numbers, more in (
+    ("gpt2", (50257, 1024, 12, 768, 12, 12, 64, 3072), _GPT2),
+    ("gpt2-medium", (50257, 1024, 24, 1024, 16, 16, 64, 4096), _GPT2),
+    ("gpt2-large", (50257, 1024, 36, 1280, 20, 20, 64, 5120), _GPT2),
+    ("gpt2-xl", (50257, 1024, 48, 1600, 25, 25, 64, 6400), _GPT2),
+    ("llama2-7b", (32000, 4096, 32, 4096, 32, 32, 128, 11008, 1e4), _LLAMA),
+    ("llama3-8b", (128256, 8192, 32, 4096, 32, 8, 128, 14336, 5e5), _LLAMA),
+    ("llama3-70b", (128256, 8192, 80, 8192, 64, 8, 128, 28672, 5e5), _LLAMA),
+    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5),
+     _LLAMA | dict(tie_embeddings=True, rope_scaling=_LLAMA32)),
+    ("smollm2-135m", (49152, 8192, 30, 576, 9, 3, 64, 1536, 1e5), _LLAMA | dict(tie_embeddings=True)),
+    ("mistral-7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e4), _LLAMA | dict(window=4096)),
+    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6),
+     dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
     ("qwen3-0.6b", (151936, 40960, 28, 1024, 16, 8, 128, 3072, 1e6), dict(tie_embeddings=True)),
-    ("mixtral-8x7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e6), LLAMA | dict(n_expert=8, n_expert_used=2)),
+    ("mixtral-8x7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e6), _LLAMA | dict(n_expert=8, n_expert_used=2)),
     ("qwen3-30b-a3b", (151936, 40960, 48, 2048, 32, 4, 128, 768, 1e6), dict(n_expert=128, n_expert_used=8)))}

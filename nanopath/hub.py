@@ -1,6 +1,6 @@
 """
-Files from the network: downloads that can be resumed and checked, and files of the Hugging Face Hub, which are looked
-for on this machine first. Used by prepare.py for data sets and by model.py for models.
+Downloads that can be resumed and checked, and files of the Hugging Face Hub. Files that are already on this machine are
+never asked for again. prepare.py uses it for datasets, model.py for models.
 
 HF_HOME, HF_HUB_CACHE   where Hugging Face's own cache is
 HF_ENDPOINT, HF_TOKEN   a mirror, an account (its token goes to that endpoint alone)
@@ -10,7 +10,13 @@ import os
 import re
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:          # Windows: processes there do not exclude each other
+    fcntl = None
 
 from nanopath.files import file_hash, need_space, read_json
 
@@ -24,6 +30,8 @@ def endpoint():
 def hub_file(repo, file, kind="models", revision="main", tries=3):
     """Path of one file of a repository "OWNER/NAME" on the Hub; kind is models or datasets.
 
+    All files of a repository come from one commit: the first download notes the commit of `revision`, later ones
+    use it. Delete the repository's folder in data/downloads to fetch a newer commit.
     FileNotFoundError: the repository has no such file (so that a caller can ask for an optional one), or
     HF_HUB_OFFLINE is set and it is not on this machine. ConnectionError: the network failed. ValueError: not a plain
     name (it may come from an index that somebody else wrote, and must not leave the folder)."""
@@ -33,34 +41,109 @@ def hub_file(repo, file, kind="models", revision="main", tries=3):
     folder = f"{kind}--{repo.replace('/', '--')}"
     home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")) / folder
-    ref = cache / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-    target = DOWNLOADS / folder / revision / file
-    for place in (cache / "snapshots" / commit / file, target):
+    notes = [note for note in (cache / "refs" / revision, DOWNLOADS / folder / "refs" / revision) if note.is_file()]
+    commits = [note.read_text(encoding="utf-8").strip() for note in notes] or [revision]
+    for place in (*(cache / "snapshots" / commit / file for commit in commits),
+                  *(DOWNLOADS / folder / commit / file for commit in commits)):
         if place.is_file():
             return place
-    known = (cache / ".no_exist" / commit / file).is_file()        # Hugging Face's note that it has asked before
+    known = (cache / ".no_exist" / commits[0] / file).is_file()    # Hugging Face's note: the file does not exist
     if known or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         why = "it has no such file" if known else "not on this machine, and HF_HUB_OFFLINE is set"
+        target = DOWNLOADS / folder / commits[0] / file
         raise FileNotFoundError(f"{file} of {repo} ({revision}): {why}. Its place would be {target}")
-    prefix = "" if kind == "models" else f"{kind}/"
-    url = f"{endpoint()}/{prefix}{repo}/resolve/{revision}/{file}"
-    download(url, target, token=os.environ.get("HF_TOKEN"), tries=tries)
+    address = f"{endpoint()}/{'' if kind == 'models' else kind + '/'}{repo}/resolve"
+    commit = next(filter(is_commit, commits), None) or pin(address, file, revision, DOWNLOADS / folder)
+    target = DOWNLOADS / folder / commit / file
+    download(f"{address}/{commit}/{file}", target, token=os.environ.get("HF_TOKEN"), tries=tries)
     return target
 
 
-def download(url, target, sha256=None, token=None, tries=3):
-    """Fetch `url` into `target`: goes on with a part that an earlier try left, checks length and hash, then renames.
+def is_commit(name):
+    return bool(re.fullmatch("[0-9a-f]{40}", name))
 
-    FileNotFoundError, PermissionError: the server will not give it. ConnectionError: all tries failed."""
+
+def pin(address, file, revision, folder):
+    """The commit that `revision` means now, noted in folder/refs/<revision>, so that every later file and every other
+    process uses the same one. A server that names no commit (a plain mirror): `revision` itself."""
+    import requests
+    note = folder / "refs" / revision
+    loose = any(path.is_file() and path.suffix != ".part" for path in (folder / revision).rglob("*"))
+    if is_commit(revision) or loose:                               # files of an unknown commit are already here
+        return revision
+    token, headers = os.environ.get("HF_TOKEN"), {}
+    with sole_writer(note) as part:
+        if part is not None:
+            try:  # redirects lead to a file store that knows no commits
+                headers = requests.head(f"{address}/{revision}/{file}", timeout=(5, 60), allow_redirects=False,
+                                        headers={"Authorization": f"Bearer {token}"} if token else {}).headers
+            except requests.RequestException:
+                pass                                               # the download that follows reports the error
+            commit = headers.get("X-Repo-Commit", "")
+            part.truncate(0)
+            if not is_commit(commit):
+                os.unlink(part.name)
+                return revision
+            part.write(commit.encode())
+            part.flush()
+            os.replace(part.name, note)
+    return note.read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def sole_writer(target):
+    """Open target.part for appending, for one process at a time; others wait. Yields None to a process that waited
+    while another one completed `target`. The caller renames or deletes the part; else it is resumed later."""
+    part, before = target.with_name(target.name + ".part"), stamp(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(part, "ab") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if stamp(target) != before:                            # another process completed it
+                if not os.fstat(file.fileno()).st_size and stamp(part) == stamp(file.fileno()):
+                    part.unlink()                                  # the empty part that this process has just made
+                yield None
+                return
+            if stamp(part) == stamp(file.fileno()):                # else another process deleted or renamed this file
+                yield file
+                return
+
+
+def stamp(path):
+    """Identity of a file, None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def download(url, target, sha256=None, token=None, tries=3):
+    """Fetch `url` into `target`: resumes a part that an earlier try left, checks length and hash, then renames.
+
+    Several processes may call it at once with one target: one downloads, the others wait and use its file.
+    FileNotFoundError, PermissionError: the server refuses the file. ConnectionError: all tries failed."""
+    with sole_writer(target) as part:
+        if part is None:
+            return
+        try:
+            fetch(url, target, part, sha256, token, tries)
+        finally:
+            path = Path(part.name)
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+
+
+def fetch(url, target, part, sha256, token, tries):
+    """The tries of `download`. part: the open file, which holds what an earlier try fetched."""
     import requests  # not at the top: most runs need no network, and it costs 0.1 s
     from tqdm import tqdm
-    part = target.with_name(target.name + ".part")
-    print(f"getting {url}")
+    print(f"download {url}")
     for attempt in range(tries):
         time.sleep(attempt)
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}      # a range of a compressed stream would be of no use
+        have = part.seek(0, os.SEEK_END)
+        headers = {"Accept-Encoding": "identity"}      # a range of a compressed stream cannot be decoded
         if have:
             headers["Range"] = f"bytes={have}-"
         if token:
@@ -69,48 +152,51 @@ def download(url, target, sha256=None, token=None, tries=3):
             with requests.get(url, headers=headers, stream=True, timeout=(5, 60)) as reply:
                 if reply.status_code in (401, 403, 404):
                     error = FileNotFoundError if reply.status_code == 404 else PermissionError
-                    raise error(f"{url}: the server says {reply.status_code} {reply.reason}; check the name, "
+                    raise error(f"{url}: the server answers {reply.status_code} {reply.reason}; check the name, "
                                 f"or set HF_TOKEN if it needs an account")
                 if reply.status_code == 416:           # the part is as long as the file, or longer: start again
-                    part.unlink()
+                    part.truncate(0)
                 reply.raise_for_status()
-                have = have if reply.status_code == 206 else 0
+                if have and reply.status_code != 206:  # the server sends the whole file
+                    part.truncate(0)
+                    have = 0
                 length = have + int(reply.headers.get("Content-Length", 0))
-                target.parent.mkdir(parents=True, exist_ok=True)
                 need_space(target.parent, length - have, "download")
-                with (open(part, "ab" if have else "wb") as file,
-                      tqdm(total=length, initial=have, unit="B", unit_scale=True, disable=None) as bar):
-                    for block in reply.iter_content(1 << 16):   # a block that breaks off is lost
-                        bar.update(file.write(block))
-                for answer in [*reply.history, reply]:   # the Hub tells the hash of its large files on the way
+                with tqdm(total=length, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+                    for block in reply.iter_content(1 << 16):   # an incomplete block is dropped
+                        bar.update(part.write(block))
+                for answer in [*reply.history, reply]:   # the Hub sends the hash of its large files in a header
                     linked = answer.headers.get("X-Linked-ETag", "").strip('"')
                     sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
-            if length and part.stat().st_size < length:
-                problem = f"the connection broke after {part.stat().st_size:,} of {length:,} bytes"
-            elif sha256 and file_hash(part) != sha256:
-                problem = "what came has another sha256 than expected"
-                part.unlink()
+            part.flush()
+            size = part.seek(0, os.SEEK_END)
+            if length and size < length:
+                problem = f"the connection broke after {size:,} of {length:,} bytes"
+            elif sha256 and file_hash(part.name) != sha256:
+                problem = "the download has another sha256 than expected"
+                part.truncate(0)
             else:
-                os.replace(part, target)
+                os.replace(part.name, target)
                 return
         except requests.RequestException as error:
             problem = type(error).__name__
-    raise ConnectionError(f"cannot get {url} ({problem}, {tries} tries). Put the file at {target}")
+            part.flush()
+    raise ConnectionError(f"cannot download {url} ({problem}, {tries} tries). Put the file at {target}")
 
 
 def hub_folder(repo):
-    """The folder of a model "OWNER/NAME" with everything that is needed to run it, downloaded where it is not here yet.
+    """The folder of a model "OWNER/NAME" with every file needed to run it; missing files are downloaded.
 
     FileNotFoundError or ConnectionError say what is missing, and why."""
     found = [hub_file(repo, "config.json")]
     folder = found[0].parent
     try:
         if (folder / "tokenizer.json").is_file() and weight_files(folder):
-            return folder                                  # all of it is here: the network is not even asked
+            return folder                                  # all files are here: no network needed
     except ValueError:
         pass                                               # weights are missing: fetched below
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.bpe",
-                 "encoder.json"):
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "vocab.bpe", "encoder.json"):
         try:
             found.append(hub_file(repo, file))
         except FileNotFoundError:
@@ -121,18 +207,19 @@ def hub_folder(repo):
         try:
             found.append(index := hub_file(repo, "model.safetensors.index.json"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{repo} has no safetensors weights that can be had; older models offer pickles only, "
-                                    "which are never opened here") from None
+            raise FileNotFoundError(f"{repo} has no safetensors weights that can be downloaded; older models have "
+                                    "pickles only, which are never opened here") from None
         found += [hub_file(repo, shard) for shard in files_in_index(index)]
     folder = found[-1].parent
-    for path in found:                                     # some from Hugging Face's cache, some of our own: put together
+    for path in found:                                     # files from Hugging Face's cache and from ours: join them
         if path.parent != folder:
-            folder = DOWNLOADS / f"models--{repo.replace('/', '--')}" / "main"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = DOWNLOADS / f"models--{repo.replace('/', '--')}" / found[0].parent.name
     for path in found:
         if path.parent != folder and not (folder / path.name).is_file():
-            shutil.copyfile(path, folder / f"{path.name}.part")
-            os.replace(folder / f"{path.name}.part", folder / path.name)
+            with sole_writer(folder / path.name) as part:
+                if part is not None:
+                    shutil.copyfile(path, part.name)
+                    os.replace(part.name, folder / path.name)
     return folder
 
 
@@ -146,7 +233,7 @@ def files_in_index(index):
 
 
 def find_folder(path, only=None):
-    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why there is none.
+    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why not.
 
     only: the one file that is needed; the others are then not downloaded."""
     folder = Path(path)
@@ -161,8 +248,8 @@ def find_folder(path, only=None):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder: one, or the shards that its index names. ValueError where one is missing,
-    or where there is a pickle instead: that could run any code, and is never opened."""
+    """The safetensors files of a model folder: one, or the shards that its index names. ValueError if one is
+    missing, or where there is a pickle instead: that could run any code, and is never opened."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():
@@ -173,12 +260,12 @@ def weight_files(folder):
     elif not single.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(f"{folder} has no model.safetensors" + (
-            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust "
-            "it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
+            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you "
+            "trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" if pickles else
             ": the folder is incomplete. Train again: python train.py, or copy the missing file into it"))
     for file in files:
         with open(file, "rb") as opened:
             head = opened.read(9)                          # the length of the header, then the header: {
         if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
-            raise ValueError(f"{file} is a pickle, whatever it is called, and never opened here: it may run any code")
+            raise ValueError(f"{file} is a pickle despite its name and is never opened here: it may run any code")
     return files

@@ -13,11 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
-from nanopath import plan
+from nanopath import kernels, plan
 from nanopath.hub import hub_file
 
 TOKENIZER = Tokenizer.train([], 264)
@@ -38,7 +39,7 @@ def make(seed=0, **changes):
 
 def shrunk(name):
     """A preset with all its switches, but small."""
-    preset = m.PRESETS[name]
+    preset = m.KNOWN_MODELS[name]
     heads = 4 if preset.get("n_kv_head", 2) == preset.get("n_head", 2) else 2
     changes = dict(SMALL, n_kv_head=heads, head_dim=16 if preset.get("qk_norm", True) else 8)
     changes |= {"n_expert": 4, "n_expert_used": 2} if preset.get("n_expert") else {}
@@ -53,7 +54,7 @@ VARIANTS = {                                                       # what no pre
     "softcap": dict(logit_softcap=5.0), "all biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True, norm="layer"),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16))}
-EVERY = {**{name: shrunk(name) for name in m.PRESETS}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
+EVERY = {**{name: shrunk(name) for name in m.KNOWN_MODELS}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
 every = pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
 
 
@@ -428,13 +429,78 @@ def test_attention_written_out_equals_torch(T, S, heads):
     mask = torch.rand(2, 1, T, S) > 0.4
     mask[..., 0] = True
     for options in ({"mask": mask}, {}, {"causal": True} if T == S else {}):
-        assert (m.attention(q, k, v, fused=True, **options) - m.attention(q, k, v, fused=False, **options)).abs().max() < 1e-6
+        assert (kernels.fused_attention(q, k, v, **options) - m.attention(q, k, v, **options)).abs().max() < 1e-6
 
 
 def test_rmsnorm_equals_torch_forward_and_backward():
     x, w = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True), torch.randn(16, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: m.RMSNormFunction.apply(x, w, 1e-6), (x, w))
-    assert (m.RMSNormFunction.apply(x, w, 1e-6) - F.rms_norm(x, (16,), w, 1e-6)).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(lambda x, w: kernels.RMSNormFunction.apply(x, w, 1e-6), (x, w))
+    assert (kernels.RMSNormFunction.apply(x, w, 1e-6) - F.rms_norm(x, (16,), w, 1e-6)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_written_out_equals_the_kernel_with_its_gradients(dtype):
+    results = []
+    for function in (m.rms_norm, kernels.rms_norm):
+        torch.manual_seed(0)
+        x, w = torch.randn(3, 50, 128).to(dtype).requires_grad_(), torch.rand(128, requires_grad=True)
+        y = function(x, w, 1e-6)
+        y.backward(torch.randn(3, 50, 128).to(dtype))
+        results.append((y, x.grad, w.grad))
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 0.04) * a.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama3-8b", "gpt2", "mixtral-8x7b"])
+@pytest.mark.parametrize("T", [40, 600])
+def test_logits_are_the_same_with_and_without_gradients_bit_for_bit(name, dtype, T):
+    """Else the ratio of new and old policy in PPO and GRPO is not 1 before the first step."""
+    model, ids = spread(m.GPT(m.GPTConfig(**shrunk(name) | dict(block_size=600, n_layer=2)))), torch.randint(264, (2, T))
+    model.dtype = dtype
+    want = model(ids)
+    assert want.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model(ids), want)
+    with torch.inference_mode():
+        assert torch.equal(model(ids), want)
+
+
+def test_the_model_chooses_its_attention_by_length_and_can_be_forced(monkeypatch):
+    pays = kernels.fused_attention_pays
+    assert not pays("cpu", torch.bfloat16, 256) and pays("cpu", torch.bfloat16, 1024)
+    assert pays("cpu", torch.float32, 64) and pays("cuda", torch.bfloat16, 64)
+    model, calls = make(block_size=1024), []
+    monkeypatch.setattr(kernels, "fused_attention", lambda *args, **kw: calls.append(1) or m.attention(*args, **kw))
+
+    def fused(T, cache=None):
+        calls.clear()
+        with torch.no_grad():
+            model(torch.zeros(1, T, dtype=torch.long), cache=cache)
+        return len(calls) == 3
+    assert fused(20)
+    model.to(torch.bfloat16).dtype = torch.bfloat16
+    cache = m.KVCache(model, 1, 100)
+    assert not fused(20) and fused(600) and not fused(20, cache) and fused(1, cache)
+    for block in model.layers:
+        block.self_attn.fused = True
+    assert fused(20)
+
+
+@every
+def test_plain_versions_give_what_the_kernels_give(settings, monkeypatch):
+    model, ids = spread(m.GPT(m.GPTConfig(**settings))).train(), torch.randint(264, (2, 33))
+    model.max_logits, results = 264 * 10, []
+    for fast in (True, False):
+        monkeypatch.setattr(m, "FAST", fast)
+        for block in model.layers:
+            block.self_attn.fused = fast
+        model.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        assert (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
 
 
 def test_experts_sorted_and_one_by_one_agree_and_equal_ones_are_one_mlp():
@@ -474,13 +540,14 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 3.0}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 3.0}, {"tie_embeddings": True}, {"vocab_size": 9000}])
 def test_chunked_cross_entropy_equals_the_plain_one_and_stays_small(changes):
-    model, ids = make(vocab_size=2000, **changes), torch.randint(2000, (4, 64))
+    model, ids = make(**{"vocab_size": 2000} | changes), torch.randint(2000, (4, 64))
+    V = model.config.vocab_size                                    # 9000: dweight is added up in three slices
     targets = ids.roll(-1, 1)
     targets[:, ::5] = -100
     losses, grads = {}, {}
-    for name, limit in (("plain", 1 << 26), ("chunked", 2000 * 10)):
+    for name, limit in (("plain", 1 << 26), ("chunked", V * 10)):
         model.max_logits, losses[name] = limit, []
         for reduction in ("mean", "sum"):
             model.zero_grad()
@@ -489,7 +556,7 @@ def test_chunked_cross_entropy_equals_the_plain_one_and_stays_small(changes):
                 loss.backward()
             losses[name].append(loss.item())
             grads[name, reduction] = [p.grad.clone() for p in model.parameters()]
-            assert (largest.size >= 256 * 2000) == (name == "plain")
+            assert (largest.size >= 256 * V) == (name == "plain")
         with torch.no_grad():
             losses[name].append(model(ids, targets).item())
     assert losses["plain"] == pytest.approx(losses["chunked"], rel=1e-5)
@@ -607,10 +674,34 @@ def test_bad_folders_are_refused_by_name(tmp_path):
                             ({"num_attention_heads": "four"}, "num_attention_heads"), ({"vocab_size": -1}, "vocab_size"),
                             ({"num_attention_heads": 0}, "num_attention_heads"), ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta"),
                             ({"rope_theta": -5, "rope_parameters": None}, "rope_theta"), ({"rope_scaling": "yarn"}, "rope_scaling"),
-                            ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor")):
+                            ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+                            ({"hidden_act": ["silu"]}, "activation"), ({"model_type": ["qwen3"]}, "model_type"),
+                            ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type"), ({"layer_types": [["full_attention"]] * 3}, "layer_types"),
+                            ({"layer_types": 3}, "layer_types"), ({"vocab_size": "264"}, "vocab_size"),
+                            ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "1"}, "max_window_layers"),
+                            ({"rope_scaling": {"rope_type": "dynamic", "factor": math.inf}}, "factor=inf"),
+                            ({"rope_scaling": {"rope_type": "yarn", "factor": math.nan}}, "factor=nan"),
+                            ({"rope_scaling": {"rope_type": "yarn", "factor": 1e308}}, "factor"),
+                            ({"rope_scaling": {"rope_type": "linear", "factor": True}}, "factor"),
+                            ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": math.nan}}, "beta_fast"),
+                            ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": "16"}, "original_max"),
+                            ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, "low_freq"),
+                            ({"rope_theta": math.inf, "rope_parameters": None}, "rope_theta"), ({"max_sequence_length": "9"}, "max_sequence"),
+                            ({"max_position_embeddings": None, "max_sequence_length": 64, "rope_scaling":
+                              {"rope_type": "dynamic", "factor": 2.0}}, "max_position_embeddings missing"),
+                            ({"eos_token_id": 9999}, r"config.json: eos_token_id=9999: must be a token id"), ({"eos_token_id": "504"}, "eos_token_id='504'"),
+                            ({"eos_token_id": -1}, "eos_token_id=-1"), ({"eos_token_id": [[50]]}, "eos_token_id"), ({"eos_token_id": True}, "eos_token_id"),
+                            ({"eos_token_id": [5, 264]}, "eos_token_id"), ({"bos_token_id": 264}, "bos_token_id"), ({"pad_token_id": [0]}, "pad_token_id")):
         (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             m.load_model(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generation = (tmp_path / "generation_config.json").read_text(encoding="utf-8")
+    for bad in (9999, "504", -1, [[504]], [3, 264], 2.0):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=.*must be a token id from 0 to 263"):
+            m.load_model(tmp_path, device="cpu")
+    (tmp_path / "generation_config.json").write_text(generation, encoding="utf-8")
     for text in ("{ not json", "[]"):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="config.json"):
@@ -626,6 +717,49 @@ def test_bad_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer.json"):
         m.load_model(tmp_path, device="cpu")
     assert m.load_model(tmp_path, device="cpu", need_tokenizer=False)[1] is None
+
+
+@pytest.mark.parametrize("family, omit_key", [("qwen2", False), ("gpt2", True)])
+def test_an_output_head_of_its_own_is_kept_as_in_transformers(family, omit_key, tmp_path):
+    """Although config.json says tied, or is GPT-2's and does not say."""
+    transformers = pytest.importorskip("transformers")
+    theirs_of(family, tmp_path)
+    path, ids = tmp_path / "model.safetensors", torch.randint(264, (1, 30))
+    tensors = load_file(path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    if omit_key:
+        config.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    embedding = next(key for key in tensors if key.endswith(("embed_tokens.weight", "wte.weight")))
+    for case, head in (("equal", tensors[embedding].clone()), ("differs", torch.randn(264, 32)), ("only the head", tensors[embedding])):
+        changed = tensors | {"lm_head.weight": head}
+        if case == "only the head":
+            del changed[embedding]
+        save_file(changed, path, metadata={"format": "pt"})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours, _ = m.load_model(tmp_path, device="cpu")
+        assert [("lm_head.weight differs" in str(w.message)) for w in caught] == [True] * (case == "differs"), case
+        assert ours.config.tie_embeddings == (case != "differs") == (ours.lm_head.weight is ours.embed_tokens.weight)
+        with torch.no_grad():
+            assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4, case
+
+
+def test_the_context_under_linear_scaling_is_the_longer_of_both_names(tmp_path):
+    """As vicuna-16k writes it: max_position_embeddings is the unstretched context."""
+    transformers = pytest.importorskip("transformers")
+    theirs_of("llama", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"max_position_embeddings": 16, "max_sequence_length": 64, "rope_parameters": None, "rope_theta": 1e4,
+               "rope_scaling": {"type": "linear", "factor": 4.0}}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    ours, _ = m.load_model(tmp_path, device="cpu")
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), torch.randint(264, (1, 60))
+    assert ours.config.block_size == 64
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
 def test_sharded_folders_and_the_spellings_of_transformers_4(tmp_path):
@@ -742,17 +876,17 @@ PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_
 
 
 def test_summaries_have_the_published_sizes_and_need_no_memory():
-    assert PUBLISHED.keys() | {"laptop"} == m.PRESETS.keys()
+    assert PUBLISHED.keys() | {"laptop"} == m.KNOWN_MODELS.keys()
     for name, parameters in PUBLISHED.items():
         with torch.device("meta"):
-            assert m.GPT(m.GPTConfig(**m.PRESETS[name])).num_params() == parameters, name
+            assert m.GPT(m.GPTConfig(**m.KNOWN_MODELS[name])).num_params() == parameters, name
     out = run(ROOT / "model.py", "--summary=llama3-70b").stdout
     assert "70,553,706,496" in out and "282.2 GB" in out and "cache per token" in out and "LlamaForCausalLM" in out
-    assert plan.summarize(m.GPT, m.GPTConfig(**m.PRESETS["mixtral-8x7b"]), 1, 128)["active"] == 12_879_925_248
+    assert plan.summarize(m.GPT, m.GPTConfig(**m.KNOWN_MODELS["mixtral-8x7b"]), 1, 128)["active"] == 12_879_925_248
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_activations_reckoned_are_those_that_a_real_step_keeps(checkpointing):
+def test_the_activations_computed_are_those_that_a_real_step_keeps(checkpointing):
     config = m.GPTConfig(**shrunk("llama3-8b") | dict(n_layer=5))
     model, kept = m.GPT(config).init_weights(), {}
     model.checkpointing = checkpointing

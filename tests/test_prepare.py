@@ -895,10 +895,15 @@ def server():
             self.end_headers()
             self.wfile.write(body[begin:self.server.cut.pop(self.path, len(body))])
 
+        def do_HEAD(self):
+            self.send_response(302)
+            self.send_header("X-Repo-Commit", self.server.commit)
+            self.end_headers()
+
         def log_message(self, *arguments):
             pass
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.files, made.cut, made.seen = {}, {}, []
+    made.files, made.cut, made.seen, made.commit = {}, {}, [], ""
     made.url = f"http://127.0.0.1:{made.server_port}"
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
@@ -982,6 +987,71 @@ def test_the_hash_the_hub_tells_is_checked_and_an_other_host_never_sees_the_toke
     assert not Path("m").exists() and not Path("m.part").exists()
     hub.download(server.url + "/model.safetensors", Path("m"), tries=1)
     assert Path("m").exists() and all(token is None for _, _, token in server.seen)
+
+
+def test_many_processes_share_one_download(server, monkeypatch):
+    """As the ranks of torchrun do: one fetches, the others wait; the file is never mixed."""
+    body = os.urandom(500_000)
+    server.files["/big.bin"], server.cut["/big.bin"] = body, 200_000
+    code = "import sys, pathlib\nfrom nanopath import hub\nhub.download(sys.argv[1], pathlib.Path('big.bin'))"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, server.url + "/big.bin"], stderr=subprocess.PIPE, encoding="utf-8",
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(4)]
+    assert [(rank.communicate()[1], rank.returncode)[1] for rank in ranks] == [0] * 4
+    assert Path("big.bin").read_bytes() == body and not Path("big.bin.part").exists()
+    assert len(server.seen) == 2                                   # one download, resumed once
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    server.files["/big.bin"] = b"newer"
+    hub.download(server.url + "/big.bin", Path("big.bin"))         # a caller that wants it again gets it
+    assert Path("big.bin").read_bytes() == b"newer"
+
+
+def test_a_part_is_written_by_one_process_at_a_time():
+    entered, go = threading.Event(), threading.Event()
+
+    def other():
+        with hub.sole_writer(Path("x")) as part:
+            entered.set()
+            go.wait(10)
+            part.write(b"whole")
+            part.flush()
+            os.replace("x.part", "x")
+    thread, found = threading.Thread(target=other), []
+    thread.start()
+    entered.wait(10)
+
+    def waiter():
+        with hub.sole_writer(Path("x")) as part:
+            found.append(part)
+    waiting = threading.Thread(target=waiter)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive() and not found
+    go.set()
+    thread.join()
+    waiting.join()
+    assert found == [None] and Path("x").read_bytes() == b"whole" and not Path("x.part").exists()
+
+
+def test_all_files_of_a_repository_come_from_one_commit(server, monkeypatch):
+    """The repository changes between two files: the second still comes from the first one's commit."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    old, new = "a" * 40, "b" * 40
+    for commit, text in ((old, b"old"), (new, b"new")):
+        for file in ("config.json", "tokenizer.json"):
+            server.files[f"/me/model/resolve/{commit}/{file}"] = text
+    server.commit = old
+    first = hub.hub_file("me/model", "config.json")
+    server.commit = new
+    assert hub.hub_file("me/model", "tokenizer.json").read_bytes() == first.read_bytes() == b"old"
+    assert first.parent.name == old
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.hub_file("me/model", "config.json") == first
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    cache = Path(os.environ["HF_HOME"], "hub", "models--you--model")                # Hugging Face's own cache knows the commit
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(old, encoding="utf-8")
+    server.files[f"/you/model/resolve/{old}/config.json"] = b"theirs"
+    assert hub.hub_file("you/model", "config.json").read_bytes() == b"theirs"
 
 
 def test_a_preset_takes_a_file_one_already_has():

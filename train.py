@@ -365,8 +365,8 @@ def build_model(cfg, tokenizer, before, machine):
     if machine.dtype == torch.float64:
         model.double()
     if cfg.init_from:
-        shape = {name: value for name, value in vars(model.config).items() if hasattr(cfg, name) and name != "block_size"}
-        cfg = replace(cfg, **shape)
+        shape = {name: getattr(model.config, name) for name in vars(model.config).keys() & vars(cfg).keys()}
+        cfg = replace(cfg, **shape | {"block_size": cfg.block_size})
     return model, cfg
 
 

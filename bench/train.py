@@ -118,8 +118,6 @@ else:
         "block_size", "n_layer", "n_embd", "n_head", "n_hidden", "rope_theta", "tie_embeddings")})
     model = forward = GPT(GPTConfig(**config)).init_weights()
     model.dtype = getattr(torch, sys.argv[2])
-    for block in model.layers:
-        block.self_attn.fused = model.dtype != torch.bfloat16
     optimizers = train.make_optimizers(model, train.Config(), model.dtype)
 x = torch.randint(50304, (1, 1024))
 def passes(n):

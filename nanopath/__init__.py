@@ -1,9 +1,9 @@
 """What the stages stand on. A first reading of nanopath never opens this folder.
 
-    start devices parallel        what is settled before torch loads; the machine and its ranks; a model on many processes
+    start devices parallel        what is settled before torch loads; the machine; a model on many processes
     run checkpoint plan           a run: its folder, its log, what can go wrong; its state on disk; what it needs
     flags files hub hf            the command line; files that are never half written; downloads; Hugging Face folders
-    kernels                       faster ways to the same numbers, each with its plain twin in a stage
+    kernels rope                  faster ways to the same numbers, each with its plain twin in a stage
     constrain grammar terminal    masks for structured output, and its grammar; the screen and the chat of sample.py
 
 Nothing here imports a stage; the tokenizer (bpe) is the exception, for its hash and its bytes.

@@ -13,7 +13,8 @@ ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "m
 LATE = {("model", "bpe")}                                          # load_model imports the tokenizer inside the function
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
-PAGES = {"bpe": 600, "model": 620, "prepare": 450, "sample": 640, "train": 500}        # lines; the aims are in the design
+PAGES = {"bpe": 600, "model": 620, "prepare": 450, "sample": 800, "train": 480}        # lines. sample.py has five ways to
+# decode, each complete, and so is longer than the design wants
 # STYLE.md, "Words": what a reader who knows English as a second language has to look up
 RIDDLES = r"\b(reckon\w*|lest|anew|mend(s|ed|ing)?|thereof|whoever|whence|hither|for good|goes on|go on|passed over)\b"
 
@@ -55,7 +56,7 @@ def test_a_stage_takes_few_names_from_nanopath(stage):
     assert len(names) <= MOST_NAMES.get(stage, 16), names
 
 
-MOST_NAMES = {"train": 34}                                         # the loop of a run on many machines; see the note there
+MOST_NAMES = {"train": 20}                                         # four of them are types of flags
 
 
 def test_nanopath_and_data_import_no_stage_but_the_tokenizer():

@@ -131,7 +131,7 @@ def pick_dtype(name, machine):
 
 
 def bf16_is_faster(device):
-    """The same answer every time on the same machine, also under load: on a CPU by processor time of one thread.
+    """The same answer every time on the same machine, also under load: on a CPU by processor time of this thread.
 
     The processor's flags do not say: of two processors with bf16 instructions one multiplies three times faster in bf16
     than in fp32, the other two times slower (measured).
@@ -141,15 +141,13 @@ def bf16_is_faster(device):
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     clock = time.perf_counter if os.name == "nt" else time.thread_time                # Windows counts in steps of 15 ms
-    threads, best = torch.get_num_threads(), {torch.float32: math.inf, torch.bfloat16: math.inf}
-    torch.set_num_threads(1)
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for _ in range(6):
         for dtype in best:
             a = torch.ones(512, 512, dtype=dtype)
             start = clock()
             a @ a
             best[dtype] = min(best[dtype], clock() - start)
-    torch.set_num_threads(threads)
     return best[torch.bfloat16] * 1.2 < best[torch.float32]
 
 

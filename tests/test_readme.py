@@ -31,11 +31,33 @@ def test_readme_commands_run_as_written(tmp_path):
                    "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     listed = commands()
     assert len(listed) >= 8
+    printed = {}
     for command in listed:
         done = subprocess.run(command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        printed[command] = done.stdout
     assert (project / "out/shakespeare/loss.png").is_file()
     assert not list(project.rglob("*.tmp"))
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")      # its numbers are those of these very runs
+    claimed = float(re.search(r"After 100 steps the validation loss is about ([\d.]+) bits per byte", readme)[1])
+    measured = float(re.search(r"validation .* ([\d.]+) bits per byte", printed["python train.py --max_steps=100"])[1])
+    assert abs(claimed - measured) < 0.03
+    parameters, rates = re.search(r"The model has ([\d,]+) parameters", readme)[1], re.search(r"peak rates: .*", readme)[0]
+    assert f"{parameters} parameters on shakespeare" in printed["python train.py --max_steps=100"]
+    assert rates in printed["python train.py --dry_run"]
+    per_token = re.search(r"bytes per token \(here ([\d.]+)\)", readme)[1]
+    assert f"{per_token}  bytes per token" in printed["python prepare.py shakespeare --vocab_size=512"]
+    summary = re.search(r"^llama3-70b: .*?^```", readme, re.M | re.S)[0].removesuffix("```").strip()
+    assert printed["python model.py --summary=llama3-70b"].strip() == summary
+
+
+def test_the_loss_of_the_readme_is_that_of_the_results():
+    """The loss of the whole demo is too long for a test; it stands in two places, which must agree."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "bench/results.md").read_text(encoding="utf-8")
+    bits, nats = re.search(r"Its ([\d.]+) bits per byte are ([\d.]+) nats", readme).groups()
+    assert readme.count(bits) == 2 and f"{bits} bits per byte" in results and f"{nats} over the whole validation text" in results
 
 
 def test_every_file_the_readme_names_exists():

@@ -76,7 +76,8 @@ def parse_run(Config, presets, doc, args=None):
                              + command("train.py", out=out))
         default = saved_config(Config, out) | {"out": str(out), "resume": True}
         default = Config(**default)
-    return parse(Config, doc, default=default, args=args)
+    cfg = parse(Config, doc, default=default, args=args)
+    return replace(cfg, dataset=cfg.dataset or default_dataset())  # the manifest of a run names its dataset
 
 
 def read_manifest(out):
@@ -447,9 +448,11 @@ class Guard:
         self.micro = micro_batch(self.cfg, raw, before, self.out, self.machine)
         self.asked = self.stop = False
         if not self.cfg.dry_run:                                   # a dry run has nothing to save
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # SIGHUP: the terminal was closed; not on Windows
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), self.on_signal)
+            for name in ("SIGINT", "SIGTERM"):
+                signal.signal(getattr(signal, name), self.on_signal)
+            # the terminal was closed; nohup ignores that, and so do we; Windows has no such signal
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self.on_signal)
 
     def on_signal(self, number, frame):
         if self.asked and number == signal.SIGINT:                 # a second Ctrl-C: at once

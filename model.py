@@ -39,7 +39,8 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from nanopath import kernels
-from nanopath.hf import (KNOWN_MODELS, check_ids, config_to_hf, family_of, read_config, read_tensors, tensors_to_hf)
+from nanopath.hf import (KNOWN_MODELS, check_special_ids, config_to_hf, family_of, read_config, read_tensors,
+                         tensors_to_hf)
 from nanopath.devices import pick_device
 from nanopath.files import write_json
 from nanopath.hub import find_folder, weight_files
@@ -107,7 +108,7 @@ class GPTConfig:
         if self.n_expert and not 1 <= self.n_expert_used <= self.n_expert:
             raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
-            check_ids(name, getattr(self, name), self.vocab_size)
+            check_special_ids(name, getattr(self, name), self.vocab_size)
         if not set(self.window_layers or ()) <= set(range(self.n_layer)):
             raise ValueError(f"window_layers={self.window_layers}: numbers from 0 to n_layer - 1 = {self.n_layer - 1}")
 
@@ -172,7 +173,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (kernels.rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
+        return (kernels.fast_rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

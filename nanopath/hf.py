@@ -122,6 +122,29 @@ def config_from_hf(hf, where="config.json"):
         if wrong:
             only = f", only {FIXED[key]!r}" if key in FIXED else ""
             raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
+    v = sizes_from_hf(hf, family, where)
+    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
+    v.setdefault("tie_embeddings", family == "gpt2")
+    for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        check_special_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
+    v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
+    v["stop_token_ids"] = tuple(more)
+    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
+    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
+        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
+    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
+    if family == "gpt2":
+        return v | dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
+    v |= rope_from_hf(hf, family, v["block_size"], where)
+    bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
+    v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
+              mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
+    v |= window_from_hf(hf, family, v["n_layer"], where)
+    return v | experts_from_hf(hf, family, where) if family in ("mixtral", "qwen3_moe") else v
+
+
+def sizes_from_hf(hf, family, where):
+    """The arguments of GPTConfig that are one key of config.json each, with the defaults of the family."""
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
     longest = hf.get("max_sequence_length")                        # an old name, also beside the present one
@@ -146,78 +169,75 @@ def config_from_hf(hf, where="config.json"):
         raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of "
                          f"{names['n_head']}={v['n_head']}")
     v.setdefault("head_dim", v["n_embd"] // v["n_head"])
-    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
-    v.setdefault("tie_embeddings", family == "gpt2")
-    for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        check_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
-    v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
-    v["stop_token_ids"] = tuple(more)
-    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
-    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
-        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
-    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
-    if family == "gpt2":
-        v |= dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
-    else:
-        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                   # in their order
-        if not isinstance(rope, dict):
-            raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
-        rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
-        v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
-        old, kind = "original_max_position_embeddings", rope.pop("type", None)
-        rope["rope_type"] = kind = rope.get("rope_type") or kind or "default"
-        try:
-            check_rope(1.0, rope)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
-            raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling is measured by it")
-        if kind == "linear" and longest is not None:  # then max_position_embeddings is the unstretched context
-            v["block_size"] = max(v["block_size"], longest)
-        old = v["block_size"] if rope["rope_type"] == "dynamic" else hf.get(old) or rope.get(old) or v["block_size"]
-        if type(old) is not int or old < 1:
-            raise ValueError(f"{where}: original_max_position_embeddings={old!r}: must be a whole number, at least 1")
-        if rope["rope_type"] in ("dynamic", "yarn"):  # files differ in whether they give the longer context
-            v["block_size"] = max(v["block_size"], int(old * rope["factor"]))
-        if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
-            rope["original_max_position_embeddings"] = old
-        if rope["rope_type"] != "default":
-            v["rope_scaling"] = rope
-        bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
-                  mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
-        window = hf.get("sliding_window", None if family == "mixtral" else 4096)
-        if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
-            window = None
-        v["window"], kinds, first = window or 0, hf.get("layer_types"), hf.get("max_window_layers", 28)
-        if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-            raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
-        if type(first) is not int:
-            raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
-        usual = ["sliding_attention" if window else "full_attention"] * v["n_layer"]
-        if kinds and (len(kinds) != v["n_layer"] or not set(kinds) <= {"sliding_attention", "full_attention"} or
-                      kinds != usual and not (window and family in ("qwen2", "qwen3"))):
-            raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
-        if window and family in ("qwen2", "qwen3"):
-            chosen = tuple(i for i in range(v["n_layer"]) if (kinds[i] == "sliding_attention" if kinds else i >= first))
-            v["window_layers"] = chosen if len(chosen) < v["n_layer"] else None
-    if family in ("mixtral", "qwen3_moe"):
-        if hf.get("mlp_only_layers"):
-            raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
-        n_expert = hf.get("num_local_experts") or hf.get("num_experts")
-        if not n_expert:
-            raise ValueError(f"{where}: num_local_experts missing")
-        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
-                  balance_loss=hf.get("router_aux_loss_coef", 0.001),
-                  expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
     return v
+
+
+def rope_from_hf(hf, family, block_size, where):
+    """rope_theta and rope_scaling, and the context length block_size, which some kinds of scaling extend."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                       # transformers' order
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
+    rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
+    v = dict(rope_theta=rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4))
+    old_type = rope.pop("type", None)
+    rope["rope_type"] = kind = rope.get("rope_type") or old_type or "default"
+    try:
+        check_rope(1.0, rope)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
+        raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling needs it")
+    if kind == "linear":  # then max_position_embeddings is the context before scaling
+        block_size = max(block_size, hf.get("max_sequence_length") or 0)
+    name = "original_max_position_embeddings"
+    old = block_size if kind == "dynamic" else hf.get(name) or rope.get(name) or block_size
+    if type(old) is not int or old < 1:
+        raise ValueError(f"{where}: {name}={old!r}: must be a whole number, at least 1")
+    if kind in ("dynamic", "yarn"):  # files differ in whether they give the longer context
+        block_size = max(block_size, int(old * rope["factor"]))
+    if kind in ("dynamic", "yarn", "llama3"):
+        rope[name] = old
+    return v | dict(block_size=block_size) | ({} if kind == "default" else dict(rope_scaling=rope))
+
+
+def window_from_hf(hf, family, n_layer, where):
+    """window and window_layers: which layers have sliding-window attention."""
+    window = hf.get("sliding_window", None if family == "mixtral" else 4096)
+    if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
+        window = None
+    kinds, first = hf.get("layer_types"), hf.get("max_window_layers", 28)
+    if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
+    if type(first) is not int:
+        raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
+    usual = ["sliding_attention" if window else "full_attention"] * n_layer
+    if kinds and (len(kinds) != n_layer or not set(kinds) <= {"sliding_attention", "full_attention"} or
+                  kinds != usual and not (window and family in ("qwen2", "qwen3"))):
+        raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
+    v = dict(window=window or 0)
+    if window and family in ("qwen2", "qwen3"):
+        chosen = tuple(i for i in range(n_layer) if (kinds[i] == "sliding_attention" if kinds else i >= first))
+        v["window_layers"] = chosen if len(chosen) < n_layer else None
+    return v
+
+
+def experts_from_hf(hf, family, where):
+    """The arguments of GPTConfig for a mixture of experts."""
+    if hf.get("mlp_only_layers"):
+        raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
+    n_expert = hf.get("num_local_experts") or hf.get("num_experts")
+    if not n_expert:
+        raise ValueError(f"{where}: num_local_experts missing")
+    return dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
+                balance_loss=hf.get("router_aux_loss_coef", 0.001),
+                expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
 
 
 def as_list(ids):
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def check_ids(name, value, vocab_size, lists=True):
+def check_special_ids(name, value, vocab_size, lists=True):
     """Raise ValueError unless value is None, a token id, or (lists) a list of token ids."""
     ids = value if lists and isinstance(value, (list, tuple)) else [] if value is None else [value]
     for i in ids:
@@ -236,7 +256,7 @@ def read_config(GPTConfig, folder):
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
     if generation.is_file():
         stop = read_json(generation).get("eos_token_id")
-        check_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
+        check_special_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
         ids = [*as_list(config.eos_token_id), *config.stop_token_ids, *as_list(stop)]
         eos, *more = dict.fromkeys(ids) or [None]
         config = replace(config, eos_token_id=eos, stop_token_ids=tuple(more))

@@ -5,14 +5,18 @@ Nothing is computed here. The families differ from model.py's switches only in s
 q, k and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by
 name when they are set: a setting that is silently ignored gives a wrong model.
 """
+import os
 import re
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from nanopath.files import read_json
+from nanopath.files import read_json, write_json
+from nanopath.flags import check_bounds
 from nanopath.rope import check_rope
 
 # our name -> Hugging Face's name in config.json
@@ -246,12 +250,36 @@ def check_special_ids(name, value, vocab_size, lists=True):
                              + (", or a list of them" if lists else ""))
 
 
+def check_config(config):
+    """Raise ValueError naming the first field of a GPTConfig that is out of its bounds or contradicts another."""
+    c = config
+    try:
+        check_bounds(c)
+    except ValueError as error:                                    # the fields of a file, not flags
+        raise ValueError(str(error).removeprefix("--")) from None
+    for field in fields(c):                                        # check_bounds allows 4.0; a shape must be an int
+        if type(field.default) is int and type(getattr(c, field.name)) is not int:
+            raise ValueError(f"{field.name}={getattr(c, field.name)!r}: must be a whole number")
+    if c.n_head % c.n_kv_head:
+        raise ValueError(f"n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
+    if c.head_dim % 2 and c.position == "rope":
+        raise ValueError(f"head_dim={c.head_dim}: must be even, because RoPE rotates pairs of channels")
+    if c.position == "rope":
+        check_rope(c.rope_theta, c.rope_scaling or {})
+    if c.n_expert and c.n_expert_used > c.n_expert:
+        raise ValueError(f"n_expert_used={c.n_expert_used}: must be between 1 and n_expert={c.n_expert}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
+        check_special_ids(name, getattr(c, name), c.vocab_size)
+    if not set(c.window_layers or ()) <= set(range(c.n_layer)):
+        raise ValueError(f"window_layers={c.window_layers}: must be numbers from 0 to n_layer - 1 = {c.n_layer - 1}")
+
+
 def read_config(GPTConfig, folder):
     """config.json and generation_config.json of a folder -> GPTConfig. ValueError names file, key and value."""
     where, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = GPTConfig(**config_from_hf(read_json(where), where))
-    except (ValueError, TypeError) as error:                       # an impossible value, or one of the wrong type
+    except (ValueError, TypeError, OverflowError) as error:                       # an impossible value, or one of the wrong type
         message = str(error)
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
     if generation.is_file():
@@ -263,14 +291,17 @@ def read_config(GPTConfig, folder):
     return config
 
 
-def read_tensors(folder, files, config, shapes, dtype, device):
-    """The tensors of safetensors files under our names, as parameters. shapes: what each of our names must have.
+def read_tensors(folder, files, model, dtype, device):
+    """The tensors of safetensors files under our names, as parameters on `device`, for load_state_dict(assign=True).
+    model: a GPT of the same config, possibly on the meta device; its shapes are what the file must have.
 
-    A tied head is left out, with two exceptions, as in transformers 5: a head without an embedding becomes the
-    embedding; a head that differs from the embedding is kept, with a warning.
+    Where config.json ties the output head to the embedding, both names get one parameter. Two exceptions, as in
+    transformers 5: a head without an embedding becomes the embedding; a head that differs from the embedding is kept,
+    with a warning.
     """
     tensors, family = {}, read_json(folder / "config.json")["model_type"]
-    shapes = shapes | {"lm_head.weight": shapes["embed_tokens.weight"]}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes |= {"lm_head.weight": shapes["embed_tokens.weight"]}
     for file in files:
         try:
             with safe_open(file, "pt", device=str(device)) as opened:
@@ -286,17 +317,43 @@ def read_tensors(folder, files, config, shapes, dtype, device):
                         tensors[name] = torch.nn.Parameter(tensor.to(dtype))
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}). Train again or copy it again") from None
-    if config.tie_embeddings and "lm_head.weight" in tensors:
+    tied = model.config.tie_embeddings
+    if tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.setdefault("embed_tokens.weight", head)):
             warnings.warn(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings, "
                           "by default true for gpt2), but lm_head.weight differs from it. Both matrices are loaded; "
                           "set tie_word_embeddings to false in config.json")
             tensors["lm_head.weight"] = head
-    missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_embeddings else set())
+    missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if tied else set())
     if missing:
         raise ValueError(f"{folder}: {sorted(missing)[0]} is missing from {files[0].name} ({len(missing)} in all)")
+    if tied:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     return tensors
+
+
+def write_folder(folder, model, tokenizer):
+    """Write the files of save_model. Each has a temporary name until it is complete; the weights are renamed last."""
+    folder, family = Path(folder), family_of(model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: t.contiguous().cpu() for key, t in tensors_to_hf(model, family).items()}
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
+            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
+                          "tokenizer.json says: its ids will differ from ours. Train the tokenizer with "
+                          "--pattern=qwen2, or use a qk_norm model")
+    config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json",
+               {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    temporary.chmod(0o644)                                         # safetensors makes files that only their owner reads
+    os.replace(temporary, folder / "model.safetensors")
+    for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)                                # shards of the model that was here before
 
 
 GPT2_TENSORS = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm", "ln_1": "input_layernorm",

@@ -26,90 +26,66 @@ Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, 
 Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467),
         QK-norm (2010.04245), gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
 """
+import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
-import os
-import warnings
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from nanopath import kernels
-from nanopath.hf import (KNOWN_MODELS, check_ids, config_to_hf, family_of, read_config, read_tensors, tensors_to_hf)
 from nanopath.devices import pick_device
-from nanopath.files import write_json
+from nanopath.flags import Count, Positive, Rate, parse
+from nanopath.hf import KNOWN_MODELS, check_config, read_config, read_tensors, write_folder
 from nanopath.hub import find_folder, weight_files
 from nanopath.plan import print_summary
-from nanopath.rope import check_rope, rope_frequencies
+from nanopath.rope import rope_frequencies
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 264        # V: ids of the tokenizer (256 bytes + 8 specials when it has no merges)
-    block_size: int = 256        # longest context T, in tokens
-    n_layer: int = 4             # L
-    n_embd: int = 128            # C
-    n_head: int = 2              # H query heads
-    n_kv_head: int = 2           # K key/value heads; each serves H/K query heads
-    head_dim: int = 64           # D; H * D need not equal C
-    n_hidden: int = 344          # width of the MLP: 4 C where it is plain, about 8/3 C where it is gated
-    norm: str = "rms"            # rms, or layer: LayerNorm with bias
-    norm_eps: float = 1e-6       # added to the mean square (the variance) inside the norm
-    position: str = "rope"       # rope; learned or sinusoidal: added to the embedding; none
-    rope_theta: float = 1000.0   # base of the rotary frequencies; 1e3 suits short contexts, 1e4 to 1e6 long ones
+    """Every switch of the architecture. Positive, Count and Rate are the numbers allowed: at least 1, at least 0, and a
+    fraction of at least 0."""
+    vocab_size: Positive = 264   # V: ids of the tokenizer (256 bytes + 8 specials when it has no merges)
+    block_size: Positive = 256   # context length T, in tokens
+    n_layer: Positive = 4        # L
+    n_embd: Positive = 128       # C
+    n_head: Positive = 2         # H query heads
+    n_kv_head: Positive = 2      # K key/value heads; each serves H/K query heads
+    head_dim: Positive = 64      # D; H * D need not equal C
+    n_hidden: Positive = 344     # width of the MLP: 4 C without a gate, about 8/3 C with one
+    norm: Literal["rms", "layer"] = "rms"  # layer: LayerNorm with bias
+    norm_eps: Rate = 1e-6        # added to the mean square (the variance) inside the norm
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # learned, sinusoidal: added to the embedding
+    rope_theta: Rate = 1000.0    # base of the rotary frequencies; 1e3 suits short contexts, 1e4 to 1e6 long ones
     rope_scaling: dict | None = None  # linear, dynamic (NTK), yarn or llama3, with the keys of Hugging Face
-    window: int = 0              # sliding window: a token sees itself and window - 1 before it; 0: everything before it
+    window: Count = 0            # sliding window: a token sees itself and window - 1 before it; 0: everything before it
     window_layers: tuple[int, ...] | None = None  # the layers that have the window; None: all of them
     qk_norm: bool = True         # RMSNorm on queries and keys, per head
     qkv_bias: bool = False       # biases of q, k and v
     o_bias: bool = False         # bias of the attention's output
     mlp_bias: bool = False       # biases of the MLP
-    activation: str = "silu"     # silu, gelu, gelu_tanh (GPT-2's approximation), relu, relu2 (its square)
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"  # see ACTIVATIONS
     gated: bool = True           # down(act(gate(x)) * up(x)), SwiGLU or GEGLU by the activation; else down(act(up(x)))
-    n_expert: int = 0            # E: experts per layer; 0: one plain MLP
-    n_expert_used: int = 2       # experts that a token is sent to
-    expert_norm: bool = True     # the weights of the chosen experts are made to sum to 1
-    balance_loss: float = 0.001  # weight of the load-balance loss, added to the training loss
-    logit_softcap: float = 0.0   # logits = cap * tanh(logits / cap); 0: off
+    n_expert: Count = 0          # E: experts per layer; 0: one MLP without a router
+    n_expert_used: Positive = 2  # experts that a token is sent to
+    expert_norm: bool = True     # divide the weights of the chosen experts by their sum
+    balance_loss: Rate = 0.001   # weight of the load-balance loss, added to the training loss
+    logit_softcap: Rate = 0.0    # logits = cap * tanh(logits / cap); 0: off
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
-    bos_token_id: int | None = None  # id that begins one, for the tools that want it
+    bos_token_id: int | None = None  # id that begins a document, for models that were trained with such an id
     eos_token_id: int | None = None  # id that ends a document
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = {"window": 0, "n_expert": 0}.get(field.name, 1)
-            if field.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"{field.name}={value!r}: must be a whole number, at least {least}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name}={value!r}: must be true or false")
-            if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
-                raise ValueError(f"{field.name}={value!r}: must be a number, not negative")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
-        if self.head_dim % 2 and self.position == "rope":
-            raise ValueError(f"head_dim={self.head_dim}: must be even, rotary positions turn pairs of channels")
-        for name, allowed in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS)),
-                              ("position", ("rope", "learned", "sinusoidal", "none"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if self.rope_scaling is not None:
+        if self.rope_scaling is not None:                          # older folders write type for rope_type
             scaling = dict(self.rope_scaling)
             self.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
-        if self.position == "rope":
-            check_rope(self.rope_theta, self.rope_scaling or {})
-        if self.n_expert and not 1 <= self.n_expert_used <= self.n_expert:
-            raise ValueError(f"n_expert_used={self.n_expert_used}: between 1 and n_expert={self.n_expert}")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
-            check_ids(name, getattr(self, name), self.vocab_size)
-        if not set(self.window_layers or ()) <= set(range(self.n_layer)):
-            raise ValueError(f"window_layers={self.window_layers}: numbers from 0 to n_layer - 1 = {self.n_layer - 1}")
+        check_config(self)
 
     @property
     def stop_ids(self):
@@ -128,8 +104,8 @@ class GPTConfig:
 
 FAST = True  # False: the plain versions in this file instead of nanopath.kernels, which the tests hold equal to them
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
-               "relu2": lambda x: F.relu(x).square()}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(),
+               "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}             # gelu_tanh: GPT-2's approximation
 
 
 def upcast(x):
@@ -172,7 +148,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (kernels.rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
+        return (kernels.fast_rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -595,27 +571,9 @@ class KVCache:
 # A model is a folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json
 
 def save_model(folder, model, tokenizer):
-    """Write the Hugging Face folder. Every file is complete before it gets its name."""
+    """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
     assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
-    folder, family = Path(folder), family_of(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.contiguous().cpu() for key, t in tensors_to_hf(model, family).items()}
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
-            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
-                          "tokenizer.json says: its ids will differ from ours. Learn it with "
-                          "--pattern=qwen2, or use a qk_norm model")
-    config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json",
-               {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    temporary.chmod(0o644)                                         # safetensors makes files only their owner may read
-    os.replace(temporary, folder / "model.safetensors")
-    for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
-        old.unlink(missing_ok=True)                                # shards of what was here before
+    write_folder(folder, model, tokenizer)
 
 
 def load_model(path, device="auto", dtype=None, need_tokenizer=True):
@@ -624,10 +582,10 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     path        a folder, or a name on the Hub (OWNER/NAME; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed)
     dtype       of weights and activations; None is float32
     need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
-    Tensor by tensor: peak memory is the model plus one tensor. Raises ValueError naming the file and what is wrong with
-    it; a partly loaded model is never returned.
+    Tensors are read one at a time: peak memory is the model plus one tensor. Raises ValueError naming the file and what
+    is wrong with it; a partly loaded model is never returned.
     """
-    from bpe import Tokenizer                                      # lazily: the model itself knows only ids
+    from bpe import Tokenizer                                      # here, because the rest of this file needs only ids
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
     config, tokenizer = read_config(GPTConfig, folder), None
     files = weight_files(folder)
@@ -641,17 +599,11 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
             raise
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    tensors = read_tensors(folder, files, config, shapes, dtype, device)
-    if config.tie_embeddings and "lm_head.weight" in tensors:      # the file has an output head of its own
-        config = replace(config, tie_embeddings=False)
-        with torch.device("meta"):
-            model = GPT(config)
-    if config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    tensors = read_tensors(folder, files, model, dtype, device)
+    tied = tensors["lm_head.weight"] is tensors["embed_tokens.weight"]           # the file decides, not config.json
     model.load_state_dict(tensors, assign=True)
     model.make_buffers(device)
-    model.dtype = dtype
+    model.config, model.dtype = replace(config, tie_embeddings=tied), dtype
     return model.eval(), tokenizer
 
 
@@ -660,9 +612,9 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
 @dataclass
 class Config:
     summary: str = "laptop"      # a preset, a model folder, or OWNER/NAME on the Hub (only its config.json is read)
-    batch_size: int = 1          # sequences B of the training step
-    block_size: int = 0          # their length T; 0: the model's own, but at most 4096
-    dtype: str = "bfloat16"      # of activations and cache, and of the weights to serve
+    batch_size: Positive = 1     # sequences B of the training step
+    block_size: Count = 0        # their length T; 0: the model's context length, but at most 4096
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations and cache, and of the weights to serve
 
 
 def main(cfg):
@@ -673,18 +625,8 @@ def main(cfg):
             config = read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
         except (ValueError, OSError) as error:
             raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
-    T = cfg.block_size or min(config.block_size, 4096)
-    if cfg.batch_size < 1 or not 1 <= T <= config.block_size:
-        raise SystemExit(f"--batch_size={cfg.batch_size} --block_size={T}: at least 1, and no longer than the model's "
-                         f"context of {config.block_size}")
-    if cfg.dtype not in ("float32", "bfloat16") or config.n_expert and cfg.dtype == "float32":
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16 (experts: only bfloat16)")
-    if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
-        raise SystemExit(f"--summary={cfg.summary}: experts must be gated, without biases, and have "
-                         "widths that are multiples of 8")
-    print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
+    print_summary(GPT, cfg.summary, config, cfg.batch_size, cfg.block_size or min(config.block_size, 4096), cfg.dtype)
 
 
 if __name__ == "__main__":
-    import tyro
-    main(tyro.cli(Config, use_underscores=True, description=__doc__.split("\n\n")[0]))
+    main(parse(Config, __doc__))

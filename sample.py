@@ -19,6 +19,7 @@ Papers  top-k (arXiv:1805.04833), nucleus = top-p (1904.09751), typical (2202.00
         (2007.14966), entropy-driven temperature (2403.14541), repetition penalty (1909.05858), contrastive search
         (2202.06417), contrastive decoding (2210.15097), speculative sampling (2302.01318, 2211.17192)
 """
+import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
 import os
 import sys

@@ -5,14 +5,18 @@ Nothing is computed here. The families differ from model.py's switches only in s
 q, k and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by
 name when they are set: a setting that is silently ignored gives a wrong model.
 """
+import os
 import re
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from nanopath.files import read_json
+from nanopath.files import read_json, write_json
+from nanopath.flags import check_bounds
 from nanopath.rope import check_rope
 
 # our name -> Hugging Face's name in config.json
@@ -122,6 +126,29 @@ def config_from_hf(hf, where="config.json"):
         if wrong:
             only = f", only {FIXED[key]!r}" if key in FIXED else ""
             raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
+    v = sizes_from_hf(hf, family, where)
+    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
+    v.setdefault("tie_embeddings", family == "gpt2")
+    for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        check_special_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
+    v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
+    v["stop_token_ids"] = tuple(more)
+    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
+    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
+        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
+    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
+    if family == "gpt2":
+        return v | dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
+    v |= rope_from_hf(hf, family, v["block_size"], where)
+    bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
+    v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
+              mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
+    v |= window_from_hf(hf, family, v["n_layer"], where)
+    return v | experts_from_hf(hf, family, where) if family in ("mixtral", "qwen3_moe") else v
+
+
+def sizes_from_hf(hf, family, where):
+    """The arguments of GPTConfig that are one key of config.json each, with the defaults of the family."""
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
     longest = hf.get("max_sequence_length")                        # an old name, also beside the present one
@@ -146,78 +173,75 @@ def config_from_hf(hf, where="config.json"):
         raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of "
                          f"{names['n_head']}={v['n_head']}")
     v.setdefault("head_dim", v["n_embd"] // v["n_head"])
-    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
-    v.setdefault("tie_embeddings", family == "gpt2")
-    for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        check_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
-    v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
-    v["stop_token_ids"] = tuple(more)
-    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
-    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
-        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
-    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
-    if family == "gpt2":
-        v |= dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
-    else:
-        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                   # in their order
-        if not isinstance(rope, dict):
-            raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
-        rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
-        v["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4)
-        old, kind = "original_max_position_embeddings", rope.pop("type", None)
-        rope["rope_type"] = kind = rope.get("rope_type") or kind or "default"
-        try:
-            check_rope(1.0, rope)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
-            raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling is measured by it")
-        if kind == "linear" and longest is not None:  # then max_position_embeddings is the unstretched context
-            v["block_size"] = max(v["block_size"], longest)
-        old = v["block_size"] if rope["rope_type"] == "dynamic" else hf.get(old) or rope.get(old) or v["block_size"]
-        if type(old) is not int or old < 1:
-            raise ValueError(f"{where}: original_max_position_embeddings={old!r}: must be a whole number, at least 1")
-        if rope["rope_type"] in ("dynamic", "yarn"):  # files differ in whether they give the longer context
-            v["block_size"] = max(v["block_size"], int(old * rope["factor"]))
-        if rope["rope_type"] in ("dynamic", "yarn", "llama3"):
-            rope["original_max_position_embeddings"] = old
-        if rope["rope_type"] != "default":
-            v["rope_scaling"] = rope
-        bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-        v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
-                  mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
-        window = hf.get("sliding_window", None if family == "mixtral" else 4096)
-        if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
-            window = None
-        v["window"], kinds, first = window or 0, hf.get("layer_types"), hf.get("max_window_layers", 28)
-        if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-            raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
-        if type(first) is not int:
-            raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
-        usual = ["sliding_attention" if window else "full_attention"] * v["n_layer"]
-        if kinds and (len(kinds) != v["n_layer"] or not set(kinds) <= {"sliding_attention", "full_attention"} or
-                      kinds != usual and not (window and family in ("qwen2", "qwen3"))):
-            raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
-        if window and family in ("qwen2", "qwen3"):
-            chosen = tuple(i for i in range(v["n_layer"]) if (kinds[i] == "sliding_attention" if kinds else i >= first))
-            v["window_layers"] = chosen if len(chosen) < v["n_layer"] else None
-    if family in ("mixtral", "qwen3_moe"):
-        if hf.get("mlp_only_layers"):
-            raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
-        n_expert = hf.get("num_local_experts") or hf.get("num_experts")
-        if not n_expert:
-            raise ValueError(f"{where}: num_local_experts missing")
-        v |= dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
-                  balance_loss=hf.get("router_aux_loss_coef", 0.001),
-                  expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
     return v
+
+
+def rope_from_hf(hf, family, block_size, where):
+    """rope_theta and rope_scaling, and the context length block_size, which some kinds of scaling extend."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                       # transformers' order
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
+    rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
+    v = dict(rope_theta=rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4))
+    old_type = rope.pop("type", None)
+    rope["rope_type"] = kind = rope.get("rope_type") or old_type or "default"
+    try:
+        check_rope(1.0, rope)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
+        raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling needs it")
+    if kind == "linear":  # then max_position_embeddings is the context before scaling
+        block_size = max(block_size, hf.get("max_sequence_length") or 0)
+    name = "original_max_position_embeddings"
+    old = block_size if kind == "dynamic" else hf.get(name) or rope.get(name) or block_size
+    if type(old) is not int or old < 1:
+        raise ValueError(f"{where}: {name}={old!r}: must be a whole number, at least 1")
+    if kind in ("dynamic", "yarn"):  # files differ in whether they give the longer context
+        block_size = max(block_size, int(old * rope["factor"]))
+    if kind in ("dynamic", "yarn", "llama3"):
+        rope[name] = old
+    return v | dict(block_size=block_size) | ({} if kind == "default" else dict(rope_scaling=rope))
+
+
+def window_from_hf(hf, family, n_layer, where):
+    """window and window_layers: which layers have sliding-window attention."""
+    window = hf.get("sliding_window", None if family == "mixtral" else 4096)
+    if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
+        window = None
+    kinds, first = hf.get("layer_types"), hf.get("max_window_layers", 28)
+    if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
+    if type(first) is not int:
+        raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
+    usual = ["sliding_attention" if window else "full_attention"] * n_layer
+    if kinds and (len(kinds) != n_layer or not set(kinds) <= {"sliding_attention", "full_attention"} or
+                  kinds != usual and not (window and family in ("qwen2", "qwen3"))):
+        raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
+    v = dict(window=window or 0)
+    if window and family in ("qwen2", "qwen3"):
+        chosen = tuple(i for i in range(n_layer) if (kinds[i] == "sliding_attention" if kinds else i >= first))
+        v["window_layers"] = chosen if len(chosen) < n_layer else None
+    return v
+
+
+def experts_from_hf(hf, family, where):
+    """The arguments of GPTConfig for a mixture of experts."""
+    if hf.get("mlp_only_layers"):
+        raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
+    n_expert = hf.get("num_local_experts") or hf.get("num_experts")
+    if not n_expert:
+        raise ValueError(f"{where}: num_local_experts missing")
+    return dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
+                balance_loss=hf.get("router_aux_loss_coef", 0.001),
+                expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
 
 
 def as_list(ids):
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def check_ids(name, value, vocab_size, lists=True):
+def check_special_ids(name, value, vocab_size, lists=True):
     """Raise ValueError unless value is None, a token id, or (lists) a list of token ids."""
     ids = value if lists and isinstance(value, (list, tuple)) else [] if value is None else [value]
     for i in ids:
@@ -226,31 +250,58 @@ def check_ids(name, value, vocab_size, lists=True):
                              + (", or a list of them" if lists else ""))
 
 
+def check_config(config):
+    """Raise ValueError naming the first field of a GPTConfig that is out of its bounds or contradicts another."""
+    c = config
+    try:
+        check_bounds(c)
+    except ValueError as error:                                    # the fields of a file, not flags
+        raise ValueError(str(error).removeprefix("--")) from None
+    for field in fields(c):                                        # check_bounds allows 4.0; a shape must be an int
+        if type(field.default) is int and type(getattr(c, field.name)) is not int:
+            raise ValueError(f"{field.name}={getattr(c, field.name)!r}: must be a whole number")
+    if c.n_head % c.n_kv_head:
+        raise ValueError(f"n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
+    if c.head_dim % 2 and c.position == "rope":
+        raise ValueError(f"head_dim={c.head_dim}: must be even, because RoPE rotates pairs of channels")
+    if c.position == "rope":
+        check_rope(c.rope_theta, c.rope_scaling or {})
+    if c.n_expert and c.n_expert_used > c.n_expert:
+        raise ValueError(f"n_expert_used={c.n_expert_used}: must be between 1 and n_expert={c.n_expert}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
+        check_special_ids(name, getattr(c, name), c.vocab_size)
+    if not set(c.window_layers or ()) <= set(range(c.n_layer)):
+        raise ValueError(f"window_layers={c.window_layers}: must be numbers from 0 to n_layer - 1 = {c.n_layer - 1}")
+
+
 def read_config(GPTConfig, folder):
     """config.json and generation_config.json of a folder -> GPTConfig. ValueError names file, key and value."""
     where, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = GPTConfig(**config_from_hf(read_json(where), where))
-    except (ValueError, TypeError) as error:                       # an impossible value, or one of the wrong type
+    except (ValueError, TypeError, OverflowError) as error:                       # an impossible value, or one of the wrong type
         message = str(error)
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
     if generation.is_file():
         stop = read_json(generation).get("eos_token_id")
-        check_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
+        check_special_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
         ids = [*as_list(config.eos_token_id), *config.stop_token_ids, *as_list(stop)]
         eos, *more = dict.fromkeys(ids) or [None]
         config = replace(config, eos_token_id=eos, stop_token_ids=tuple(more))
     return config
 
 
-def read_tensors(folder, files, config, shapes, dtype, device):
-    """The tensors of safetensors files under our names, as parameters. shapes: what each of our names must have.
+def read_tensors(folder, files, model, dtype, device):
+    """The tensors of safetensors files under our names, as parameters on `device`, for load_state_dict(assign=True).
+    model: a GPT of the same config, possibly on the meta device; its shapes are what the file must have.
 
-    A tied head is left out, with two exceptions, as in transformers 5: a head without an embedding becomes the
-    embedding; a head that differs from the embedding is kept, with a warning.
+    Where config.json ties the output head to the embedding, both names get one parameter. Two exceptions, as in
+    transformers 5: a head without an embedding becomes the embedding; a head that differs from the embedding is kept,
+    with a warning.
     """
     tensors, family = {}, read_json(folder / "config.json")["model_type"]
-    shapes = shapes | {"lm_head.weight": shapes["embed_tokens.weight"]}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes |= {"lm_head.weight": shapes["embed_tokens.weight"]}
     for file in files:
         try:
             with safe_open(file, "pt", device=str(device)) as opened:
@@ -266,17 +317,43 @@ def read_tensors(folder, files, config, shapes, dtype, device):
                         tensors[name] = torch.nn.Parameter(tensor.to(dtype))
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}). Train again or copy it again") from None
-    if config.tie_embeddings and "lm_head.weight" in tensors:
+    tied = model.config.tie_embeddings
+    if tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.setdefault("embed_tokens.weight", head)):
             warnings.warn(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings, "
                           "by default true for gpt2), but lm_head.weight differs from it. Both matrices are loaded; "
                           "set tie_word_embeddings to false in config.json")
             tensors["lm_head.weight"] = head
-    missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_embeddings else set())
+    missing = shapes.keys() - tensors.keys() - ({"lm_head.weight"} if tied else set())
     if missing:
         raise ValueError(f"{folder}: {sorted(missing)[0]} is missing from {files[0].name} ({len(missing)} in all)")
+    if tied:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     return tensors
+
+
+def write_folder(folder, model, tokenizer):
+    """Write the files of save_model. Each has a temporary name until it is complete; the weights are renamed last."""
+    folder, family = Path(folder), family_of(model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: t.contiguous().cpu() for key, t in tensors_to_hf(model, family).items()}
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        if family == "qwen2" and r"|\p{N}|" not in tokenizer.pattern:
+            warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
+                          "tokenizer.json says: its ids will differ from ours. Train the tokenizer with "
+                          "--pattern=qwen2, or use a qk_norm model")
+    config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json",
+               {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    temporary.chmod(0o644)                                         # safetensors makes files that only their owner reads
+    os.replace(temporary, folder / "model.safetensors")
+    for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)                                # shards of the model that was here before
 
 
 GPT2_TENSORS = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm", "ln_1": "input_layernorm",

@@ -3,7 +3,7 @@ Faster ways to the same numbers. Each has a plain twin in model.py, and tests/te
 
     kernel                   plain twin                    why it is faster
     fused_attention          model.attention               the scores (T, S) are never written to memory
-    rms_norm                 model.rms_norm                one call forward, gradient derived by hand
+    fast_rms_norm            model.rms_norm                one call forward, gradient derived by hand
     chunked_cross_entropy    F.cross_entropy               the logits of all tokens never exist at once
     packed_linear            F.linear                      the CPU's matrix layout is made once, not at every call
     grouped_experts          the loop in MoE.forward       one matmul for all experts
@@ -57,7 +57,7 @@ class RMSNormFunction(torch.autograd.Function):
         return dx.to(ctx.dtypes[0]), dyn.flatten(0, -2).sum(0).to(ctx.dtypes[1]), None
 
 
-def rms_norm(x, weight, eps):
+def fast_rms_norm(x, weight, eps):
     """model.rms_norm, the same with and without gradients, bit for bit. On a CPU F.rms_norm does the operations of
     RMSNormFunction in the same order, and as one call is faster where no gradient is needed. Other devices have a fused
     kernel that rounds differently, so it is not used there."""

@@ -224,6 +224,13 @@ def summarize(GPT, config, B, T, dtype=torch.bfloat16):
 
 def print_summary(GPT, name, config, B, T, dtype):
     """The table of `python model.py --summary=NAME`: parameters, FLOPs and bytes of B sequences of T tokens."""
+    if T > config.block_size:
+        raise SystemExit(f"--block_size={T}: must be at most the model's context length of {config.block_size}")
+    if config.n_expert and dtype == "float32":
+        raise SystemExit(f"--dtype={dtype}: a mixture of experts is counted in bfloat16 only")
+    if config.n_expert and (not config.gated or config.mlp_bias or config.n_embd % 8 or config.n_hidden % 8):
+        raise SystemExit(f"--summary={name}: experts must be gated, without biases, and have widths that are multiples "
+                         "of 8")
     s = summarize(GPT, config, B, T, getattr(torch, dtype))
 
     def size(n):

@@ -7,7 +7,7 @@ import torch
 
 # keys of rope_scaling: needed, optional; every kind may have the common ones
 COMMON = {"rope_type", "rope_theta", "original_max_position_embeddings"}
-KINDS = {"default": ((), ()), "linear": (("factor",), ()), "dynamic": (("factor",), ()),
+ROPE_KEYS = {"default": ((), ()), "linear": (("factor",), ()), "dynamic": (("factor",), ()),
          "yarn": (("factor",), ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")),
          "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ())}
 
@@ -15,11 +15,11 @@ KINDS = {"default": ((), ()), "linear": (("factor",), ()), "dynamic": (("factor"
 def check_rope(theta, scaling):
     """Raise ValueError naming the first key of rope_scaling that is missing, unknown or impossible."""
     kind = scaling.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"rope_scaling: rope_type={kind!r} is not supported, choose one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise ValueError(f"rope_scaling: rope_type={kind!r} is not supported, choose one of {', '.join(ROPE_KEYS)}")
     if not (math.isfinite(theta) and theta > 0):
         raise ValueError(f"rope_theta={theta}: must be a positive number")
-    needed, optional = KINDS[kind]
+    needed, optional = ROPE_KEYS[kind]
     for key in needed:
         if scaling.get(key) is None:
             raise ValueError(f"rope_scaling: {kind} needs {key}")

@@ -279,7 +279,7 @@ def read_config(GPTConfig, folder):
     where, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = GPTConfig(**config_from_hf(read_json(where), where))
-    except (ValueError, TypeError, OverflowError) as error:                       # an impossible value, or one of the wrong type
+    except (ValueError, TypeError, OverflowError) as error:              # an impossible value, or one of the wrong type
         message = str(error)
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
     if generation.is_file():

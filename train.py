@@ -337,7 +337,7 @@ def finish_gradients(model, factor, clip):
 def build_model(cfg, tokenizer, before, machine):
     """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume).
     Returns it, and cfg with the shape it has."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2 ** 63)
     if cfg.init_from and not before:
         try:
             model, own = load_model(cfg.init_from, device="cpu")

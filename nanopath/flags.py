@@ -36,8 +36,8 @@ class Bound:
         return words + ("" if self.off is None else f", or {self.off:g}")
 
 
-Positive = typing.Annotated[int, Bound(1, 2 ** 53)]
-Count = typing.Annotated[int, Bound(0, 2 ** 53)]                   # 0 means off, or as the comment says
+Positive = typing.Annotated[int, Bound(1)]
+Count = typing.Annotated[int, Bound(0)]                            # 0 means off, or as the comment says
 Rate = typing.Annotated[float, Bound(0, 1e30)]                     # 100 million times that still fits into float32
 Share = typing.Annotated[float, Bound(0, 1)]
 

@@ -596,7 +596,7 @@ def test_compiled_on_a_cpu_only_where_a_long_run_in_bf16_gains_by_it(here, tmp_p
         compiled.clear()
         text = here(tmp_path / "run", "--dry_run", *flags)
         assert len(compiled) == count and ("blocks compiled" in text) == (count > 0)
-    here(tmp_path / "run", "--compile=on", "--max_steps=2")         # what was decided is decided for good
+    here(tmp_path / "run", "--compile=on", "--max_steps=2")         # the decision is kept
     assert json.loads((tmp_path / "run/manifest.json").read_text(encoding="utf-8"))["config"]["compile"] == "on"
     here(tmp_path / "run", "--resume", "--max_steps=3")
     assert len(compiled) == 6

@@ -22,7 +22,7 @@ def cgroup_values(controller, file, root=Path("/")):
         return []
     found = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / controllers

@@ -73,7 +73,7 @@ def read_constraint(cfg, tokenizer):
             return Constraint.json_schema({}, tokenizer)           # the schema of any JSON
         return Constraint.regex(cfg.regex, tokenizer) if cfg.regex else None
     except json.JSONDecodeError as error:
-        raise SystemExit(f"--schema={cfg.schema}: is not JSON ({error}). Give a file that holds a JSON schema") from None
+        raise SystemExit(f"--schema={cfg.schema}: the file is not JSON ({error}). Give a JSON schema") from None
     except (OSError, ValueError, RecursionError) as error:
         flag = f"--schema={cfg.schema}" if cfg.schema else "--json" if cfg.json else f"--regex={cfg.regex}"
         raise SystemExit(f"{flag}: {getattr(error, 'strerror', None) or error}") from None

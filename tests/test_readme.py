@@ -47,7 +47,7 @@ def test_readme_commands_run_as_written(tmp_path):
     assert f"{parameters} parameters on shakespeare" in printed["python train.py --max_steps=100"]
     assert rates in printed["python train.py --dry_run"]
     per_token = re.search(r"bytes per token \(here ([\d.]+)\)", readme)[1]
-    assert f"{per_token}  bytes per token" in printed["python prepare.py shakespeare --vocab_size=512"]
+    assert f"{per_token} bytes per token" in printed["python prepare.py shakespeare --vocab_size=512"]
     summary = re.search(r"^llama3-70b: .*?^```", readme, re.M | re.S)[0].removesuffix("```").strip()
     assert printed["python model.py --summary=llama3-70b"].strip() == summary
 

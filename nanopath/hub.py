@@ -13,10 +13,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:          # Windows: processes there do not exclude each other
-    fcntl = None
+from filelock import FileLock
 
 from nanopath.files import file_hash, need_space, read_json
 
@@ -68,7 +65,7 @@ def pin(address, file, revision, folder):
     process uses the same one. A server that names no commit (a plain mirror): `revision` itself."""
     import requests
     note = folder / "refs" / revision
-    loose = any(path.is_file() and path.suffix != ".part" for path in (folder / revision).rglob("*"))
+    loose = any(path.is_file() and path.suffix not in (".part", ".lock") for path in (folder / revision).rglob("*"))
     if is_commit(revision) or loose:                               # files of an unknown commit are already here
         return revision
     token, headers = os.environ.get("HF_TOKEN"), {}
@@ -81,33 +78,28 @@ def pin(address, file, revision, folder):
                 pass                                               # the download that follows reports the error
             commit = headers.get("X-Repo-Commit", "")
             part.truncate(0)
+            part.write(commit.encode())
+            part.close()                                           # Windows neither renames nor deletes an open file
             if not is_commit(commit):
                 os.unlink(part.name)
                 return revision
-            part.write(commit.encode())
-            part.flush()
             os.replace(part.name, note)
     return note.read_text(encoding="utf-8").strip()
 
 
 @contextmanager
 def sole_writer(target):
-    """Open target.part for appending, for one process at a time; others wait. Yields None to a process that waited
-    while another one completed `target`. The caller renames or deletes the part; else it is resumed later."""
-    part, before = target.with_name(target.name + ".part"), stamp(target)
+    """Open target.part for appending, for one process at a time; the others wait. Yields None to a process that waited
+    while another process completed `target`. The caller closes the part, then renames or deletes it; a part that is
+    neither renamed nor deleted is resumed later. The operating system ends the lock with its process."""
+    before = stamp(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(part, "ab") as file:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if stamp(target) != before:                            # another process completed it
-                if not os.fstat(file.fileno()).st_size and stamp(part) == stamp(file.fileno()):
-                    part.unlink()                                  # the empty part that this process has just made
-                yield None
-                return
-            if stamp(part) == stamp(file.fileno()):                # else another process deleted or renamed this file
-                yield file
-                return
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if stamp(target) != before:                                # another process completed it
+            yield None
+            return
+        with open(target.with_name(target.name + ".part"), "ab") as part:
+            yield part
 
 
 def stamp(path):
@@ -130,6 +122,7 @@ def download(url, target, sha256=None, token=None, tries=3):
         try:
             fetch(url, target, part, sha256, token, tries)
         finally:
+            part.close()
             path = Path(part.name)
             if path.exists() and not path.stat().st_size:
                 path.unlink()
@@ -176,6 +169,7 @@ def fetch(url, target, part, sha256, token, tries):
                 problem = "the download has another sha256 than expected"
                 part.truncate(0)
             else:
+                part.close()
                 os.replace(part.name, target)
                 return
         except requests.RequestException as error:
@@ -218,6 +212,7 @@ def hub_folder(repo):
         if path.parent != folder and not (folder / path.name).is_file():
             with sole_writer(folder / path.name) as part:
                 if part is not None:
+                    part.close()
                     shutil.copyfile(path, part.name)
                     os.replace(part.name, folder / path.name)
     return folder

@@ -462,7 +462,7 @@ class GPT(nn.Module):
 
         2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
         8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
-        appendix B), nanoGPT and torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
+        appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
         """
         c = self.config
         matmul = c.vocab_size * c.n_embd                           # the head, tied or not

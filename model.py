@@ -1,9 +1,9 @@
 """
-A GPT in one file: the model that train.py trains, sample.py runs, and every Hugging Face tool opens.
+A GPT in one file: train.py trains it, sample.py generates text with it, and Hugging Face tools open its checkpoints.
 
     ids (B, T) -> embed (B, T, C) -> n_layer x [ x + attention(norm(x)),  x + mlp(norm(x)) ] -> norm -> logits (B, T, V)
 
-GPT-2, Llama, Mistral, Qwen and Mixtral are this one picture; they differ in a dozen switches, the fields of GPTConfig:
+GPT-2, Llama, Mistral, Qwen and Mixtral all have this structure; they differ in the fields of GPTConfig:
 
     family     norm   positions   attention                      mlp                     output head
     gpt2       layer  learned     H = K heads, biases            gelu, biases            tied
@@ -11,13 +11,13 @@ GPT-2, Llama, Mistral, Qwen and Mixtral are this one picture; they differ in a d
     mistral    rms    RoPE        and a sliding window           gated silu              own
     qwen2      rms    RoPE        biases on q, k, v              gated silu              small ones tied
     qwen3      rms    RoPE        RMSNorm on q and k             gated silu              small ones tied
-    mixtral, qwen3_moe            as mistral, as qwen3           the best k of E experts own
+    mixtral, qwen3_moe            as mistral, as qwen3           the top k of E experts  own
 
-The default is a small Qwen3. `load_model` and `save_model` read and write the Hugging Face folder itself, so our
-checkpoint opens in transformers, vLLM or llama.cpp's converter as it is, and theirs open here.
+The default is a small Qwen3. `load_model` and `save_model` read and write Hugging Face folders: our
+checkpoints open in transformers, vLLM and llama.cpp's converter without conversion, and theirs open here.
 
 Run     python model.py --summary=gpt2                           # also: llama3-70b, a folder, Qwen/Qwen3-0.6B
-You see parameters, FLOPs and memory to train and to serve, before a byte of it is allocated (70 billion: 3 s)
+You see parameters, FLOPs and memory to train and to serve; no memory is allocated for it (70 billion: 3 s)
 Read    GPT.forward first, then Attention, then the parts above it and KVCache. The end of
         the file loads and saves Hugging Face folders. Faster versions of the parts are in nanopath/kernels.py
 Next    python train.py
@@ -102,7 +102,7 @@ class GPTConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
 
-FAST = True  # False: the plain versions in this file instead of nanopath.kernels, which the tests hold equal to them
+FAST = True  # False: the plain versions in this file instead of nanopath.kernels; tests check that both agree
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(),
                "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}             # gelu_tanh: GPT-2's approximation
@@ -116,8 +116,8 @@ def upcast(x):
 class Linear(nn.Linear):
     """nn.Linear that multiplies in its input's dtype.
 
-    Weights stay in fp32 for the optimizer; when the activations are bf16 the weight is rounded on the way into the
-    matmul, and autograd hands back an fp32 gradient. That is all of mixed precision: no autocast context is needed.
+    Weights stay in fp32 for the optimizer. When the activations are bf16, the weight is rounded to bf16 before the
+    matmul, and autograd returns an fp32 gradient. Mixed precision needs nothing else, no autocast context.
     """
     packed = None
 
@@ -125,12 +125,12 @@ class Linear(nn.Linear):
         if self.packed is not None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return kernels.packed_linear(x, self.packed, bias, self.out_features)
-        if self.weight.dtype == x.dtype:                           # a small model feels even a cast that does nothing
+        if self.weight.dtype == x.dtype:                           # saves a cast, which costs time in a small model
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def pack(self, dtype):
-        """Keep the weight in the CPU's own layout only; of the plain weight the shape remains."""
+        """Replace the weight by one in the CPU's matmul layout; a meta tensor keeps its shape."""
         self.packed = kernels.pack_weight(self.weight.to(dtype))
         self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
 
@@ -161,8 +161,8 @@ class LayerNorm(nn.LayerNorm):
 def rope_table(positions, frequency, scale):
     """cos and signed sin of position * frequency. positions (T) or (B, T) -> each (T, 1, D) or (B, T, 1, D), fp32.
 
-    Channel i turns with channel i + D/2 (Hugging Face's half-split layout), so cos repeats itself along D, and sin
-    comes as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
+    Channels i and i + D/2 form a pair (Hugging Face's half-split layout), so cos is repeated along D, and sin is
+    returned as [-sin, sin]: the rotation (a, b) -> (a cos - b sin, b cos + a sin) is then x * cos + (b, a) * sin.
     """
     angle = positions[..., None, None].float() * frequency         # (..., T, 1, D/2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -190,7 +190,7 @@ def visible(query, key, window=0):
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
-    mask (B or 1, 1, T, S) is True where a query may look; causal=True (only when T == S) is the triangle.
+    mask (B or 1, 1, T, S) is True where a query may look; causal=True (only when T == S) is the causal mask.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -235,7 +235,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)): one matrix decides what passes, one what is passed. Plain: down(act(up(x)))."""
+    """down(act(gate(x)) * up(x)): act(gate(x)) weights each channel of up(x). Without a gate: down(act(up(x)))."""
     def __init__(self, config):
         super().__init__()
         C, hidden = config.n_embd, config.n_hidden
@@ -251,11 +251,11 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Every token goes to the n_expert_used of E MLPs that the router `gate` likes best. None is dropped."""
+    """Every token is sent to the n_expert_used of E MLPs with the highest router probability. No token is dropped."""
     def __init__(self, config):
         super().__init__()
         self.k, self.norm = config.n_expert_used, config.expert_norm
-        # grouped_mm's rule
+        # grouped_mm needs widths that are multiples of 8
         self.grouped = config.gated and not config.mlp_bias and config.n_embd % 8 == config.n_hidden % 8 == 0
         self.gate = Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
@@ -266,14 +266,14 @@ class MoE(nn.Module):
         weight, chosen = probs.topk(self.k, dim=-1)                             # (N, k)
         if self.norm:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        # for the balance loss and the log: how often each expert was chosen, and how much it was liked
+        # for the balance loss and the log: choices of each expert, and the sum of its probabilities
         ones = torch.ones(chosen.numel(), device=x.device)
         self.load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), ones)
         self.liked = probs.sum(dim=0)
         if FAST and self.training and self.grouped and x.dtype == torch.bfloat16:
             return kernels.grouped_experts(self, flat, weight, chosen).view_as(x)
         y = torch.zeros_like(flat)
-        # for inference only the experts that somebody chose; in training all, so that each has a gradient, if only zero
+        # inference: only the chosen experts; training: all experts, so that each has a gradient, even if it is zero
         for number in range(E) if self.training else chosen.unique().tolist():
             token, rank = (chosen == number).nonzero(as_tuple=True)
             y.index_add_(0, token, self.experts[number](flat[token]) * weight[token, rank, None].to(x.dtype))
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
-        self.checkpointing = False  # keep only each block's input, compute the rest again
+        self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -316,7 +316,7 @@ class GPT(nn.Module):
         self.make_buffers()
 
     def make_buffers(self, device=None):
-        """What the forward pass reads besides parameters; it follows from the config, so no file holds it."""
+        """Tensors of the forward pass that follow from the config, so they are not saved."""
         self.dynamic = (self.config.rope_scaling or {}).get("rope_type") == "dynamic"
         if self.config.position == "rope":
             frequency, self.rope_scale = rope_frequencies(self.config, device=device)
@@ -326,19 +326,19 @@ class GPT(nn.Module):
             self.register_buffer("sinusoids", table, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Behind .to(), .half() and the like: angles are recomputed on the new device, never rounded to bf16."""
+        """Called by .to(), .half() and others: angles are recomputed on the new device and never rounded to bf16."""
         super()._apply(fn, recurse)
         self.make_buffers(self.embed_tokens.weight.device)
         return self
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Every parameter, in one place. Measured on TinyShakespeare; see train.py for the learning rates they go with.
+        """Initialize every parameter. Chosen on TinyShakespeare together with the learning rates in train.py.
 
         Matrices that read the residual stream: uniform with variance 1/C, so that their outputs start near unit size.
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
         Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: N(0, 1/C).
-        With LayerNorm, GPT-2's own: N(0, 0.02), what writes to the residual stream smaller by sqrt(2 L).
+        With LayerNorm as in GPT-2: N(0, 0.02), divided by sqrt(2 L) for matrices that write to the residual stream.
         Norms: one. Biases: zero.
         """
         C, gpt2 = self.config.n_embd, self.config.norm == "layer"
@@ -362,17 +362,17 @@ class GPT(nn.Module):
                 hidden=False):
         """ids (B, T) -> logits (B, T, V) in fp32, or the cross-entropy in nats when targets (B, T) are given.
 
-        targets     the next id at every position; -100 where it does not count. reduction: mean, sum or none (B, T).
-        cache       a KVCache: ids continue what it holds, and are added to it. Without one, ids start at position 0.
+        targets     the next id at every position; -100 where no loss is counted. reduction: mean, sum or none (B, T).
+        cache       a KVCache: ids follow the tokens in it and are appended. Without a cache, ids start at position 0.
         counts      with a cache: how many of the T ids of each row are real when rows are padded on the right.
         last=True   only the logits after each row's last real id: (B, V).
         segments    (B, T) number of the document each id belongs to: no id sees another document.
-        hidden=True returns (logits, what the head saw: (B, T, C), or (B, C) with last).
+        hidden=True returns (logits, input of the output head: (B, T, C), or (B, C) with last).
         """
         B, T = ids.shape
         config = self.config
-        assert cache is None or segments is None, "segments are for texts that are read whole, without a cache"
-        assert counts is None or min(counts) > 0, f"every row needs a token, counts is {counts}"
+        assert cache is None or segments is None, "segments cannot be combined with a cache"
+        assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
         else:
@@ -381,7 +381,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)
             masks = {}
             for window in set(config.windows):
-                plain = segments is None and not 0 < window < T                          # the kernel has its triangle
+                plain = segments is None and not 0 < window < T                      # attention has its own causal mask
                 masks[window] = None if plain else visible(positions, positions, window)[None, None]
                 if segments is not None:
                     masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
@@ -393,8 +393,8 @@ class GPT(nn.Module):
         x, rope = x.to(self.dtype), None
         if config.position == "rope":
             frequency = self.frequency
-            if self.dynamic:                                                             # depends on the length so far;
-                ends = [T] if cache is None else cache.ends()  # what is cached keeps its angles,
+            if self.dynamic:                               # angles depend on the length; cached keys keep theirs
+                ends = [T] if cache is None else cache.ends()
                 frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
             if cache is not None and cache.rope is not None:
                 rope = tuple(t[cache.span if cache.even else positions] for t in cache.rope)
@@ -436,21 +436,21 @@ class GPT(nn.Module):
 
     def balance(self):
         """E sum_e (choices of expert e per token) (mean probability of e), over the tokens of the last forward pass and
-        all layers: n_expert_used when all experts are equally busy, more the more unequal."""
+        all layers: n_expert_used when all experts get equally many tokens, larger otherwise."""
         moes = [block.mlp for block in self.layers]
         rows = sum(moe.load.sum() for moe in moes) / self.config.n_expert_used
         load, liked = (sum(getattr(moe, name) for moe in moes) / rows for name in ("load", "liked"))
         return self.config.n_expert * (load * liked).sum()
 
     def pack(self):
-        """Lay out all weights for inference on a CPU, where that is faster, and where the numbers of a row of a product
-        then no longer depend on its neighbours. The model can be neither trained nor saved after it, and keeps its
-        dtype. On other devices nothing happens."""
+        """Reorder all weights for inference on a CPU. Matmuls are then faster, and a row of a result no longer depends
+        on the other rows of the batch. A packed model cannot be trained, saved or moved to another dtype. On other
+        devices nothing changes."""
         if kernels.can_pack(self.embed_tokens.weight.device, self.dtype):
             for module in self.modules():
                 if isinstance(module, Linear) and module.packed is None:
                     module.pack(self.dtype)
-            if self.config.tie_embeddings:                         # the embedding still needs the plain one
+            if self.config.tie_embeddings:                         # the embedding still reads the plain weight
                 self.lm_head.weight = self.embed_tokens.weight
         return self
 
@@ -460,9 +460,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens.
 
-        2 per weight of each matmul going forward, twice that going back; attention adds 2 * 2 * H * D per key and
-        layer. All T keys are counted, or those in the window, as in PaLM (arXiv:2204.02311, appendix B), in nanoGPT and
-        torch's counter, though a causal kernel may skip half. Of the experts, the n_expert_used per token are counted.
+        2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
+        8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
+        appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
         """
         c = self.config
         matmul = c.vocab_size * c.n_embd                           # the head, tied or not
@@ -474,12 +474,12 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every token so far, so that a new token costs one row and not the whole context again.
+    """Keys and values of all previous tokens, so that a new token does not recompute them.
 
     k, v (L, B, K, S, D) are allocated once; lengths[b] tokens of row b are in use. Rows may have different lengths: a
     new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it.
-    With a sliding window old tokens stay where they are, but are no longer read.
-    Zeroed when made, because 0 * NaN would leak through the mask. Bytes: 2 * L * B * K * S * D * element size.
+    With a sliding window, tokens outside the window stay in their slots but are not read.
+    Initialized to zero, because 0 * NaN would be NaN in spite of the mask. Bytes: 2 * L * B * K * S * D * element size.
     """
     def __init__(self, model, batch_size, size):
         c, device = model.config, model.embed_tokens.weight.device
@@ -490,20 +490,20 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
-        self.rope = None                                           # the angles, once for all passes
+        self.rope = None                                           # cos and sin, computed once for all passes
         if c.position == "rope" and not model.dynamic:
             table = rope_table(torch.arange(size, device=device), model.frequency, model.rope_scale)
             self.rope = tuple(t.to(model.dtype) for t in table)
 
     def begin(self, B, T, counts=None):
-        """Before the first layer: where B rows of T new tokens go. Returns their positions (T) or (B, T), and for each
-        window that a layer may have the mask (B or 1, 1, T, S) over the slots that `update` will return."""
+        """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
+        (B, T), and for each window size of a layer the mask (B or 1, 1, T, S) over the slots that `update` returns."""
         device, start = self.k.device, self.lengths[:B]
         self.counts = [T] * B if counts is None else list(counts)
         if max(self.ends()) > self.size:
             raise ValueError(f"{max(self.ends())} tokens do not fit in a cache of {self.size}")
         self.even = min(start) == max(start) and start[0] + T <= self.size
-        if self.even:                                              # all rows side by side: slices, and often no mask
+        if self.even:                                              # rows of equal length: slices, and often no mask
             self.end_slot = start[0] + T
             self.span = slice(start[0], self.end_slot)
             self.positions = torch.arange(start[0], self.end_slot, device=device)        # (T)
@@ -515,14 +515,14 @@ class KVCache:
         for window in set(self.windows):
             first = self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
             if self.even and (T == 1 or start[0] == 0 and not 0 < window < T):
-                masks[window] = None                               # all of it is visible, or just the triangle
+                masks[window] = None                               # all keys visible, or the causal mask
             else:
                 mask = visible(self.positions, torch.arange(first, self.end_slot, device=device), window)
                 masks[window] = mask[None, None] if self.even else mask[:, None]
         return self.positions if self.even else self.positions.clamp(max=self.size - 1), masks
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D) of these tokens; return all that any of them may see, (B, K, S, D)."""
+        """Store k, v (B, K, T, D) of these tokens; return all keys and values they may read, (B, K, S, D)."""
         B, _, T, _ = k.shape
         if self.even:
             start = self.end_slot - T
@@ -536,17 +536,18 @@ class KVCache:
         return self.k[layer, :B, :, first:self.end_slot], self.v[layer, :B, :, first:self.end_slot]
 
     def ends(self):
-        """How long each row will be after this pass."""
+        """The length of each row after this pass."""
         return [length + count for length, count in zip(self.lengths, self.counts)]
 
     def end(self):
-        """After the last layer. Padding is not counted: the next tokens overwrite it."""
+        """Called after the last layer. Padding is not counted: the next tokens overwrite it."""
         for row, count in enumerate(self.counts):
             self.lengths[row] += count
 
     def keep(self, rows):
-        """Keep only these rows, in this order (a row may be repeated: a fork). Only rows that change their place are
-        copied, and only their used slots. Memory grows with the largest number of rows so far and never shrinks."""
+        """Keep only these rows, in this order (a row may be repeated: a fork). Only rows that change
+        their place are copied, and only their used slots. Memory grows with the largest number of rows so far and never
+        shrinks."""
         moved = {place: row for place, row in enumerate(rows) if row != place}
         self.lengths = [self.lengths[row] for row in rows]
         used = max(self.lengths)
@@ -562,7 +563,7 @@ class KVCache:
                 cache[:, place, :, :used] = parts[row]
 
     def truncate(self, row, length):
-        """Forget all but the first `length` tokens of a row."""
+        """Remove all but the first `length` tokens of a row."""
         assert 0 <= length <= self.lengths[row], (row, length, self.lengths)
         self.lengths[row] = length
 

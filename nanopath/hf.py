@@ -1,9 +1,9 @@
 """
-What Hugging Face calls things: config.json and tensor names of each family <-> GPTConfig and parameters of model.py.
+Reads and writes Hugging Face folders: config.json and tensor names of each family <-> GPTConfig and parameters of GPT.
 
-Nothing is computed here. The families differ from model.py's switches only in spelling, except that GPT-2's file fuses
-q, k and v and keeps its matrices as (in, out). Keys of config.json that this project does not know are refused by
-name when they are set: a setting that is silently ignored gives a wrong model.
+The families differ from GPTConfig only in the names of keys and tensors, except that GPT-2's file fuses q, k and v and
+stores its matrices as (in, out). A key of config.json that is set but unknown here raises an error that names it: a
+setting that is silently ignored would give a wrong model.
 """
 import os
 import re
@@ -43,12 +43,13 @@ HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_leng
                       r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|"
                       r"unsloth.*|router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|"
                       r"is_llama_config|_?attn_implementation.*")
-# ... and that would, with the only value this file computes
+# ... and keys that would change a logit, with the only value that model.py implements
 FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
 
 
 def family_of(config):
-    """The transformers class that computes exactly this; nanopath if there is none: only nanopath opens it then."""
+    """The model_type of the transformers class that computes exactly this config. "nanopath" where there is none: only
+    nanopath can open such a folder."""
     c, n_biases = config, (config.qkv_bias, config.o_bias, config.mlp_bias)
     even, everywhere = c.head_dim * c.n_head == c.n_embd, c.window_layers is None
     if c.logit_softcap or c.position == "none":
@@ -72,7 +73,7 @@ def family_of(config):
 
 
 def config_to_hf(config, dtype="float32"):
-    """GPTConfig -> the dictionary of config.json, in the spellings of transformers 4 and 5 at once."""
+    """GPTConfig -> the dictionary of config.json, with the keys of both transformers 4 and 5."""
     c, family = config, family_of(config)
     hf = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "dtype": dtype}
     if family == "nanopath":
@@ -83,12 +84,12 @@ def config_to_hf(config, dtype="float32"):
     hf |= {"eos_token_id": eos, "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
     if family == "gpt2":
-        hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp asks for it
+        hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp needs it
         return hf | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     rope = c.rope_scaling or {"rope_type": "default"}
     old = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "dynamic" and old:
-        hf["max_position_embeddings"] = old                        # what the formula there is measured by
+        hf["max_position_embeddings"] = old                        # transformers scales relative to it
     hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
            "rope_scaling": c.rope_scaling, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
     if family in ("llama", "qwen3", "qwen3_moe"):
@@ -151,12 +152,12 @@ def sizes_from_hf(hf, family, where):
     """The arguments of GPTConfig that are one key of config.json each, with the defaults of the family."""
     names = GPT2_NAMES if family == "gpt2" else HF_NAMES
     v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
-    longest = hf.get("max_sequence_length")                        # an old name, also beside the present one
+    longest = hf.get("max_sequence_length")                        # older name, sometimes given beside the new one
     if longest is not None:
         v.setdefault("block_size", longest)
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ValueError(f"{where}: max_sequence_length={longest!r} must be a whole number, at least 1")
-    for ours, value in v.items():                                  # before anything is computed with it
+    for ours, value in v.items():                                  # checked before they are used below
         if ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
                 type(value) is not int or value < 1):
             raise ValueError(f"{where}: {names[ours]}={value!r} must be a whole number, at least 1")
@@ -316,7 +317,7 @@ def read_tensors(folder, files, model, dtype, device):
                                              f"config.json asks for {tuple(shapes[name])}")
                         tensors[name] = torch.nn.Parameter(tensor.to(dtype))
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again or copy it again") from None
+            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy it again") from None
     tied = model.config.tie_embeddings
     if tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
@@ -350,7 +351,7 @@ def write_folder(folder, model, tokenizer):
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
                {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    temporary.chmod(0o644)                                         # safetensors makes files that only their owner reads
+    temporary.chmod(0o644)                                         # safetensors creates it readable by its owner only
     os.replace(temporary, folder / "model.safetensors")
     for old in [folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")]:
         old.unlink(missing_ok=True)                                # shards of the model that was here before
@@ -363,9 +364,9 @@ MIXTRAL_TENSORS = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.":
 
 
 def tensors_from_hf(key, tensor, family):
-    """A tensor of a file -> our names and tensors: [(name, tensor), ...]. GPT-2 alone fuses q, k and v, and keeps its
-    matrices as (in, out); Mixtral alone calls its experts' matrices w1, w2, w3."""
-    if key.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):        # of old: masks and tables
+    """A tensor of a file -> our names and tensors: [(name, tensor), ...]. Only GPT-2 fuses q, k and v and stores its
+    matrices as (in, out); only Mixtral names the matrices of its experts w1, w2 and w3."""
+    if key.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):        # masks and tables
         return []
     key = key.removeprefix("transformer.").removeprefix("model.")
     if family == "mixtral":
@@ -384,8 +385,8 @@ def tensors_from_hf(key, tensor, family):
 
 
 def tensors_to_hf(model, family):
-    """All tensors of the model under the names, and in the shapes, of Hugging Face's file."""
-    ours = {name: p.detach() for name, p in model.named_parameters()}      # a tied head is listed once, as they do
+    """All tensors of the model, with the names and shapes of the family's safetensors file."""
+    ours = {name: p.detach() for name, p in model.named_parameters()}      # a tied head is listed once
     if family != "gpt2":
         theirs = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in ours.items()}
         if family == "mixtral":

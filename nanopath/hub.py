@@ -1,10 +1,10 @@
 """
-Downloads that can be resumed and checked, and files of the Hugging Face Hub. Files that are already on this machine are
-never asked for again. prepare.py uses it for datasets, model.py for models.
+Downloads that can be resumed and checked, and files of the Hugging Face Hub. A file that is already on this machine is
+not downloaded again. prepare.py uses this file for datasets, model.py for models.
 
 HF_HOME, HF_HUB_CACHE   where Hugging Face's own cache is
-HF_ENDPOINT, HF_TOKEN   a mirror, an account (its token goes to that endpoint alone)
-HF_HUB_OFFLINE          1: never ask the network
+HF_ENDPOINT, HF_TOKEN   address of a mirror, token of an account (sent to that endpoint only)
+HF_HUB_OFFLINE          1: never use the network
 """
 import os
 import re
@@ -13,10 +13,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:          # Windows: processes there do not exclude each other
-    fcntl = None
+from filelock import FileLock
 
 from nanopath.files import file_hash, need_space, read_json
 
@@ -32,9 +29,9 @@ def hub_file(repo, file, kind="models", revision="main", tries=3):
 
     All files of a repository come from one commit: the first download notes the commit of `revision`, later ones
     use it. Delete the repository's folder in data/downloads to fetch a newer commit.
-    FileNotFoundError: the repository has no such file (so that a caller can ask for an optional one), or
-    HF_HUB_OFFLINE is set and it is not on this machine. ConnectionError: the network failed. ValueError: not a plain
-    name (it may come from an index that somebody else wrote, and must not leave the folder)."""
+    FileNotFoundError: the repository has no such file (so that a caller can try optional files), or HF_HUB_OFFLINE is
+    set and the file is not on this machine. ConnectionError: the network failed. ValueError: a name with other
+    characters than a file name, such as ../ (names come from downloaded indexes and must not leave the folder)."""
     for name in (*repo.split("/"), *file.split("/"), *revision.split("/")):
         if not re.fullmatch(r"[\w.@=+-]+", name) or name in (".", ".."):
             raise ValueError(f"{repo}: {file!r} ({revision}) is not the name of a file on the Hub")
@@ -49,9 +46,9 @@ def hub_file(repo, file, kind="models", revision="main", tries=3):
             return place
     known = (cache / ".no_exist" / commits[0] / file).is_file()    # Hugging Face's note: the file does not exist
     if known or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        why = "it has no such file" if known else "not on this machine, and HF_HUB_OFFLINE is set"
+        why = "it has no such file" if known else "it is not on this machine, and HF_HUB_OFFLINE is set"
         target = DOWNLOADS / folder / commits[0] / file
-        raise FileNotFoundError(f"{file} of {repo} ({revision}): {why}. Its place would be {target}")
+        raise FileNotFoundError(f"{file} of {repo} ({revision}): {why}. Put the file at {target}")
     address = f"{endpoint()}/{'' if kind == 'models' else kind + '/'}{repo}/resolve"
     commit = next(filter(is_commit, commits), None) or pin(address, file, revision, DOWNLOADS / folder)
     target = DOWNLOADS / folder / commit / file
@@ -64,50 +61,45 @@ def is_commit(name):
 
 
 def pin(address, file, revision, folder):
-    """The commit that `revision` means now, noted in folder/refs/<revision>, so that every later file and every other
-    process uses the same one. A server that names no commit (a plain mirror): `revision` itself."""
+    """The commit that `revision` points to now, saved in folder/refs/<revision>, so that all later files and all
+    processes use the same commit. `revision` itself where the server names no commit (a plain mirror)."""
     import requests
     note = folder / "refs" / revision
-    loose = any(path.is_file() and path.suffix != ".part" for path in (folder / revision).rglob("*"))
+    loose = any(path.is_file() and path.suffix not in (".part", ".lock") for path in (folder / revision).rglob("*"))
     if is_commit(revision) or loose:                               # files of an unknown commit are already here
         return revision
     token, headers = os.environ.get("HF_TOKEN"), {}
     with sole_writer(note) as part:
         if part is not None:
-            try:  # redirects lead to a file store that knows no commits
+            try:  # no redirects: their target, a file store, names no commit
                 headers = requests.head(f"{address}/{revision}/{file}", timeout=(5, 60), allow_redirects=False,
                                         headers={"Authorization": f"Bearer {token}"} if token else {}).headers
             except requests.RequestException:
                 pass                                               # the download that follows reports the error
             commit = headers.get("X-Repo-Commit", "")
             part.truncate(0)
+            part.write(commit.encode())
+            part.close()                                           # Windows neither renames nor deletes an open file
             if not is_commit(commit):
                 os.unlink(part.name)
                 return revision
-            part.write(commit.encode())
-            part.flush()
             os.replace(part.name, note)
     return note.read_text(encoding="utf-8").strip()
 
 
 @contextmanager
 def sole_writer(target):
-    """Open target.part for appending, for one process at a time; others wait. Yields None to a process that waited
-    while another one completed `target`. The caller renames or deletes the part; else it is resumed later."""
-    part, before = target.with_name(target.name + ".part"), stamp(target)
+    """Open target.part for appending, for one process at a time; the others wait. Yields None to a process that waited
+    while another process completed `target`. The caller closes the part, then renames or deletes it; a part that is
+    neither renamed nor deleted is resumed later. The operating system ends the lock with its process."""
+    before = stamp(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(part, "ab") as file:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if stamp(target) != before:                            # another process completed it
-                if not os.fstat(file.fileno()).st_size and stamp(part) == stamp(file.fileno()):
-                    part.unlink()                                  # the empty part that this process has just made
-                yield None
-                return
-            if stamp(part) == stamp(file.fileno()):                # else another process deleted or renamed this file
-                yield file
-                return
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if stamp(target) != before:                                # another process completed it
+            yield None
+            return
+        with open(target.with_name(target.name + ".part"), "ab") as part:
+            yield part
 
 
 def stamp(path):
@@ -120,9 +112,9 @@ def stamp(path):
 
 
 def download(url, target, sha256=None, token=None, tries=3):
-    """Fetch `url` into `target`: resumes a part that an earlier try left, checks length and hash, then renames.
+    """Download `url` to `target`: resume the part of an earlier attempt, check length and hash, then rename it.
 
-    Several processes may call it at once with one target: one downloads, the others wait and use its file.
+    Several processes may call it at once with one target: the first downloads, the others wait and use its file.
     FileNotFoundError, PermissionError: the server refuses the file. ConnectionError: all tries failed."""
     with sole_writer(target) as part:
         if part is None:
@@ -130,13 +122,14 @@ def download(url, target, sha256=None, token=None, tries=3):
         try:
             fetch(url, target, part, sha256, token, tries)
         finally:
+            part.close()
             path = Path(part.name)
             if path.exists() and not path.stat().st_size:
                 path.unlink()
 
 
 def fetch(url, target, part, sha256, token, tries):
-    """The tries of `download`. part: the open file, which holds what an earlier try fetched."""
+    """The attempts of `download`. part: the open file, which holds what an earlier attempt downloaded."""
     import requests  # not at the top: most runs need no network, and it costs 0.1 s
     from tqdm import tqdm
     print(f"download {url}")
@@ -176,6 +169,7 @@ def fetch(url, target, part, sha256, token, tries):
                 problem = "the download has another sha256 than expected"
                 part.truncate(0)
             else:
+                part.close()
                 os.replace(part.name, target)
                 return
         except requests.RequestException as error:
@@ -187,7 +181,7 @@ def fetch(url, target, part, sha256, token, tries):
 def hub_folder(repo):
     """The folder of a model "OWNER/NAME" with every file needed to run it; missing files are downloaded.
 
-    FileNotFoundError or ConnectionError say what is missing, and why."""
+    FileNotFoundError and ConnectionError name the missing file and the reason."""
     found = [hub_file(repo, "config.json")]
     folder = found[0].parent
     try:
@@ -211,13 +205,14 @@ def hub_folder(repo):
                                     "pickles only, which are never opened here") from None
         found += [hub_file(repo, shard) for shard in files_in_index(index)]
     folder = found[-1].parent
-    for path in found:                                     # files from Hugging Face's cache and from ours: join them
+    for path in found:                                     # some files are in Hugging Face's cache, some in DOWNLOADS
         if path.parent != folder:
             folder = DOWNLOADS / f"models--{repo.replace('/', '--')}" / found[0].parent.name
     for path in found:
         if path.parent != folder and not (folder / path.name).is_file():
             with sole_writer(folder / path.name) as part:
                 if part is not None:
+                    part.close()
                     shutil.copyfile(path, part.name)
                     os.replace(part.name, folder / path.name)
     return folder
@@ -228,14 +223,14 @@ def files_in_index(index):
     names = read_json(index).get("weight_map")
     names = set(names.values()) if isinstance(names, dict) else None
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
-        raise ValueError(f"{index} names no shards, or not as plain NAME.safetensors")
+        raise ValueError(f"{index} must map tensors to shards with names like NAME.safetensors")
     return sorted(names)
 
 
 def find_folder(path, only=None):
-    """The folder of a model on disk, or of one on the Hub named like Qwen/Qwen3-0.6B. ValueError says why not.
+    """The folder of a model: a path, or a name on the Hub like Qwen/Qwen3-0.6B. ValueError says why there is none.
 
-    only: the one file that is needed; the others are then not downloaded."""
+    only: download this file only."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
@@ -248,8 +243,8 @@ def find_folder(path, only=None):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder: one, or the shards that its index names. ValueError if one is
-    missing, or where there is a pickle instead: that could run any code, and is never opened."""
+    """The safetensors files of a model folder: model.safetensors, or the shards in its index. ValueError where a file
+    is missing or is a pickle: loading a pickle can run any code, so it is never opened."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():

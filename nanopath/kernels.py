@@ -1,11 +1,11 @@
 """
-Faster ways to the same numbers. Each has a plain twin in model.py, and tests/test_model.py holds the two equal.
+Faster implementations of parts of model.py. tests/test_model.py checks that each equals its plain version.
 
-    kernel                   plain twin                    why it is faster
+    kernel                   plain version                 why it is faster
     fused_attention          model.attention               the scores (T, S) are never written to memory
     fast_rms_norm            model.rms_norm                one call forward, gradient derived by hand
-    chunked_cross_entropy    F.cross_entropy               the logits of all tokens never exist at once
-    packed_linear            F.linear                      the CPU's matrix layout is made once, not at every call
+    chunked_cross_entropy    F.cross_entropy               only a chunk of the logits is in memory at a time
+    packed_linear            F.linear                      weights are reordered for the CPU once, not per call
     grouped_experts          the loop in MoE.forward       one matmul for all experts
 """
 import torch
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 
 def fused_attention_pays(device_type, dtype, T):
-    """Whether torch's fused attention is the faster one to train with, over T keys.
+    """Whether torch's fused attention trains faster than model.attention, over T keys.
 
-    It does except in bf16 on a CPU in short contexts. Time of fused / written out, forward and backward, 2026-11-25,
+    It is faster except in bf16 on a CPU in short contexts. Time of fused / plain, forward and backward, 2026-11-25,
     one core with AMX, H = 12 and H = 2:
     16 x 128: 2.4, 2.9    8 x 256: 1.1, 1.6    4 x 512: 0.8, 1.3    1 x 1024: 0.8, 0.8
     """
@@ -23,8 +23,8 @@ def fused_attention_pays(device_type, dtype, T):
 
 
 def fused_attention(q, k, v, mask=None, causal=False):
-    """model.attention in torch's kernel. For one query without gradients the heads of a group are passed as its "time",
-    so that keys and values are not copied for every head."""
+    """model.attention by torch's kernel. For one query without gradients the heads of a group are passed in the time
+    dimension, so that keys and values are not copied for every head."""
     B, H, T, D = q.shape
     groups = H // k.shape[1]
     if T == 1 and groups > 1 and not q.requires_grad:
@@ -58,9 +58,10 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def fast_rms_norm(x, weight, eps):
-    """model.rms_norm, the same with and without gradients, bit for bit. On a CPU F.rms_norm does the operations of
-    RMSNormFunction in the same order, and as one call is faster where no gradient is needed. Other devices have a fused
-    kernel that rounds differently, so it is not used there."""
+    """The same as model.rms_norm; with and without gradients the results are equal bit for bit.
+
+    On a CPU, F.rms_norm does the operations of RMSNormFunction in the same order, and is faster where no gradient is
+    needed. Other devices have a fused kernel that rounds differently, so it is not used there."""
     if not torch.is_grad_enabled() and x.device.type == "cpu":
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNormFunction.apply(x, weight, eps)
@@ -72,8 +73,8 @@ def pack_weight(weight):
 
 
 def packed_linear(x, packed, bias, out_features):
-    """F.linear with a packed weight. A single row is padded to two: one row alone would take another kernel that rounds
-    differently; two rows cost the same and give what the row gives in any larger batch."""
+    """F.linear with a packed weight. A single row is padded to two, because for one row the CPU runs another kernel,
+    which rounds differently. Padding costs nothing and makes the result equal to the same row in any larger batch."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == 1:
         rows = rows.expand(2, -1).contiguous()
@@ -104,12 +105,12 @@ def grouped_experts(moe, flat, weight, chosen):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits alive.
+    """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits in memory.
 
     The gradient of the sum is known in the forward pass already, softmax - one_hot per row, so each chunk of logits
-    becomes its part of dh and dweight at once and is dropped: N x V numbers never exist, nothing is computed twice.
+    is turned into its part of dh and dweight at once and freed: N x V numbers are never stored, nothing is recomputed.
     Buffers are allocated once: a CPU spends as long on the page faults of fresh memory as on the arithmetic. For the
-    same reason dweight is added up in slices of the vocabulary (2026-11-25, V = 50257: 80 ms against 175 ms per chunk).
+    same reason dweight is summed in slices of the vocabulary (2026-11-25, V = 50257: 80 ms against 175 ms per chunk).
     torch's own F.linear_cross_entropy is not used: see bench/results.md.
     """
     SLICE = 4096
@@ -123,7 +124,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_dw else None
         narrow = torch.empty(shape, dtype=h.dtype, device=h.device)
         logits = narrow if wide == h.dtype else torch.empty(shape, dtype=wide, device=h.device)
-        # a CPU's log_softmax may write over its input; the tanh of a softcap needs its logits again
+        # a CPU's log_softmax can write over its input; the gradient of a softcap needs the logits again
         logprobs = logits if h.device.type == "cpu" and not softcap else torch.empty_like(logits)
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
             n = len(y)
@@ -140,7 +141,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad.mul_(1 - (z / softcap).square())
             if wide != h.dtype:
                 grad = narrow[:n].copy_(grad)
-            dchunk.copy_((grad @ w) * counted)  # positions that do not count: masked where rows are short
+            dchunk.copy_((grad @ w) * counted)  # masked here, where a row has C numbers, not V
             if dw is not None:
                 counted_chunk = chunk * counted
                 size = ChunkedCrossEntropy.SLICE

@@ -1,11 +1,11 @@
 """
-Rotary frequencies, plain and stretched for contexts longer than those of pretraining, equal to transformers.
+Rotary frequencies, with the scalings for contexts longer than in pretraining; results equal those of transformers.
 """
 import math
 
 import torch
 
-# keys of rope_scaling: needed, optional; every kind may have the common ones
+# rope_type: (required keys of rope_scaling, optional keys); COMMON keys are allowed for every type
 COMMON = {"rope_type", "rope_theta", "original_max_position_embeddings"}
 ROPE_KEYS = {"default": ((), ()), "linear": (("factor",), ()), "dynamic": (("factor",), ()),
          "yarn": (("factor",), ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")),
@@ -13,7 +13,7 @@ ROPE_KEYS = {"default": ((), ()), "linear": (("factor",), ()), "dynamic": (("fac
 
 
 def check_rope(theta, scaling):
-    """Raise ValueError naming the first key of rope_scaling that is missing, unknown or impossible."""
+    """Raise ValueError naming the first key of rope_scaling that is missing, unknown or out of range."""
     kind = scaling.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"rope_scaling: rope_type={kind!r} is not supported, choose one of {', '.join(ROPE_KEYS)}")
@@ -42,7 +42,7 @@ def check_rope(theta, scaling):
 def rope_frequencies(config, length=0, device=None):
     """Angle per position of each pair of channels, (D/2,) in fp32, and the factor on cos and sin.
 
-    theta^(-2i/D) (arXiv:2104.09864, 3.2.2), stretched for contexts longer than those of pretraining:
+    theta^(-2i/D) (arXiv:2104.09864, 3.2.2), scaled for contexts longer than in pretraining:
     linear    every angle divided by `factor`
     dynamic   NTK: a larger base theta, growing with `length` once that exceeds the original context
     llama3    slow pairs (wavelength beyond the old context) divided by `factor`, fast pairs unchanged, a ramp between
@@ -58,10 +58,10 @@ def rope_frequencies(config, length=0, device=None):
         return frequency / factor, 1.0
     if kind == "llama3":
         turns, low, high = old * frequency / (2 * math.pi), scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)          # turns within the old context: few are squeezed
+        keep = ((turns - low) / (high - low)).clamp(0, 1)          # many turns in the old context: unchanged
         return keep * frequency + (1 - keep) * frequency / factor, 1.0
     if kind == "yarn":
-        def pair(turns):  # the pair that makes so many turns in the old context
+        def pair(turns):  # index of the pair with this many turns in the old context
             return D * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
         if scaling.get("truncate", True):

@@ -28,6 +28,7 @@ import torch
 import sample
 from data.shards import Batches, open_dataset
 from model import GPT, GPTConfig, load_model, save_model
+from nanopath.checkpoint import steps_saved
 from nanopath.devices import Machine
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.parallel import evaluation, micro_step, parallelize, whole, whole_model
@@ -334,11 +335,11 @@ def finish_gradients(model, factor, clip):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
-def build_model(cfg, tokenizer, before, machine):
+def build_model(cfg, tokenizer, before, checkpoint_there, machine):
     """The model of --init_from, or a new one with the shape that cfg names (before: the manifest of the run to resume).
     Returns it, and cfg with the shape it has."""
     torch.manual_seed(cfg.seed % 2 ** 63)
-    if cfg.init_from and not before:
+    if cfg.init_from and not checkpoint_there:
         try:
             model, own = load_model(cfg.init_from, device="cpu")
         except ValueError as error:
@@ -390,7 +391,7 @@ def main(cfg):
     machine.measure(cfg.dtype)
     train_tokens, val_tokens = check_settings(cfg, folder, out, machine)
 
-    raw, cfg = build_model(cfg, tokenizer, before, machine)        # the bare module
+    raw, cfg = build_model(cfg, tokenizer, before, before and steps_saved(out, machine), machine)   # the bare module
     check_model(cfg, raw.config, before, tokenizer, folder, out)
     cfg, compiled = compile_blocks(raw, cfg, machine)
     model = parallelize(raw, cfg, machine)                         # what the training forward calls

@@ -81,7 +81,7 @@ def micro_batch(cfg, raw, before, out, machine):
     state, local = bytes_needed(cfg, raw, raw.dtype, machine.world)[0], local_processes(machine.device)
     roughly = micro * T * c.n_layer * (c.n_embd * 500 + c.n_head * T * 4)   # more than is kept; counting takes a second
     wanted = micro
-    if machine.device.type == "cpu" and not c.n_expert and local * (state + roughly) >= 0.9 * there:
+    if there and machine.device.type == "cpu" and not c.n_expert and local * (state + roughly) >= 0.9 * there:
         each = saved_bytes(type(raw), c, 1, T, raw.dtype, cfg.checkpointing)
         while micro > 1 and local * (state + micro * each) > 0.9 * there:
             micro = (micro + 1) // 2

@@ -126,7 +126,7 @@ def earlier_run(cfg, machine):
     """The folder of the run, and the run in it to resume, if any. Returns (settings, folder, manifest or None). A
     process that torchrun restarted resumes the run that this launch began, with its settings."""
     out = run_folder(cfg.out, cfg.dataset)
-    if machine.any(machine.rank == 0 and restarted(out)) and not cfg.dry_run:          # rank 0 decides for all
+    if not cfg.dry_run and machine.any(machine.rank == 0 and restarted(out)):          # rank 0 decides for all
         cfg = type(cfg)(**saved_config(type(cfg), out) | {"out": str(out), "resume": True})
     return cfg, out, read_manifest(out) if cfg.resume else None
 
@@ -176,6 +176,10 @@ def check_settings(cfg, folder, out, machine):
                          "current folder or one above it. Choose a folder such as --out=out/name")
     if not cfg.dry_run and machine.rank == 0:
         check_writable(out)
+        if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (
+                "manifest.json", "model.safetensors", "log.jsonl", "manifest.json.tmp")) or (out / "meta.json").exists():
+            raise SystemExit(f"--out={out}: this folder holds other files than a run. Choose a new folder such as "
+                             "--out=out/name")
     splits = []
     for split in ("train", "val"):
         tokens = Tokens(folder, split, cfg.block_size, cfg.seed)

@@ -1088,3 +1088,22 @@ def test_openmp_threads_do_not_spin_for_long():
     code = "import nanopath.start, os; print(os.environ['GOMP_SPINCOUNT'])"
     assert run("-c", code).stdout.strip() == "5000"
     assert run("-c", "import train, sys; print(list(sys.modules).index('nanopath.start') < list(sys.modules).index('torch'))").stdout.strip() == "True"
+
+
+def test_a_resume_before_the_first_checkpoint_still_starts_from_the_given_model(here, reference, tmp_path):
+    out = tmp_path / "run"
+    here(out, f"--init_from={reference}", "--max_steps=2", "--eval_every=0", "--save_every=0")
+    first = losses(out)[1]
+    shutil.rmtree(out / "state")                                   # killed before it saved anything
+    here(out, "--resume", "--max_steps=3")
+    assert losses(out)[1] == first
+
+
+def test_the_folder_of_a_run_is_never_one_of_other_files(here, tiny, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("mine", encoding="utf-8")
+    shutil.copytree(tiny, tmp_path / "data")
+    for folder in ("notes", "data"):
+        with pytest.raises(SystemExit, match="holds other files than a run"):
+            here(tmp_path / folder, "--max_steps=1")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]

@@ -176,8 +176,9 @@ def check_settings(cfg, folder, out, machine):
                          "current folder or one above it. Choose a folder such as --out=out/name")
     if not cfg.dry_run and machine.rank == 0:
         check_writable(out)
-        if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (
-                "manifest.json", "model.safetensors", "log.jsonl", "manifest.json.tmp")) or (out / "meta.json").exists():
+        of_a_run = ("manifest.json", "model.safetensors", "log.jsonl", "state")
+        filled = out.is_dir() and any(out.iterdir())
+        if filled and not any((out / name).exists() for name in of_a_run) or (out / "meta.json").exists():
             raise SystemExit(f"--out={out}: this folder holds other files than a run. Choose a new folder such as "
                              "--out=out/name")
     splits = []

@@ -448,7 +448,8 @@ def main(cfg):
         log.plot()
 
     batches.close()
-    if machine.any(machine.rank == 0 and not (out / "model.safetensors").is_file()):   # stopped before any evaluation
+    early = progress.step < cfg.max_steps                          # stopped, perhaps before any evaluation
+    if machine.any(early and machine.rank == 0 and not (out / "model.safetensors").is_file()):
         guard.write(save_model, whole_model(raw, machine.rank), tokenizer)
     log.finish(progress)
     machine.close()

@@ -158,17 +158,18 @@ def load_tensors(folder, model, optimizers, machine):
     torch.set_rng_state(tensors["rng"])
 
 
-def load_state(out, model, optimizers, progress, machine):
+def load_state(out, model, optimizers, progress, machine, tidy=True):
     """Put the newest usable checkpoint, however many processes wrote it, into model, optimizers and progress. Returns
-    whether there was one; damaged ones are named and renamed. SystemExit if all are damaged."""
-    restore_replaced(out, machine)
+    whether there was one; damaged ones are named, and renamed unless tidy=False. SystemExit if all are damaged."""
+    if tidy:
+        restore_replaced(out, machine)
     steps = steps_saved(out, machine)
     for step in steps:
         folder, problem = out / f"state/step-{step:07d}", ""
         try:
             state = read_state(folder, machine.rank, machine.world)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = str(error)
+            problem = str(error) or repr(error)
         if not machine.any(problem):                               # damaged for one process is damaged for all
             load_tensors(folder, model, optimizers, machine)
             name = broken_state(model, optimizers)
@@ -177,7 +178,7 @@ def load_state(out, model, optimizers, progress, machine):
             print(f"{folder} is damaged ({problem}); trying the one before it", flush=True)
         if machine.any(problem):
             continue
-        for newer, path in checkpoints(out).items() if machine.rank == 0 else ():
+        for newer, path in checkpoints(out).items() if tidy and machine.rank == 0 else ():
             if newer > step:                                       # damaged: must not count among the two that are kept
                 shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
                 os.replace(path, path.with_name(f"damaged-{path.name}"))

@@ -29,7 +29,6 @@ class Machine:
             self.device, self.rank, self.world = setup(device, pick_device(device))
         except ValueError as error:
             raise SystemExit(str(error)) from None
-        self.copies = tensor_parallel
         self.data_rank, self.data_world = self.rank // tensor_parallel, max(1, self.world // tensor_parallel)
         self.dtype, self.peak, self.mesh = torch.float32, math.nan, None
 
@@ -60,9 +59,12 @@ class Machine:
         self.sum([0])
 
     def say(self, *words):
-        """Print on rank 0 only."""
+        """Print on rank 0 only. A terminal that was closed, or a pipe that nobody reads, does not end a run."""
         if self.rank == 0:
-            print(*words, flush=True)
+            try:
+                print(*words, flush=True)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def clock(self):
         """Seconds, after the device has done everything it was asked to."""

@@ -125,12 +125,14 @@ def micro_step(model, last):
 def evaluation(model):
     """Context for losses without gradients."""
     model.eval()
-    with torch.no_grad(), split_loss(model):
-        yield
-    for module in model.modules():                                 # zero2 keeps weights whole until a backward pass
-        if hasattr(module, "reshard"):
-            module.reshard()
-    model.train()
+    try:
+        with torch.no_grad(), split_loss(model):
+            yield
+    finally:
+        for module in model.modules():                             # zero2 keeps weights whole until a backward pass
+            if hasattr(module, "reshard"):
+                module.reshard()
+        model.train()
 
 
 def whole(tensor):

@@ -119,7 +119,10 @@ def launch():
 def restarted(out):
     """Did torchrun --max_restarts start this process again, after this very launch had begun the run in `out`? Its
     count of restarts is not enough: each machine counts for itself, and not at all when another machine was lost."""
-    return bool(launch()) and (out / "manifest.json").is_file() and read_manifest(out).get("launch") == launch()
+    try:
+        return bool(launch()) and (out / "manifest.json").is_file() and read_manifest(out).get("launch") == launch()
+    except SystemExit:                                             # not readable: not a run of this launch
+        return False
 
 
 def earlier_run(cfg, machine):
@@ -245,7 +248,7 @@ class Log:
     The lock is the operating system's, so that it ends with its process, whatever happens to that process.
     """
     def __init__(self, out, cfg, machine):
-        self.out, self.cfg, self.machine, self.file, self.wandb = out, cfg, machine, None, None
+        self.out, self.cfg, self.machine, self.file, self.wandb, self.finished = out, cfg, machine, None, None, False
         self.losses, self.shown, self.printed, self.began = [], None, time.monotonic(), time.perf_counter()
         if machine.rank == 0 and not cfg.dry_run:
             with writing(out):
@@ -253,9 +256,12 @@ class Log:
                 self.lock = FileLock(out.parent / f".{out.name}.lock")
             try:
                 self.lock.acquire(blocking=False)
-            except Timeout:
+            except Timeout:                                        # an OSError too, so it is caught first
                 raise SystemExit(f"--out={out}: another run is writing there. Choose another --out, or wait for it")\
                     from None
+            except OSError as error:
+                raise SystemExit(f"--out={out}: the lock {self.lock.lock_file} cannot be made ({error}). Choose "
+                                 "another --out") from None
 
     def say(self, *words):
         self.machine.say(*words)
@@ -283,7 +289,8 @@ class Log:
     def open(self, progress, tokenizer, folder, config, before):
         """All checks have passed: keep an earlier run under another name, write the manifest, open log.jsonl after
         the steps that are done."""
-        if self.machine.rank or progress.step >= self.cfg.max_steps:                   # a finished run stays as it is
+        self.finished = progress.step >= self.cfg.max_steps        # a finished run stays as it is
+        if self.machine.rank or self.finished:
             return
         manifest = new_manifest(self.cfg, self.machine, tokenizer, folder, config, before, progress)
         if self.cfg.wandb:
@@ -303,8 +310,9 @@ class Log:
         """After a rollback: the steps after this one will be taken again."""
         self.shown = None
         if self.file:
-            self.file.close()
-            self.file = trim_log(self.out, step)
+            with writing(self.out):
+                self.file.close()
+                self.file = trim_log(self.out, step)
 
     def record(self, **row):
         if self.file:
@@ -363,14 +371,12 @@ class Log:
     def finish(self, progress):
         """The last lines, with the next command; the lock ends."""
         out, steps, again = self.out, self.cfg.max_steps, command("train.py", resume=True, out=self.out)
-        if progress.step >= steps and not self.file and self.machine.rank == 0:
+        if self.finished:
             self.say(f"{out} had all its {progress.step} steps already. Train longer: {again} "
                      f"--max_steps={2 * progress.step}")
         elif progress.step < steps:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {again}")
-        elif progress.best is None:
-            raise SystemExit(f"the validation loss of {out} was not finite. Lower --muon_lr and --learning_rate")
-        else:
+        elif progress.best is not None:
             self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss "
                      f"curve: {out / 'loss.png'}")
             self.say(f"Next: {command('sample.py', model=out)}")
@@ -378,6 +384,8 @@ class Log:
             if self.file:
                 self.file.close()
             self.lock.release()
+        if progress.best is None and progress.step >= steps and not self.finished:
+            raise SystemExit(f"the validation loss of {out} was not finite. Lower --muon_lr and --learning_rate")
 
 
 def keep_earlier_run(out):
@@ -449,7 +457,8 @@ class Guard:
         self.log, self.out, self.cfg, self.machine = log, log.out, log.cfg, log.machine
         self.raw, self.optimizers, self.compiled = raw, optimizers, compiled
         self.progress = Progress(loss_scale=2.0 ** 16 if self.machine.dtype == torch.float16 else 1.0)
-        self.resumed = self.cfg.resume and load_state(self.out, raw, optimizers, self.progress, self.machine)
+        self.resumed = self.cfg.resume and load_state(self.out, raw, optimizers, self.progress, self.machine,
+                                                      tidy=not self.cfg.dry_run)
         self.micro = micro_batch(self.cfg, raw, before, self.out, self.machine)
         self.asked = self.stop = False
         if not self.cfg.dry_run:                                   # a dry run has nothing to save
@@ -498,7 +507,8 @@ class Guard:
             raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, "
                              "a smaller --block_size or a smaller model")
         if not self.cfg.dry_run:                                   # for --resume
-            write_json(self.out / f"micro_batch.{machine.rank}.json", {"micro_batch": micro})
+            with writing(self.out):
+                write_json(self.out / f"micro_batch.{machine.rank}.json", {"micro_batch": micro})
         if machine.world > 1:
             again = "" if self.cfg.dry_run else (": torchrun --max_restarts=3 does that by itself, or add it to "
                                                  f"--resume --out={self.out}")
@@ -592,7 +602,7 @@ class Guard:
         self.log.line(f"went back to step {progress.step} with half the learning rates")
         self.log.rewind(progress.step)
         self.log.record(step=progress.step, rolled_back=reason)
-        save_state(self.out, self.raw, self.optimizers, progress, self.machine)
+        self.write_state(last=False)
 
     def save(self, last=False):
         """A checkpoint to resume from; not of weights that are not finite. Without memory for it the run continues,
@@ -601,6 +611,11 @@ class Guard:
         if machine.any(name):
             return self.go_back(f"the weights became not finite by step {self.progress.step}"
                                 + (f", first {name}" if name else ""))
+        self.write_state(last)
+
+    def write_state(self, last):
+        """save_state, with one line where the disk or the memory is full."""
+        machine = self.machine
         try:
             with writing(self.out):
                 return save_state(self.out, self.raw, self.optimizers, self.progress, machine)
@@ -635,7 +650,8 @@ def give_up(out, reason, progress, batch, rank):
     if batch is not None:
         path = out / f"bad_batch_{rank}.safetensors"
         x, y = (ids.cpu().clone(memory_format=torch.contiguous_format) for ids in batch)
-        save_file({"x": x, "y": y}, path)
+        with writing(out):
+            save_file({"x": x, "y": y}, path)
         kept = f" The batch is in {path}."
     tried = [f"skipping {progress.skipped} batches"] * bool(progress.skipped)
     tried += ["going back"] * bool(progress.rollbacks)
@@ -660,7 +676,8 @@ def run_stage(main, Config, presets, doc):
             extra = {"timestamp": str(int(time.time())), "py_callstack": stop.code}
             message = {"message": stop.code, "extraInfo": extra}
             write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": message})
-        if isinstance(stop.code, str) and stop.code.startswith("--") and int(os.environ.get("RANK", 0)):
+        same = isinstance(stop.code, str) and stop.code.startswith("--") and "process " not in stop.code
+        if same and int(os.environ.get("RANK", 0)):
             raise SystemExit(1) from None
         raise
     except (RuntimeError, MemoryError) as error:

@@ -5,7 +5,7 @@ BIN := .venv/bin
 demo: .venv/ready                ## set up, then text -> tokenizer -> trained GPT -> samples, in a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/laptop.sh
 
-quick: .venv/ready               ## the same path in half a minute, with a smaller training
+quick: .venv/ready               ## the same path in about a minute, with a shorter training
 	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=100 bash runs/laptop.sh
 
 test: .venv/ready-dev            ## run every test, on two cores; needs no network once set up

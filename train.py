@@ -47,7 +47,7 @@ PRESETS = {
                    weight_decay=0.0, **QUIET),
     "sprint_char": dict(n_layer=2, block_size=64, batch_size=24, max_steps=170, momentum=0.85, weight_decay=0.0,
                         **QUIET),
-    # as much as can be learnt in the time of that command. Characters, read twice in it, need no weight decay
+    # the best loss within the time of that command. Character models see the text twice and need no weight decay
     "marathon": dict(n_embd=192, n_head=3, n_hidden=512, max_steps=630, cooldown=1.0, **QUIET),
     "marathon_char": dict(block_size=64, batch_size=32, max_steps=1040, cooldown=1.0, weight_decay=0.0, **QUIET),
     # a larger model for a GPU; not measured yet
@@ -67,7 +67,7 @@ PRESETS = {
 @dataclass
 class Config:
     preset: Literal[*PRESETS] = "shakespeare"  # named set of defaults, see PRESETS; flags win over it
-    dataset: str = ""              # folder under data/, or a path; empty: shakespeare, or else the newest prepared text
+    dataset: str = ""              # folder under data/, or a path; empty: shakespeare, else stdlib, else the newest
     out: str = ""                   # folder to write; empty: out/<name of the dataset>
     init_from: str = ""             # model folder to start from; its shape wins over the flags below
     # model
@@ -197,15 +197,15 @@ def orthogonalize(updates, dtype, mesh=None):
         stacks[wide.shape, getattr(u, "placements", None)].append((i, wide))
     for members in stacks.values():
         X = torch.stack([wide for _, wide in members]).to(dtype)
-        pieces = hasattr(X, "placements")
-        if pieces or mesh is not None:
+        sharded = hasattr(X, "placements")
+        if sharded or mesh is not None:
             from torch.distributed.tensor import DTensor, Replicate, Shard
-            if not pieces:
+            if not sharded:
                 X = DTensor.from_local(X, mesh, [Replicate()] * mesh.ndim, run_check=False)
             mine = X.redistribute(placements=[Shard(0)] * X.device_mesh.ndim)
             Y = DTensor.from_local(newton_schulz(mine.to_local()), mine.device_mesh, mine.placements, run_check=False,
                                    shape=mine.shape, stride=mine.stride()).redistribute(placements=X.placements)
-            Y = Y if pieces else Y.to_local()
+            Y = Y if sharded else Y.to_local()
         else:
             Y = newton_schulz(X)
         for (i, _), o in zip(members, Y.unbind(0)):
@@ -283,8 +283,8 @@ class AdamW(Optimizer):
 
 
 def make_optimizers(model, cfg, dtype, mesh=None):
-    """Muon for the matrices inside the blocks; AdamW for embedding, head and norms, which are not maps between spaces
-    of equal standing: a row of the embedding moves only when its token occurs.
+    """Muon for the matrices inside the blocks; AdamW for embedding, head and norms. Muon treats every direction of a
+    matrix alike, but a row of the embedding gets a gradient only when its token occurs.
 
     A step of Muon changes a layer's output equally much at any width. So does AdamW on embedding and norms; but a head
     of C inputs moves its logits by C x rate, so its rate falls with the width (arXiv:2203.03466); the recipe was

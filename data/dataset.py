@@ -36,9 +36,9 @@ def prepared_datasets():
 
 
 def default_dataset():
-    """What train.py reads when no dataset is named: shakespeare, or where that is not prepared the latest one."""
+    """What train.py reads when no dataset is named: shakespeare, or else stdlib, or else the latest one."""
     names = prepared_datasets()
-    return "shakespeare" if "shakespeare" in names or not names else names[0]
+    return next((name for name in ("shakespeare", "stdlib") if name in names), names[0] if names else "shakespeare")
 
 
 def output_folder(cfg):

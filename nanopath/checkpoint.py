@@ -27,7 +27,7 @@ class Progress:
     rollbacks: int = 0              # times the run went back because numbers were not finite; at most once
     lr_factor: float = 1.0          # on all rates; halved by a rollback
     loss_scale: float = 1.0         # float16 only: keeps small gradients above its smallest number
-    skipped: int = 0                # steps in a row without a finite gradient; no checkpoint is written meanwhile
+    skipped: int = 0                # steps in a row without a finite gradient
 
 
 class SaveError(RuntimeError):

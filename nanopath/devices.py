@@ -112,9 +112,9 @@ def setup(name, device):
     if world > 1 and not dist.is_initialized():
         nccl = kind == "cuda" and dist.is_nccl_available()         # not on Windows
         store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":     # after a restart the store still holds addresses of dead
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")               # processes; for several machines
-            store = dist.PrefixStore(restarts, store)                                  # see runs/nodes.sh
+        # after a restart the store still holds addresses of dead processes; for several machines see runs/nodes.sh
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
                                 **({"device_id": device} if nccl else {}))
     if kind == "cpu":

@@ -9,6 +9,7 @@ from: the command line, a preset, a saved run, or another program.
 import dataclasses
 import functools
 import math
+import shlex
 import signal
 import sys
 import typing
@@ -33,7 +34,7 @@ class Bound:
         words = " and ".join([least] * (self.low > -math.inf) + [most] * (self.high < math.inf))
         if self.low > -math.inf and self.high < math.inf and not self.above:
             words = f"between {self.low:g} and {self.high:g}"
-        return words + ("" if self.off is None else f", or {self.off:g}")
+        return words if self.off is None else f"{self.off:g}, or {words}"
 
 
 Positive = typing.Annotated[int, Bound(1)]
@@ -82,8 +83,9 @@ def parse(Config, doc, default=None, args=None):
     names = [field.name for field in dataclasses.fields(Config)]
     positional = any("Positional" in str(hint) for hint in hints_of(Config).values())
     if args and not args[0].startswith("-") and not positional:
-        flag = next(name for name in ("dataset", "model", names[0]) if name in names)
-        raise SystemExit(f"{args[0]}: every setting is a flag, such as --{flag}={args[0]}. All flags: --help")
+        flag = next(name for name in ("dataset", "prompt", "summary", names[0]) if name in names)
+        example = f"--{flag}={shlex.quote(args[0])}"
+        raise SystemExit(f"{args[0]!r} has no flag: write for example {example}. All flags: --help")
     for arg, value in zip(args, args[1:] + [""]):                # tyro's own words for a wrong choice take twenty lines
         name, equals, given = arg.removeprefix("--").partition("=")
         hint = hints_of(Config).get(name.replace("-", "_")) if arg.startswith("--") else None
@@ -91,9 +93,11 @@ def parse(Config, doc, default=None, args=None):
         if typing.get_origin(hint) is typing.Literal and value not in map(str, typing.get_args(hint)):
             raise SystemExit(f"--{name}={value}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
     extra = {} if default is None else {"default": default}
-    cfg = tyro.cli(Config, args=args, use_underscores=True, description=doc.split("\n\n")[0], **extra)
     try:
+        cfg = tyro.cli(Config, args=args, use_underscores=True, description=doc.split("\n\n")[0], **extra)
         check_bounds(cfg)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     return cfg

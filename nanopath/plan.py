@@ -46,8 +46,7 @@ def local_processes(device):
 
 
 def too_large(cfg, model, machine):
-    """What to say of a model that cannot fit; empty where it does, as far as a formula can tell. Shapes are enough of
-    it."""
+    """An error message if the model cannot fit, else an empty string. A model on the meta device is enough."""
     need = sum(bytes_needed(cfg, model, machine.dtype, machine.world)) * local_processes(machine.device)
     there = memory_size(machine.device)
     if not there or need < 0.9 * there:                            # the system, or the driver, needs some too

@@ -56,7 +56,8 @@ def run_folder(out, dataset):
 
 
 def parse_run(Config, presets, doc, args=None):
-    """The command line -> Config. Flags override the saved run (--resume), that the preset, that the defaults."""
+    """The command line -> Config. Flags override the preset, or with --resume the saved run; these override the
+    defaults."""
     args = sys.argv[1:] if args is None else list(args)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "dataset", "out"):
@@ -81,7 +82,8 @@ def parse_run(Config, presets, doc, args=None):
 
 
 def read_manifest(out):
-    """The manifest of the run in `out`, after its hash. SystemExit where it is damaged or of another version."""
+    """The manifest of the run in `out`, after checking its hash. SystemExit where it is damaged or of another
+    version."""
     path, advice = out / "manifest.json", "Start a new run with another --out"
     try:
         manifest = read_json(path)
@@ -164,6 +166,9 @@ def check_settings(cfg, folder, out, machine):
               f"torchrun --standalone --nproc_per_node=2 {shlex.join(sys.argv)}")
     if data * cfg.tensor_parallel != world:
         raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: must divide the {world} processes of torchrun")
+    if cfg.shards and cfg.parallel != "hsdp":
+        raise SystemExit(f"--shards={cfg.shards}: of no effect with --parallel={cfg.parallel}. Use --parallel=hsdp, or "
+                         "leave it out")
     if data % (cfg.shards or 1):
         raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes. torchrun starts "
                          "several: torchrun --standalone --nproc_per_node=N train.py ...")
@@ -474,7 +479,7 @@ class Guard:
         self.asked = True
 
     def interrupted(self):
-        """May a step be left in the middle? Several processes can only leave a step together, at its end."""
+        """Whether a step may be aborted between two micro-batches: only on a single process."""
         return self.asked and self.machine.world == 1
 
     def attempt(self, passes):
@@ -501,7 +506,8 @@ class Guard:
                 self.log.say(f"--compile does not work here, training continues without it ({problem[:100]})")
 
     def halve(self):
-        """Several processes must start again for it: the others wait for this one in the middle of a step."""
+        """Half the micro-batch. With several processes the whole job must restart, because the others wait inside this
+        step."""
         machine, micro = self.machine, (self.micro + 1) // 2
         if self.micro == 1:
             raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, "
@@ -550,8 +556,8 @@ class Guard:
             self.progress.loss_scale *= 2
 
     def step_optimizers(self):
-        """It cannot be cut into smaller parts when memory is full; but later steps need no more memory than the
-        first."""
+        """Run the optimizers. A smaller micro-batch cannot help when memory is full here; later steps need no more than
+        the first."""
         try:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -563,7 +569,7 @@ class Guard:
                              "or a smaller model (--n_layer, --n_embd); what was saved is complete: --resume") from None
 
     def sample(self, write):
-        """The text of write(), or a line that says why there is none: a sample is not worth a run."""
+        """The text of write(), or a line that says why there is none: a failed sample never ends the run."""
         try:
             return write()
         except (RuntimeError, ValueError) as error:

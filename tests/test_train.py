@@ -1056,7 +1056,7 @@ def test_a_large_validation_split_is_read_in_part(here, tiny, tmp_path):
 
 def test_the_newcomer_sees_something_at_once(here, tiny, tmp_path):
     assert "step     1/3  loss" in here(tmp_path / "run", "--max_steps=3")
-    with pytest.raises(SystemExit, match="shakespeare: every setting is a flag, such as --dataset=shakespeare"):
+    with pytest.raises(SystemExit, match="'shakespeare' has no flag: write for example --dataset=shakespeare"):
         rescue.parse_run(train.Config, train.PRESETS, train.__doc__, ["shakespeare"])
     text = run(ROOT / "train.py", "--help").stdout
     assert all(name in text for name in train.PRESETS)

@@ -235,8 +235,7 @@ def find_folder(path, only=None):
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
-        raise ValueError(f"no model folder of that name (no {folder / 'config.json'}). Train one first: "
-                         "python train.py")
+        raise ValueError(f"{path} is not a model folder (no config.json). Train one first: python train.py")
     try:
         return hub_file(str(path), only).parent if only else hub_folder(str(path))
     except OSError as error:

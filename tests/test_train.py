@@ -1107,3 +1107,45 @@ def test_the_folder_of_a_run_is_never_one_of_other_files(here, tiny, tmp_path):
         with pytest.raises(SystemExit, match="holds other files than a run"):
             here(tmp_path / folder, "--max_steps=1")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+def test_nohup_is_respected(here, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_pass(2, lambda: os.kill(os.getpid(), signal.SIGHUP), monkeypatch)
+        text = here(tmp_path / "run", "--max_steps=4", "--eval_every=0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "stopped at" not in text and max(losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe of POSIX")
+def test_a_screen_that_is_gone_does_not_end_a_run(tiny, tmp_path):
+    command = [sys.executable, ROOT / "train.py", f"--dataset={tiny}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=30",
+               "--log_every=1"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()                                         # nobody reads the rest
+    process.wait(timeout=100)
+    assert max(losses(tmp_path / "run")) == 30 and (tmp_path / "run/state/step-0000030/state.json").is_file()
+
+
+def test_a_dry_run_of_a_resume_renames_nothing(here, reference, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    os.truncate(next((out / "state/step-0000030").glob("*.safetensors")), 100)
+    before = sorted(str(path) for path in out.rglob("*"))
+    assert "is damaged" in here(out, "--resume", "--dry_run", "--max_steps=40")
+    assert sorted(str(path) for path in out.rglob("*")) == before
+
+
+def test_memory_that_the_system_does_not_tell_halves_nothing(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanopath.plan.memory_size", lambda device: 0)
+    assert "needs more memory" not in here(tmp_path / "run", "--dry_run", "--max_steps=2")
+
+
+def test_a_damaged_manifest_does_not_stop_a_new_run_under_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    assert not rescue.restarted(tmp_path)

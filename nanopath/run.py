@@ -269,6 +269,7 @@ class Log:
                                  "another --out") from None
 
     def say(self, *words):
+        """Print on rank 0 only."""
         self.machine.say(*words)
 
     def announce(self, raw, before, guard, tokens):
@@ -278,16 +279,16 @@ class Log:
         what = "training" if not cfg.resume else f"resuming at step {progress.step}" if guard.resumed else \
             "nothing was saved yet, so this starts at step 0"
         self.say(f"{what}: {raw.num_params():,} parameters on {tokens.folder.name}, {len(tokens):,} tokens "
-                f"({total / len(tokens):.1f} epochs in {cfg.max_steps} steps)")
+                 f"({total / len(tokens):.1f} epochs in {cfg.max_steps} steps)")
         for name in ("batch_size", "block_size", "seed") if before else ():
             old = before["config"].get(name)
             if old != getattr(cfg, name):
                 self.say(f"--{name}={getattr(cfg, name)}, before {old}: the data order changes, so some sequences are "
-                        "repeated, some skipped")
+                         "repeated, some skipped")
         layout = f", {cfg.parallel} {' x '.join(map(str, machine.mesh.shape))}" if machine.mesh else ""
         self.say(f"machine: {machine.world} x {machine.device}{layout}, matmuls in "
-                f"{str(machine.dtype).removeprefix('torch.')} at {machine.peak / 1e9:,.0f} GFLOP/s measured, "
-                f"{torch.get_num_threads()} threads{', blocks compiled' * guard.compiled}")
+                 f"{str(machine.dtype).removeprefix('torch.')} at {machine.peak / 1e9:,.0f} GFLOP/s measured, "
+                 f"{torch.get_num_threads()} threads{', blocks compiled' * guard.compiled}")
         if guard.compiled and not cfg.dry_run:
             self.say("the first step compiles the blocks, which takes up to half a minute")
 

@@ -3,14 +3,14 @@ SentencePiece's tokenizer.model (Llama 2, Mistral, T5, ...) as the content of a 
 
 The file is one protobuf message (sentencepiece_model.proto). Its wire format is read by hand: every field is a number
 (field << 3 | kind), then a varint, 4 or 8 bytes, or a length and so many bytes. Nothing in it is ever executed.
-Ids equal sentencepiece's except where transformers 5 differs: a text that begins with a space gets no second one.
+Ids of text equal sentencepiece's, except that a text which begins with a space gets no second one, as in transformers.
 Papers  SentencePiece (arXiv:1808.06226), Unigram language model (arXiv:1804.10959)
 """
 import base64
 import struct
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6      # types of pieces
-KINDS = {1: "unigram", 2: "bpe"}                                   # 3: words, 4: characters
+MODEL_TYPES = {1: "unigram", 2: "bpe"}                                   # 3: words, 4: characters
 
 
 def read_varint(data, at):
@@ -58,13 +58,13 @@ def read_sentencepiece(data, legacy=False):
             elif field in (2, 3):
                 (trainer if field == 2 else normalizer).update(read_fields(value))
         kind = trainer.get(3, 1)
-        if not pieces or kind not in KINDS:
+        if not pieces or kind not in MODEL_TYPES:
             raise ValueError(f"{len(pieces)} pieces, model type {kind}: only unigram (1) and bpe (2) can be read")
         if trainer.get(24, 0):
             raise ValueError("treat_whitespace_as_suffix: only spaces at the start of words can be read")
         unk_id = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), None)
         spec = spec_from_pieces(
-            pieces, KINDS[kind], byte_fallback=bool(trainer.get(35, 0)), add_dummy_prefix=bool(normalizer.get(3, 1)),
+            pieces, MODEL_TYPES[kind], byte_fallback=bool(trainer.get(35, 0)), add_dummy_prefix=bool(normalizer.get(3, 1)),
             charsmap=normalizer.get(2, b""), remove_extra_whitespaces=bool(normalizer.get(4, 1)), unk_id=unk_id,
             legacy=legacy)
     except (KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
@@ -85,7 +85,7 @@ def spec_from_pieces(pieces, kind, byte_fallback=False, add_dummy_prefix=True, c
     kind: "bpe" or "unigram". add_dummy_prefix: a text begins with "▁" (a space). legacy: so does every part of it
     after a special token, as in Llama 2's first release. charsmap: SentencePiece's compiled normalization.
     """
-    if kind not in KINDS.values():
+    if kind not in MODEL_TYPES.values():
         raise ValueError(f"kind={kind!r}: must be bpe or unigram")
     if len({text for text, _, _ in pieces}) < len(pieces):
         raise ValueError("two pieces have the same text")

@@ -1,6 +1,6 @@
 """
-Added tokens: texts that are one token wherever they occur, found before a text is split into words. Special tokens (ends
-of documents and turns) are found only where they are allowed; the others (<think>, <tool_call>) always.
+Added tokens: texts that are one token wherever they occur, found before a text is split into words. Special tokens
+(ends of documents and turns) are found only where they are allowed; the others (<think>, <tool_call>) always.
 
 The rules are those of Hugging Face's tokenizers: the leftmost match, of these the longest; tokens with
 normalized=False in the text as it is, then the others in the normalized parts between them.
@@ -15,7 +15,8 @@ FLAGS = ("lstrip", "rstrip", "single_word")
 
 def added_token(name, i, **flags):
     """An entry of added_tokens in a tokenizer.json."""
-    return dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) | flags
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(id=i, content=name) | plain | flags
 
 
 class AddedTokens:

@@ -69,8 +69,8 @@ class ForeignTokenizer:
         return self.libraries[allowed]
 
     def model_without_specials(self):
-        """The model with special tokens, and ids that the vocabulary leaves out, under names that no text contains. Added
-        tokens that are not in the vocabulary get library ids above all others."""
+        """The model with special tokens, and ids that the vocabulary leaves out, under names that no text contains.
+        Added tokens that are not in the vocabulary get library ids above all others."""
         model, secret = dict(self.spec["model"]), secrets.token_hex(8)
         hidden = set(self.specials) - {model.get("unk_token")}
         if isinstance(model["vocab"], list):

@@ -1,5 +1,5 @@
 """
-SentencePiece's tokenizer.model (Llama 2, Mistral, T5, ...) as the content of a tokenizer.json, which data/foreign.py runs.
+SentencePiece's tokenizer.model (Llama 2, Mistral, T5, ...) as the content of a tokenizer.json, for data/foreign.py.
 
 The file is one protobuf message (sentencepiece_model.proto). Its wire format is read by hand: every field is a number
 (field << 3 | kind), then a varint, 4 or 8 bytes, or a length and so many bytes. Nothing in it is ever executed.
@@ -64,9 +64,8 @@ def read_sentencepiece(data, legacy=False):
             raise ValueError("treat_whitespace_as_suffix: only spaces at the start of words can be read")
         unk_id = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), None)
         spec = spec_from_pieces(
-            pieces, MODEL_TYPES[kind], byte_fallback=bool(trainer.get(35, 0)), add_dummy_prefix=bool(normalizer.get(3, 1)),
-            charsmap=normalizer.get(2, b""), remove_extra_whitespaces=bool(normalizer.get(4, 1)), unk_id=unk_id,
-            legacy=legacy)
+            pieces, MODEL_TYPES[kind], bool(trainer.get(35, 0)), bool(normalizer.get(3, 1)),
+            normalizer.get(2, b""), bool(normalizer.get(4, 1)), unk_id, legacy)
     except (KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"it is damaged or no SentencePiece model ({type(error).__name__}: {error})") from None
     # of TrainerSpec: 40 to 43 are the ids of unk, bos, eos and pad, -1 where there is none
@@ -101,7 +100,9 @@ def spec_from_pieces(pieces, kind, byte_fallback=False, add_dummy_prefix=True, c
     else:
         model = dict(type="Unigram", unk_id=unk_id, byte_fallback=byte_fallback,
                      vocab=[[text, score] for text, score, _ in pieces])
-    normalizers = [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}] * bool(charsmap)
+    normalizers = []
+    if charsmap:
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if remove_extra_whitespaces:
         normalizers += [{"type": "Strip", "strip_left": True, "strip_right": True},
                         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]

@@ -93,8 +93,8 @@ def cut(text, pattern, behavior, invert):
 
 
 def split_by_steps(steps, gpt2_pattern, spell, unspell):
-    """A function: text -> words as bytes. Steps after ByteLevel see the spelled form, in which each byte is a character:
-    they may split inside a character of the text, as Falcon's do. ValueError: a behavior that drops text."""
+    """A function: text -> words as bytes. Steps after ByteLevel see the spelled form, in which each byte is a
+    character: they may split inside a character of the text, as Falcon's do. ValueError: a behavior that drops text."""
     before, after, seen = [], [], False
     for step in steps:
         found = plain_step(step, gpt2_pattern)

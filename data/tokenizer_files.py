@@ -89,8 +89,8 @@ def post_processor(before, after, names):
     """The post_processor that puts the ids `before` and `after` around a text; None if there are none."""
     if not before and not after:
         return None
-    single = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in before] + [{"Sequence": {"id": "A", "type_id": 0}}]
-    single += [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in after]
+    first, last = ([{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids] for ids in (before, after))
+    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last]
     pair = single + [{"Sequence": {"id": "B", "type_id": 1}}]
     tokens = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in [*before, *after]}
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
@@ -176,7 +176,8 @@ def read_vocab_txt(file, config):
                               if text_of(config.get(key)) in vocab],
                 normalizer={"type": "BertNormalizer", "clean_text": True,
                             "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-                            "strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)},
+                            "strip_accents": config.get("strip_accents"),
+                            "lowercase": config.get("do_lower_case", True)},
                 pre_tokenizer={"type": "BertPreTokenizer"},
                 post_processor={"type": "TemplateProcessing",
                                 "single": [around[0], {"Sequence": {"id": "A", "type_id": 0}}, around[1]],
@@ -189,15 +190,17 @@ def read_vocab_txt(file, config):
 
 
 def as_llama(spec, config, folder):
-    """What transformers 5 makes of a tokenizer.json whose tokenizer_class is LlamaTokenizer: it keeps the vocabulary and
-    replaces the steps around it, so that "▁" is put only before the whole text. Mistral's folders it reads as they are."""
+    """What transformers 5 makes of a tokenizer.json whose tokenizer_class is LlamaTokenizer: it keeps the vocabulary
+    and replaces the steps around it, so that "▁" is put only before the whole text. Mistral's folders stay as they are.
+    """
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     model_type = read_object(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     steps = [step.get("type") for step in flat_steps(spec.get("pre_tokenizer"))]
     if kind != "LlamaTokenizer" or model_type not in (None, "llama") or "ByteLevel" in steps:
         return spec
     scheme = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
-    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * (scheme != "never")
     return spec | dict(normalizer=None, decoder={"type": "Sequence", "decoders": decoders}, pre_tokenizer={
         "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False})
@@ -241,8 +244,8 @@ def all_added(spec, config):
             raise ValueError(f"added token {name!r} has the id {i!r}; ids are whole numbers below {MOST_IDS:,}")
         if vocab.get(name, i) != i:
             raise ValueError(f"added token {name!r} has the id {i}, but {vocab[name]} in the vocabulary")
-        flags = {key: bool(token.get(key)) for key in (*FLAGS, "normalized", "special")}
-        found.setdefault(name, added_token(name, i, **flags))
+        flags = {key: bool(token.get(key)) for key in (*FLAGS, "normalized")}
+        found.setdefault(name, added_token(name, i, **flags, special=bool(token.get("special", True))))
     names = [config.get(key) for key in NAMED]
     for key in ("extra_special_tokens", "additional_special_tokens"):
         more = config.get(key) or []

@@ -36,10 +36,10 @@ def flat_steps(pre_tokenizer):
 def compile_step(expression):
     """The regular expression of a step. ValueError: it means something else in the library's engine, Oniguruma, where
     ^ and $ match at every line and a set may contain sets."""
+    sets = r"\[\^?\]?[^\]]*\]"
     outside = regex.sub(r"\\.", "x", expression)
-    sets = regex.findall(r"\[\^?\]?[^\]]*\]", outside)
-    if any("[" in found[1:].replace("[:", "") or "&&" in found for found in sets) or \
-            regex.search(r"[\^$]", regex.sub(r"\[\^?\]?[^\]]*\]", "", outside)) or regex.search(r"\\[hHRKyYOZzGg]", expression):
+    nested = any("[" in found[1:].replace("[:", "") or "&&" in found for found in regex.findall(sets, outside))
+    if nested or regex.search(r"[\^$]", regex.sub(sets, "", outside)) or regex.search(r"\\[hHRKyYOZzGg]", expression):
         raise ValueError(f"the regular expression {expression!r}")
     return regex.compile(expression)
 

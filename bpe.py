@@ -318,9 +318,10 @@ class Tokenizer:
                 ids += self._encode_part(part) if i is None else [i]
         return ids
 
-    def encode_offsets(self, text, allowed_special=()):
-        """ids, and for each the number of characters of `text` that are consumed after it, rounded up to whole ones."""
-        return offsets(self, to_bytes(text).decode("utf-8"), self._allowed(allowed_special))
+    def encode_offsets(self, text, allowed_special=(), literal=()):
+        """ids, and for each the number of characters of `text` that are consumed after it, rounded up to whole ones.
+        literal: positions at which the text of a special token is ordinary text all the same."""
+        return offsets(self, to_bytes(text).decode("utf-8"), self._allowed(allowed_special), literal)
 
     def _allowed(self, allowed_special):
         if unknown := set(() if allowed_special == "all" else allowed_special) - set(self.specials):
@@ -436,24 +437,12 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {name}. Train one that has: python bpe.py PATH... --out=FOLDER")
         return self.specials[name]
 
-    def render(self, messages, add_generation_prompt=False):
-        """Messages [{"role", "content"}] -> ids, mask in ChatML. mask is 1 on what the assistant writes, its
-        <|im_end|> included: there fine-tuning computes its loss. Special tokens in a content are ordinary text."""
-        start, end = self.special("<|im_start|>"), self.special("<|im_end|>")
-        newline, ids, mask = self.encode("\n"), [], []
-        for number, message in enumerate(messages):
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise ValueError(f'message {number} must be {{"role": text, "content": text}}, it is {message!r}')
-            header = message["role"] + "\n"
-            body = self.encode(header + message["content"])        # as one string, as the template is tokenized
-            ends = np.cumsum([len(self.bytes_of[i]) for i in body])
-            spoken = message["role"] == "assistant"
-            ids += [start, *body, end, *newline]
-            mask += [0, *(spoken * (ends > len(to_bytes(header)))).tolist(), int(spoken), *[0] * len(newline)]
-        if add_generation_prompt:
-            prompt = [start, *self.encode("assistant\n")]
-            ids, mask = ids + prompt, mask + [0] * len(prompt)
-        return ids, mask
+    def render(self, messages, add_generation_prompt=False, **variables):
+        """Messages [{"role", "content"}] -> ids, mask by the chat template. mask is 1 on what the assistant writes, the
+        token that ends its turn included: there fine-tuning computes its loss. Special tokens in a content are ordinary
+        text. variables: what the template also knows, such as tools or enable_thinking."""
+        from data.templates import render                          # here: Jinja is loaded for chats only
+        return render(self, messages, add_generation_prompt, **variables)
 
     def fim(self, prefix, suffix):
         """ids of a prompt for filling in the middle: the model continues with the text between prefix and suffix."""

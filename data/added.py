@@ -34,20 +34,25 @@ class AddedTokens:
     def normalize(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
-    def split(self, text, allowed=()):
-        """Yield (part of the text, [(normalized part of that part, id of an added token or None), ...])."""
-        for part, i in self.search(text, self.searches[0], allowed):
-            yield part, [(part, i)] if i is not None else self.search(self.normalize(part), self.searches[1], allowed)
+    def split(self, text, allowed=(), literal=()):
+        """Yield (part of the text, [(normalized part of that part, id of an added token or None), ...]). literal:
+        positions at which no special token begins."""
+        at = 0
+        for part, i in self.search(text, self.searches[0], allowed, literal):
+            inner = [place - at for place in literal if place >= at]
+            yield part, [(part, i)] if i is not None else \
+                self.search(self.normalize(part), self.searches[1], allowed, inner)
+            at += len(part)
 
     @staticmethod
-    def search(text, search, allowed):
+    def search(text, search, allowed, literal=()):
         if search is None:
             return [(text, None)] if text else []
         parts, at = [], 0
         for match in search[0].finditer(text):
             token = search[1][match[0]]
             start, end = match.span()
-            if token.get("special") and token["content"] not in allowed:
+            if token.get("special") and (token["content"] not in allowed or start in literal):
                 continue
             if token.get("single_word") and (WORD.match(text[start - 1:start]) or WORD.match(text, end)):
                 continue
@@ -60,10 +65,10 @@ class AddedTokens:
         return parts + [(text[at:], None)] * (at < len(text))
 
 
-def offsets(tokenizer, text, allowed):
+def offsets(tokenizer, text, allowed, literal=()):
     """bpe.Tokenizer.encode_offsets."""
     ids, ends, end, sides = [], [], 0, []
-    for original, parts in tokenizer.finder.split(text, allowed):
+    for original, parts in tokenizer.finder.split(text, allowed, literal):
         parts = [(part if i is not None else tokenizer.finder.normalize(part), i) for part, i in parts]
         sides.append((original, "".join(part for part, _ in parts)))
         for part, i in parts:

@@ -96,13 +96,31 @@ class ForeignTokenizer:
         Otherwise it is ordinary text, so that users cannot inject special tokens. ValueError for a lone surrogate."""
         return self._encode(text, allowed_special)[0]
 
-    def encode_offsets(self, text, allowed_special=()):
-        """ids, and for each the number of characters of `text` that are consumed after it, rounded up to whole ones."""
+    def encode_offsets(self, text, allowed_special=(), literal=()):
+        """ids, and for each the number of characters of `text` that are consumed after it, rounded up to whole ones.
+        literal: positions at which the text of a special token is ordinary text all the same."""
+        if literal:
+            return self._encode_around(text, literal)
         ids, encoding = self._encode(text, allowed_special)
         ends, end = [], 0
         for _, after in encoding.offsets:
             end = max(end, after)
             ends.append(end)
+        return ids, ends
+
+    def _encode_around(self, text, literal):
+        """encode_offsets with all special tokens but those at `literal`: the parts that hold such a place are encoded
+        by themselves, without special tokens."""
+        longest_first = "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True)))
+        true = [found.span() for found in re.finditer(longest_first, text) if found.start() not in literal]
+        ids, ends, at = [], [], 0
+        for start, stop in [*true, (len(text), len(text))]:
+            alien = any(at <= place < start for place in literal)
+            for part, allowed in ((text[at:start], () if alien else "all"), (text[start:stop], "all")):
+                found, after = self.encode_offsets(part, allowed) if part else ([], [])
+                ids += found
+                ends += [at + end for end in after]
+                at += len(part)
         return ids, ends
 
     def _encode(self, text, allowed_special):

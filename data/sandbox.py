@@ -85,6 +85,19 @@ class Budget:
             raise TooMuch("it formats a field of 100,000 characters or more")
 
 
+def limited(budget, name, function):
+    """A filter that is checked by Budget.method before it runs."""
+    @wraps(function)                                               # keeps Jinja's mark: some get the context first
+    def checked(*args, **kwargs):
+        first = hasattr(function, "jinja_pass_arg")
+        value = args[first]
+        if name == "join" and not isinstance(value, (str, list, tuple)):
+            value = list(value)
+        budget.method(name, value, (*args[first + 1:], *kwargs.values()))
+        return function(*args[:first], value, *args[first + 1:], **kwargs)
+    return checked
+
+
 @lru_cache(maxsize=32)
 def compile_template(source, opening, closing):
     """(jinja2.Template, Budget). What the template writes between {% generation %} and {% endgeneration %} is put between
@@ -139,17 +152,6 @@ def compile_template(source, opening, closing):
             parts = self.generic_visit(node).nodes
             return nodes.Call(nodes.EnvironmentAttribute("concatenate"), parts, [], None, None)
 
-    def limited(name, function):
-        @wraps(function)                                           # keeps Jinja's mark: some get the context first
-        def checked(*args, **kwargs):
-            first = hasattr(function, "jinja_pass_arg")
-            value = args[first]
-            if name == "join" and not isinstance(value, (str, list, tuple)):
-                value = list(value)
-            budget.method(name, value, (*args[first + 1:], *kwargs.values()))
-            return function(*args[:first], value, *args[first + 1:], **kwargs)
-        return checked
-
     def refuse(message):
         raise jinja2.TemplateError(message)
 
@@ -163,7 +165,7 @@ def compile_template(source, opening, closing):
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
                       finalize=shown)
     filters = {name: function for name, function in sandbox.filters.items() if name not in UNLIMITED}
-    sandbox.filters = {name: limited(name, function) for name, function in (filters | dict(tojson=to_json)).items()}
+    sandbox.filters = {name: limited(budget, name, function) for name, function in (filters | dict(tojson=to_json)).items()}
     sandbox.globals = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")} | dict(
         raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
     try:

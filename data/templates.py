@@ -28,9 +28,10 @@ def render(tokenizer, messages, add_generation_prompt=False, **variables):
     ids, ends = tokenizer.encode_offsets(text, allowed_special="all", literal=literal)
     mask, number = [0] * len(ids), 0
     for i, (begin, end) in enumerate(zip([0, *ends], ends)):
-        while number < len(spans) and spans[number][1] <= begin:
+        last = min(begin, end - 1)                                 # a later byte of a character consumes none
+        while number < len(spans) and spans[number][1] <= last:
             number += 1
-        mask[i] = int(number < len(spans) and end > spans[number][0] and end > begin)
+        mask[i] = int(number < len(spans) and end > spans[number][0])
     return ids, mask
 
 

@@ -188,7 +188,7 @@ def saved_bytes(GPT, config, B, T, dtype, checkpointing):
     from torch._subclasses.fake_tensor import FakeTensorMode     # the one private name in this file: tested per release
 
     def count(n_layer):
-        model = GPT(replace(config, n_layer=n_layer, window_layers=None))
+        model = GPT(replace(config, n_layer=n_layer, window_layers=None, rope_layers=None))
         model.dtype, model.checkpointing = dtype, checkpointing
         own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 

@@ -40,7 +40,7 @@ def check_rope(theta, scaling):
 
 
 def rope_frequencies(config, length=0, device=None):
-    """Angle per position of each pair of channels, (D/2,) in fp32, and the factor on cos and sin.
+    """Angle per position of each pair of the D channels that are rotated, (D/2,) in fp32, and the factor on cos and sin.
 
     theta^(-2i/D) (arXiv:2104.09864, 3.2.2), scaled for contexts longer than in pretraining:
     linear    every angle divided by `factor`
@@ -48,7 +48,7 @@ def rope_frequencies(config, length=0, device=None):
     llama3    slow pairs (wavelength beyond the old context) divided by `factor`, fast pairs unchanged, a ramp between
     yarn      the same with a ramp over pairs, and cos and sin scaled to keep the softmax sharp (2309.00071)
     """
-    D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    D, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling or {}
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor") or 1.0
     old = scaling.get("original_max_position_embeddings") or config.block_size
     if kind == "dynamic":

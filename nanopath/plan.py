@@ -15,7 +15,8 @@ import torch
 
 from nanopath.devices import compiler_problem, memory_size, memory_used
 from nanopath.files import read_json
-from nanopath.hf import ARCHITECTURES, family_of
+from nanopath.families import ARCHITECTURES
+from nanopath.hf import family_of
 from nanopath.parallel import shards_of
 
 # ---------------------------------------------------------------------------------------------------------------------

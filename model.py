@@ -48,19 +48,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanopath import kernels
+from nanopath import kernels, plan, rope
 from nanopath.devices import pick_device
 from nanopath.flags import Count, Positive, Rate, parse
-from nanopath.hf import KNOWN_MODELS, check_config, read_config, read_tensors, write_folder
+from nanopath.hf import check_config, read_config, read_tensors, write_folder
 from nanopath.hub import find_folder, weight_files
-from nanopath.plan import print_summary
-from nanopath.rope import rope_frequencies
+from nanopath.known import KNOWN_MODELS
 
 
 @dataclass
 class GPTConfig:
-    """Every switch of the architecture. Positive, Count and Rate are the numbers allowed: at least 1, at least 0, and a
-    fraction of at least 0."""
+    """Every switch of the architecture. Positive: at least 1. Count: at least 0. Rate: a fraction of at least 0."""
     vocab_size: Positive = 264   # V: ids of the tokenizer (256 bytes + 8 specials when it has no merges)
     block_size: Positive = 256   # context length T, in tokens
     n_layer: Positive = 4        # L
@@ -77,8 +75,8 @@ class GPTConfig:
     parallel: Literal[0, 1, 2] = 0  # attention and MLP read the same x, after one norm or two; 0: one after the other
     embed_norm: bool = False     # a norm after the embedding
     embed_scale: bool = False    # embedding * sqrt(C), a factor that is rounded to the dtype of the weights
-    position: Literal["rope", "learned", "sinusoidal", "alibi", "alibi_falcon", "none"] = "rope"  # learned, sinusoidal:
-    # added to the embedding; alibi: added to the scores; alibi_falcon: divided by sqrt(D), slope * position in bf16
+    # learned, sinusoidal: added to the embedding. alibi: added to the scores; falcon's: rounded, divided by sqrt(D)
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "alibi_falcon", "none"] = "rope"
     rope_theta: Rate = 1000.0    # base of the rotary frequencies; 1e3 suits short contexts, 1e4 to 1e6 long ones
     rope_scaling: dict | None = None  # linear, dynamic (NTK), yarn or llama3, with the keys of Hugging Face
     rope_layers: tuple[int, ...] | None = None  # the layers with RoPE; None: all of them
@@ -107,9 +105,6 @@ class GPTConfig:
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
 
     def __post_init__(self):
-        if self.rope_scaling is not None:                          # older folders write type for rope_type
-            scaling = dict(self.rope_scaling)
-            self.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
         check_config(self)
 
     @property
@@ -209,30 +204,10 @@ def rope_table(positions, frequency, scale):
 
 def apply_rope(x, cos, sin):
     """Rotate x (B, T, heads, D) by the angles of rope_table; only its first channels where the table has fewer."""
-    R = cos.shape[-1]
-    if R < x.shape[-1]:
+    if (R := cos.shape[-1]) < x.shape[-1]:
         return torch.cat([apply_rope(x[..., :R], cos, sin), x[..., R:]], dim=-1)
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
-
-
-def sinusoids(block_size, C):
-    """sin and cos of position * 10000^(-2i/C), interleaved: (block_size, C). arXiv:1706.03762, section 3.5."""
-    angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** -(torch.arange(0, C, 2).float() / C))
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :C]
-
-
-def alibi_slopes(H):
-    """2^(-8/H), 2^(-16/H), ... for H heads; where H is no power of two, those of the power of two below it, then every
-    second one of the power above it. arXiv:2108.12409, section 3."""
-    n = 2 ** int(math.log2(H))
-    return torch.tensor([2 ** (-8 * (h + 1) / n) for h in range(n)] + [2 ** (-4 * (2 * h + 1) / n) for h in range(H - n)])
-
-
-def alibi(query, key, slopes):
-    """Minus slope * distance of a query at position `query` (.., T) and a key at `key` (.., S): (.., H, T, S)."""
-    query, key = ((slopes[:, None] * positions[..., None, :]).float() for positions in (query, key))     # (.., H, T)
-    return key[..., None, :] - query[..., None]
 
 
 def visible(query, key, window=0):
@@ -392,19 +367,9 @@ class GPT(nn.Module):
     def make_buffers(self, device=None):
         """Tensors of the forward pass that follow from the config, so they are not saved."""
         self.dynamic = (self.config.rope_scaling or {}).get("rope_type") == "dynamic"
-        if self.config.position == "rope":
-            frequency, self.rope_scale = rope_frequencies(self.config, device=device)
-            self.register_buffer("frequency", frequency, persistent=False)
-        if self.config.rope_local_theta:
-            plain = replace(self.config, rope_theta=self.config.rope_local_theta, rope_scaling=None)
-            self.register_buffer("local_frequency", rope_frequencies(plain, device=device)[0], persistent=False)
-        if self.config.position.startswith("alibi"):
-            slopes = alibi_slopes(self.config.n_head).to(device)
-            slopes = slopes.bfloat16() if self.config.position == "alibi_falcon" else slopes
-            self.register_buffer("slopes", slopes, persistent=False)
-        if self.config.position == "sinusoidal":
-            table = sinusoids(self.config.block_size, self.config.n_embd).to(device)
-            self.register_buffer("sinusoids", table, persistent=False)
+        tables, self.rope_scale = rope.position_tables(self.config, device)
+        for name, table in tables.items():                         # frequency, local_frequency, slopes, sinusoids
+            self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn, recurse=True):
         """Called by .to(), .half() and others: angles are recomputed on the new device and never rounded to bf16."""
@@ -467,7 +432,7 @@ class GPT(nn.Module):
                 if segments is not None:
                     masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
         if config.position.startswith("alibi"):
-            masks = self.alibi_masks(masks, positions, cache)
+            self.add_alibi(masks, positions, cache)
         x = self.embed_tokens(ids)                                                       # (B, T, C)
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd ** 0.5, dtype=x.dtype)
@@ -491,32 +456,30 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return (logits, x) if hidden else logits
 
-    def rope_tables(self, positions, T, cache):
-        """cos and sin of these positions for each kind of config.ropes, in the dtype of the activations."""
-        if self.config.position != "rope":
-            return {}
+    def rope_tables(self, positions, T, cache=None):
+        """cos and sin at these positions for each kind in config.ropes, in the dtype of the activations."""
         if cache is not None and cache.ropes:
             span = cache.span if cache.even else positions
             return {kind: tuple(t[span] for t in table) for kind, table in cache.ropes.items()}
-        frequency = self.frequency
-        if self.dynamic:                                   # angles depend on the length; cached keys keep theirs
-            ends = [T] if cache is None else cache.ends()
-            frequency = torch.stack([rope_frequencies(self.config, end, positions.device)[0] for end in ends])[:, None, None]
-        tables = {"full": rope_table(positions, frequency, self.rope_scale)}
+        tables = {}
+        if self.config.position == "rope":
+            frequency = self.frequency
+            if self.dynamic:                               # angles depend on the length; cached keys keep theirs
+                ends = [T] if cache is None else cache.ends()
+                frequency = [rope.rope_frequencies(self.config, end, positions.device)[0] for end in ends]
+                frequency = torch.stack(frequency)[:, None, None]
+            tables["full"] = rope_table(positions, frequency, self.rope_scale)
         if self.config.rope_local_theta:
             tables["local"] = rope_table(positions, self.local_frequency, 1.0)
         return {kind: tuple(t.to(self.dtype) for t in table) for kind, table in tables.items()}
 
-    def alibi_masks(self, masks, positions, cache):
-        """The masks as numbers to add to the scores: ALiBi where a query may look, else -inf."""
-        added = {}
+    def add_alibi(self, masks, positions, cache):
+        """The masks as numbers that are added to the scores: -inf where a query may not look."""
         for window, mask in masks.items():
             keys = positions if cache is None else cache.slots(window)
-            bias = alibi(positions, keys, self.slopes)                                   # (H, T, S) or (B, H, T, S)
-            bias = bias * self.config.head_dim ** -0.5 if self.config.position == "alibi_falcon" else bias
             mask = visible(positions, keys, window)[None, None] if mask is None else mask
-            added[window] = bias.masked_fill(~mask, -math.inf).to(self.dtype)
-        return added
+            bias = rope.alibi(self.config, positions, keys, self.slopes)                # (H, T, S) or (B, H, T, S)
+            masks[window] = bias.masked_fill(~mask, -math.inf).to(self.dtype)
 
     def logits(self, x):
         logits, cap = upcast(self.lm_head(x)), self.config.logit_softcap
@@ -549,31 +512,19 @@ class GPT(nn.Module):
         """Reorder all weights for inference on a CPU. Matmuls are then faster, and a row of a result no longer depends
         on the other rows of the batch. A packed model cannot be trained, saved or moved to another dtype. On other
         devices nothing changes."""
-        if kernels.can_pack(self.embed_tokens.weight.device, self.dtype):
-            for module in self.modules():
-                if isinstance(module, Linear) and module.packed is None:
-                    module.pack(self.dtype)
-            if self.config.tie_embeddings:                         # the embedding still reads the plain weight
-                self.lm_head.weight = self.embed_tokens.weight
+        for module in self.modules() if kernels.can_pack(self.embed_tokens.weight.device, self.dtype) else ():
+            if isinstance(module, Linear) and module.packed is None:
+                module.pack(self.dtype)
+        if self.config.tie_embeddings:                             # the embedding still reads the plain weight
+            self.lm_head.weight = self.embed_tokens.weight
         return self
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Floating-point operations of one training token (forward and backward) in a context of T tokens.
-
-        2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
-        8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
-        appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
-        """
-        c = self.config
-        matmul = c.vocab_size * c.n_embd                           # the head, tied or not
-        for name, p in self.layers.named_parameters():
-            share = c.n_expert_used / c.n_expert if ".experts." in name else 1
-            matmul += p.numel() * share if p.dim() == 2 else 0
-        keys = sum(min(T, window) if window else T for window in c.windows)
-        return 6 * matmul + 12 * c.n_head * c.head_dim * keys
+        """Floating-point operations of one training token (forward and backward) in a context of T tokens."""
+        return plan.flops_per_token(self, T)
 
 
 class KVCache:
@@ -594,7 +545,7 @@ class KVCache:
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
         # cos and sin, computed once for all passes, except where they depend on the length
-        self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(size, device=device), size, None)
+        self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(size, device=device), size)
 
     def begin(self, B, T, counts=None):
         """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
@@ -724,14 +675,12 @@ class Config:
 
 
 def main(cfg):
-    if cfg.summary in KNOWN_MODELS:
-        config = GPTConfig(**KNOWN_MODELS[cfg.summary])
-    else:
-        try:
-            config = read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
-    print_summary(GPT, cfg.summary, config, cfg.batch_size, cfg.block_size or min(config.block_size, 4096), cfg.dtype)
+    known = KNOWN_MODELS.get(cfg.summary)
+    try:
+        config = GPTConfig(**known) if known else read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
+    plan.print_summary(GPT, cfg.summary, config, cfg.batch_size, cfg.block_size or min(config.block_size, 4096), cfg.dtype)
 
 
 if __name__ == "__main__":

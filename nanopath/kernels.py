@@ -37,8 +37,9 @@ def fused_attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps), all in float32, and the gradient derived by hand. offset: w is
-    1 + weight.
+    """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps), all in float32, and the gradient derived by hand.
+
+    offset: w is 1 + weight.
 
     dw = sum over rows of dy n;  dx = r (dy w - n mean(dy w n)). Autograd would need a dozen passes over memory.
     """

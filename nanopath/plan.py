@@ -183,6 +183,22 @@ def report_plan(cfg, out, raw, optimizers, machine, speed, rates, evaluations, e
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model costs, before it exists: python model.py --summary=NAME
 
+def flops_per_token(model, T):
+    """Floating-point operations of one training token (forward and backward) in a context of T tokens.
+
+    2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
+    8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
+    appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
+    """
+    c = model.config
+    matmul = c.vocab_size * c.n_embd                               # the head, tied or not
+    for name, p in model.layers.named_parameters():
+        share = c.n_expert_used / c.n_expert if ".experts." in name else 1
+        matmul += p.numel() * share if p.dim() == 2 else 0
+    keys = sum(min(T, window) if window else T for window in c.windows)
+    return 6 * matmul + 12 * c.n_head * c.head_dim * keys
+
+
 def saved_bytes(GPT, config, B, T, dtype, checkpointing):
     """Bytes that autograd keeps between the forward and the backward pass of B x T tokens. Counted, not estimated: the
     real forward runs on tensors that have a shape but no memory, for one and for two layers; the others are alike."""

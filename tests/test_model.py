@@ -44,6 +44,7 @@ def shrunk(name):
     changes = dict(SMALL, n_kv_head=heads, head_dim=16 if preset.get("qk_norm", True) else 8)
     changes |= {"n_expert": 4, "n_expert_used": 2} if preset.get("n_expert") else {}
     changes |= {"window": 16} if preset.get("window") else {}
+    changes |= {key: small for key, small in dict(rotary_dim=4, window_layers=(0, 2), rope_layers=(0, 2)).items() if preset.get(key)}
     changes |= {"rope_scaling": preset["rope_scaling"] | {"original_max_position_embeddings": 32}} if "rope_scaling" in preset else {}
     return preset | changes
 
@@ -53,8 +54,12 @@ VARIANTS = {                                                       # what no pre
     "no positions": dict(position="none"), "geglu": dict(activation="gelu"), "relu2": dict(activation="relu2", gated=False),
     "softcap": dict(logit_softcap=5.0), "all biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True, norm="layer"),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "falcon rw": shrunk("falcon-7b") | dict(position="alibi_falcon", parallel=0, n_kv_head=2),
+    "gpt_neo": shrunk("gpt2") | dict(qkv_bias=False, attn_scale=1.0, window=16, window_layers=(1,)),
+    "mpt, alibi with a window": dict(norm="layer", norm_bias=False, qk_norm=False, position="alibi", window=16, window_layers=(1,)),
     "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16))}
-EVERY = {**{name: shrunk(name) for name in m.KNOWN_MODELS}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
+SAME = "gpt2-medium gpt2-large gpt2-xl llama2-7b llama3-70b smollm2-135m qwen3-0.6b".split()    # as another one, when small
+EVERY = {**{name: shrunk(name) for name in m.KNOWN_MODELS if name not in SAME}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
 every = pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
 
 
@@ -301,12 +306,12 @@ def test_balance_loss_equals_transformers(tmp_path):
 def slowly(model, ids):
     """Logits of one row of ids, in float64: one token, one head, one pair of channels, one expert at a time."""
     c, w = model.config, {name: p.double() for name, p in model.state_dict().items()}
-    frequency, scale = m.rope_frequencies(c)
+    frequency, scale = m.rope.rope_frequencies(c)
 
     def norm(x, name):
-        if c.norm == "rms" or "_norm" in name:
-            return x / (x.square().mean() + c.norm_eps).sqrt() * w[name + ".weight"]
-        return (x - x.mean()) / (x.var(unbiased=False) + c.norm_eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        if c.norm == "rms" or name.endswith(("q_norm", "k_norm")):
+            return x / (x.square().mean() + c.norm_eps).sqrt() * (w[name + ".weight"] + (1 if c.norm_offset else 0))
+        return (x - x.mean()) / (x.var(unbiased=False) + c.norm_eps).sqrt() * w[name + ".weight"] + w.get(name + ".bias", 0)
 
     def linear(x, name):
         return w[name + ".weight"] @ x + w.get(name + ".bias", 0)
@@ -324,25 +329,45 @@ def slowly(model, ids):
         up = linear(x, name + ".up_proj")
         return linear(act(linear(x, name + ".gate_proj")) * up if c.gated else act(up), name + ".down_proj")
 
-    def turn(x, position):                                         # the pair (i, i + D/2) is one complex number
-        if c.position != "rope":
+    def turn(x, position, layer):                                  # the pair (i, i + R/2) is one complex number
+        if c.position != "rope" or c.rope_layers is not None and layer not in c.rope_layers:
             return x
-        z = torch.complex(*x.chunk(2)) * torch.polar(torch.full_like(frequency, scale).double(), position * frequency.double())
-        return torch.cat([z.real, z.imag])
+        R, f, s = c.rotary_dim or c.head_dim, frequency, scale
+        if c.rope_local_theta and c.windows[layer]:
+            f, s = torch.tensor([c.rope_local_theta ** (-2 * i / R) for i in range(R // 2)]), 1.0
+        z = torch.complex(*x[:R].chunk(2)) * torch.polar(torch.full_like(f, s).double(), position * f.double())
+        return torch.cat([z.real, z.imag, x[R:]])
+
+    def bias(h, t, s):
+        slope = 2.0 ** (-8 * (h + 1) / c.n_head)                   # four heads: a power of two
+        if c.position == "alibi_falcon":
+            high, low = ((torch.tensor(slope).bfloat16() * torch.tensor(i)).bfloat16().double() for i in (s, t))
+            return (high - low) / c.head_dim ** 0.5
+        return slope * (s - t) if c.position == "alibi" else 0.0
+
+    def score(q, k, h, t, s):
+        x = q @ k * (c.attn_scale or 1 / c.head_dim ** 0.5)
+        return (c.attn_softcap * torch.tanh(x / c.attn_softcap) if c.attn_softcap else x) + bias(h, t, s)
+
+    def normed(x, name, there):
+        return norm(x, name) if there else x
 
     hidden = []
     for t, i in enumerate(ids.tolist()):
-        x = w["embed_tokens.weight"][i]
+        x = w["embed_tokens.weight"][i] * (c.n_embd ** 0.5 if c.embed_scale else 1)
         if c.position == "learned":
             x = x + w["embed_positions.weight"][t]
         if c.position == "sinusoidal":
             x = x + torch.tensor([(math.sin, math.cos)[j % 2](t / 10000 ** ((j - j % 2) / c.n_embd)) for j in range(c.n_embd)])
-        hidden.append(x)
+        hidden.append(norm(x, "embed_norm") if c.embed_norm else x)
     for layer in range(c.n_layer):
         name, D, new = f"layers.{layer}", c.head_dim, []
-        read = [norm(x, name + ".input_layernorm") for x in hidden]
-        q, k, v = ([linear(x, f"{name}.self_attn.{part}_proj").split(D) for x in read] for part in "qkv")
-        if c.qk_norm:
+        read = [normed(x, name + ".input_layernorm", c.norm_place != "post") for x in hidden]
+        q, k, v = ([linear(x, f"{name}.self_attn.{part}_proj") for x in read] for part in "qkv")
+        if c.qk_norm_whole:
+            q, k = ([norm(x, f"{name}.self_attn.{part}_norm") for x in rows] for part, rows in (("q", q), ("k", k)))
+        q, k, v = ([x.split(D) for x in rows] for rows in (q, k, v))
+        if c.qk_norm and not c.qk_norm_whole:
             q, k = ([[norm(head, f"{name}.self_attn.{part}_norm") for head in heads] for heads in rows]
                     for part, rows in (("q", q), ("k", k)))
         for t, x in enumerate(hidden):
@@ -350,18 +375,23 @@ def slowly(model, ids):
             first = max(0, t + 1 - c.windows[layer]) if c.windows[layer] else 0
             for h in range(c.n_head):
                 group = h * c.n_kv_head // c.n_head
-                scores = torch.stack([turn(q[t][h], t) @ turn(k[s][group], s) / D ** 0.5 for s in range(first, t + 1)])
+                scores = torch.stack([score(turn(q[t][h], t, layer), turn(k[s][group], s, layer), h, t, s)
+                                      for s in range(first, t + 1)])
                 weights = (scores - scores.max()).exp()
                 heads.append(sum(a * v[s][group] for a, s in zip(weights / weights.sum(), range(first, t + 1))))
-            x = x + linear(torch.cat(heads), name + ".self_attn.o_proj")
-            y = norm(x, name + ".post_attention_layernorm")
+            y = linear(torch.cat(heads), name + ".self_attn.o_proj")
+            y = x + normed(y, name + ".post_attention_layernorm", c.norm_place != "pre")
+            z = x if c.parallel else y                             # what the MLP reads
+            which = {"pre": "post_attention" if c.parallel != 1 else "input", "both": "pre_feedforward", "post": None}[c.norm_place]
+            z = normed(z, f"{name}.{which}_layernorm", which)
             if c.n_expert:
-                liked = linear(y, name + ".mlp.gate").softmax(0)
+                liked = linear(z, name + ".mlp.gate").softmax(0)
                 best = liked.argsort(descending=True)[:c.n_expert_used].tolist()
                 total = liked[best].sum() if c.expert_norm else 1
-                new.append(x + sum(liked[e] / total * mlp(y, f"{name}.mlp.experts.{e}") for e in best))
+                z = sum(liked[e] / total * mlp(z, f"{name}.mlp.experts.{e}") for e in best)
             else:
-                new.append(x + mlp(y, name + ".mlp"))
+                z = mlp(z, name + ".mlp")
+            new.append(y + normed(z, name + ".post_feedforward_layernorm", c.norm_place != "pre"))
         hidden = new
     logits = torch.stack([linear(norm(x, "norm"), "lm_head") for x in hidden])
     return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
@@ -908,7 +938,9 @@ def test_a_hub_name_is_downloaded_once_and_found_afterwards(tmp_path, monkeypatc
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
              "llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3.2-1b": 1_235_814_400,
              "smollm2-135m": 134_515_008, "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920,
-             "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624}
+             "mixtral-8x7b": 46_702_792_704, "smollm3-3b": 3_075_098_624, "phi3-mini": 3_821_079_552, "gemma2-2b": 2_614_341_888,
+             "gemma3-1b": 999_885_952, "olmo2-1b": 1_484_916_736, "pythia-1.4b": 1_414_647_808, "falcon-7b": 6_921_720_704,
+             "bloom-560m": 559_214_592, "qwen3-30b-a3b": 30_532_122_624}
 
 
 def test_summaries_have_the_published_sizes_and_need_no_memory():

@@ -680,7 +680,8 @@ def main(cfg):
         config = GPTConfig(**known) if known else read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
     except (ValueError, OSError) as error:
         raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
-    plan.print_summary(GPT, cfg.summary, config, cfg.batch_size, cfg.block_size or min(config.block_size, 4096), cfg.dtype)
+    T = cfg.block_size or min(config.block_size, 4096)
+    plan.print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
 
 
 if __name__ == "__main__":

@@ -194,10 +194,11 @@ def sizes_from_hf(hf, family, where):
     """The arguments of GPTConfig that are one key of config.json each, with the defaults of the family."""
     names, v = NAMES[family], dict(CONSTANT[family])
     null = ("num_key_value_heads", "head_dim", "attn_logit_softcapping", "final_logit_softcapping")      # means: none
+    given = hf.get(names["block_size"]) is not None
     hf = DEFAULTS[family] | {key: value for key, value in hf.items() if value is not None or key in null}
     v |= {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
-    if type(hf.get("max_sequence_length")) is int and "rope_parameters" in READ[family]:           # an older name
-        v["block_size"] = hf["max_sequence_length"] if "max_position_embeddings" not in hf else v["block_size"]
+    if "max_sequence_length" in hf and not given:                  # an older name
+        v["block_size"] = hf["max_sequence_length"]
     for ours, value in v.items():                                  # checked before they are used below
         if ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
                 type(value) is not int or value < 1):
@@ -442,6 +443,9 @@ def read_tensors(folder, files, model, dtype, device):
                             raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
                         if not tensor.is_floating_point():
                             raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
+                        if name in ("embed_tokens.weight", "lm_head.weight") and len(tensor) != shapes[name][0]:
+                            raise ValueError(f"{file}: {key} has {len(tensor)} rows, config.json asks for "
+                                             f"vocab_size={shapes[name][0]}")
                         if tensor.shape != shapes[name]:
                             raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
                                              f"config.json asks for {tuple(shapes[name])}")

@@ -3,7 +3,7 @@ A GPT in one file: train.py trains it, sample.py generates text with it, and Hug
 
     ids (B, T) -> embed (B, T, C) -> n_layer x [ x + attention(norm(x)),  x + mlp(norm(x)) ] -> norm -> logits (B, T, V)
 
-GPT-2, Llama, Mistral, Qwen and Mixtral all have this structure; they differ in the fields of GPTConfig:
+These families have this structure; they differ in the fields of GPTConfig:
 
     family     norm   positions   attention                      mlp                     output head
     gpt2       layer  learned     H = K heads, biases            gelu, biases            tied
@@ -12,6 +12,17 @@ GPT-2, Llama, Mistral, Qwen and Mixtral all have this structure; they differ in 
     qwen2      rms    RoPE        biases on q, k, v              gated silu              small ones tied
     qwen3      rms    RoPE        RMSNorm on q and k             gated silu              small ones tied
     mixtral, qwen3_moe            as mistral, as qwen3           the top k of E experts  own
+    smollm3    rms    RoPE        no RoPE in every fourth layer  gated silu              tied
+    phi3       rms    RoPE        part of each head rotated      gated silu              own
+    gemma      rms    RoPE        weights of norms are 1 + w     gated gelu              tied, embedding * sqrt(C)
+    gemma2     rms    RoPE        soft-caps, window in half      gated gelu              tied; norms before and after
+    gemma3     rms    two RoPEs   window in 5 of 6, q, k norms   gated gelu              tied; norms before and after
+    olmo2      rms    RoPE        norm of all q, of all k        gated silu              own; norms only after
+    gpt_neo    layer  learned     scale 1, window in half        gelu, biases            tied
+    gpt_neox   layer  RoPE        part of each head rotated      gelu, reads the same x  own
+    falcon     layer  RoPE/ALiBi  one or few key/value heads     gelu, reads the same x  tied
+    bloom      layer  ALiBi       biases, norm of the embedding  gelu, biases            tied
+    mpt        layer  ALiBi       no bias anywhere               gelu                    tied
 
 The default is a small Qwen3. `load_model` and `save_model` read and write Hugging Face folders: our
 checkpoints open in transformers, vLLM and llama.cpp's converter without conversion, and theirs open here.
@@ -24,7 +35,8 @@ Next    python train.py
 Names   B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head dim, V vocabulary, L layers,
         E experts, S slots of a KV cache
 Papers  Attention (arXiv:1706.03762), GPT-2 (Radford 2019), RoPE (2104.09864), RMSNorm (1910.07467),
-        QK-norm (2010.04245), gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388)
+        QK-norm (2010.04245), gated MLPs (2002.05202), GQA (2305.13245), Mixtral (2401.04088), Qwen3 (2505.09388),
+        ALiBi (2108.12409), parallel blocks (GPT-J, 2021), Gemma 2 (2408.00118), OLMo 2 (2501.00656)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
@@ -36,19 +48,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanopath import kernels
+from nanopath import kernels, plan, rope
 from nanopath.devices import pick_device
 from nanopath.flags import Count, Positive, Rate, parse
-from nanopath.hf import KNOWN_MODELS, check_config, read_config, read_tensors, write_folder
+from nanopath.hf import check_config, read_config, read_tensors, write_folder
 from nanopath.hub import find_folder, weight_files
-from nanopath.plan import print_summary
-from nanopath.rope import rope_frequencies
+from nanopath.known import KNOWN_MODELS
 
 
 @dataclass
 class GPTConfig:
-    """Every switch of the architecture. Positive, Count and Rate are the numbers allowed: at least 1, at least 0, and a
-    fraction of at least 0."""
+    """Every switch of the architecture. Positive: at least 1. Count: at least 0. Rate: a fraction of at least 0."""
     vocab_size: Positive = 264   # V: ids of the tokenizer (256 bytes + 8 specials when it has no merges)
     block_size: Positive = 256   # context length T, in tokens
     n_layer: Positive = 4        # L
@@ -59,12 +69,25 @@ class GPTConfig:
     n_hidden: Positive = 344     # width of the MLP: 4 C without a gate, about 8/3 C with one
     norm: Literal["rms", "layer"] = "rms"  # layer: LayerNorm with bias
     norm_eps: Rate = 1e-6        # added to the mean square (the variance) inside the norm
-    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # learned, sinusoidal: added to the embedding
+    norm_bias: bool = True       # biases of LayerNorm
+    norm_offset: bool = False    # RMSNorm multiplies by 1 + weight, in fp32
+    norm_place: Literal["pre", "post", "both"] = "pre"  # norms before attention and MLP, after them, or both
+    parallel: Literal[0, 1, 2] = 0  # attention and MLP read the same x, after one norm or two; 0: one after the other
+    embed_norm: bool = False     # a norm after the embedding
+    embed_scale: bool = False    # embedding * sqrt(C), a factor that is rounded to the dtype of the weights
+    # learned, sinusoidal: added to the embedding. alibi: added to the scores; falcon's: rounded, divided by sqrt(D)
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "alibi_falcon", "none"] = "rope"
     rope_theta: Rate = 1000.0    # base of the rotary frequencies; 1e3 suits short contexts, 1e4 to 1e6 long ones
     rope_scaling: dict | None = None  # linear, dynamic (NTK), yarn or llama3, with the keys of Hugging Face
+    rope_layers: tuple[int, ...] | None = None  # the layers with RoPE; None: all of them
+    rope_local_theta: Rate = 0.0  # base in layers with a window, which then have no rope_scaling; 0: the same for all
+    rotary_dim: Count = 0        # channels of a head that RoPE rotates, the first ones; 0: all D
     window: Count = 0            # sliding window: a token sees itself and window - 1 before it; 0: everything before it
     window_layers: tuple[int, ...] | None = None  # the layers that have the window; None: all of them
     qk_norm: bool = True         # RMSNorm on queries and keys, per head
+    qk_norm_whole: bool = False  # or over all heads together
+    attn_scale: Rate = 0.0       # factor on the scores; 0: 1 / sqrt(D)
+    attn_softcap: Rate = 0.0     # scores = cap * tanh(scores / cap); 0: off
     qkv_bias: bool = False       # biases of q, k and v
     o_bias: bool = False         # bias of the attention's output
     mlp_bias: bool = False       # biases of the MLP
@@ -82,9 +105,6 @@ class GPTConfig:
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
 
     def __post_init__(self):
-        if self.rope_scaling is not None:                          # older folders write type for rope_type
-            scaling = dict(self.rope_scaling)
-            self.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
         check_config(self)
 
     @property
@@ -97,6 +117,13 @@ class GPTConfig:
         """The window of every layer, 0 where there is none."""
         chosen = range(self.n_layer) if self.window_layers is None else self.window_layers
         return [self.window if layer in chosen else 0 for layer in range(self.n_layer)]
+
+    @property
+    def ropes(self):
+        """Which rotary positions every layer has: full (rope_theta, rope_scaling), local (rope_local_theta) or none."""
+        chosen = range(self.n_layer) if self.rope_layers is None else self.rope_layers
+        return ["none" if self.position != "rope" or layer not in chosen else
+                "local" if window and self.rope_local_theta else "full" for layer, window in enumerate(self.windows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,27 +162,33 @@ class Linear(nn.Linear):
         self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
-    y = upcast(x)
-    return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)).to(x.dtype)
+def rms_norm(x, weight, eps, offset=False):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32. offset: * (1 + weight)."""
+    y, weight = upcast(x), 1 + upcast(weight) if offset else weight.to(x.dtype)
+    return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
+    def __init__(self, dim, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.offset, self.eps = config.norm_offset, config.norm_eps
+        self.weight = nn.Parameter(torch.zeros(dim) if self.offset else torch.ones(dim))
 
     def forward(self, x):
-        return (kernels.fast_rms_norm if FAST else rms_norm)(x, self.weight, self.eps)
+        return (kernels.fast_rms_norm if FAST else rms_norm)(x, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, computed in fp32."""
     def forward(self, x):
-        weight, bias = upcast(self.weight), upcast(self.bias)
+        weight, bias = upcast(self.weight), None if self.bias is None else upcast(self.bias)
         return F.layer_norm(upcast(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def make_norm(config):
+    """The norm over C channels that the config asks for."""
+    C = config.n_embd
+    return RMSNorm(C, config) if config.norm == "rms" else LayerNorm(C, config.norm_eps, bias=config.norm_bias)
 
 
 def rope_table(positions, frequency, scale):
@@ -170,15 +203,11 @@ def rope_table(positions, frequency, scale):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, T, heads, D) by the angles of rope_table."""
+    """Rotate x (B, T, heads, D) by the angles of rope_table; only its first channels where the table has fewer."""
+    if (R := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :R], cos, sin), x[..., R:]], dim=-1)
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
-
-
-def sinusoids(block_size, C):
-    """sin and cos of position * 10000^(-2i/C), interleaved: (block_size, C). arXiv:1706.03762, section 3.5."""
-    angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** -(torch.arange(0, C, 2).float() / C))
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :C]
 
 
 def visible(query, key, window=0):
@@ -187,42 +216,50 @@ def visible(query, key, window=0):
     return (key <= query) & (key > query - window) if window else key <= query
 
 
-def attention(q, k, v, mask=None, causal=False):
+def attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
-    mask (B or 1, 1, T, S) is True where a query may look; causal=True (only when T == S) is the causal mask.
+    mask (B or 1, 1 or H, T, S) is True where a query may look, or a number that is added to the scores; causal=True
+    (only when T == S) is the causal mask. scale replaces 1 / sqrt(D); softcap bounds the scores before the mask.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)   # query head h reads h // groups
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT                                           # (B, H, T, S)
+    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.mT                                # (B, H, T, S)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -math.inf)
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1) @ v                              # torch sums a softmax in float32, whatever its type
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
+        self.layer, self.head_dim = layer, config.head_dim
+        self.window, self.rope = config.windows[layer], config.ropes[layer]
+        self.scale, self.softcap, self.whole = config.attn_scale or None, config.attn_softcap, config.qk_norm_whole
         self.fused = None  # None: choose the faster attention; True, False: force one
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=config.o_bias)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(H * D if self.whole else D, config) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K * D if self.whole else D, config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, masks, cache):
+    def forward(self, x, ropes, masks, cache):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)                # (B, T, heads * D)
+        if self.whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
+        if not self.whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope != "none":
+            q, k = apply_rope(q, *ropes[self.rope]), apply_rope(k, *ropes[self.rope])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, heads, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                               # (B, K, S, D): the past and these T
@@ -230,7 +267,8 @@ class Attention(nn.Module):
         fused = self.fused
         if fused is None:  # decided by shapes alone: the same with and without gradients
             fused = T == 1 or kernels.fused_attention_pays(x.device.type, x.dtype, k.shape[2])
-        y = (kernels.fused_attention if fused else attention)(q, k, v, mask, causal=mask is None and T == k.shape[2])
+        attend = kernels.fused_attention if fused and not self.softcap else attention
+        y = attend(q, k, v, mask, mask is None and T == k.shape[2], self.scale, self.softcap)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -283,15 +321,25 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        norm = RMSNorm if config.norm == "rms" else LayerNorm
-        self.input_layernorm = norm(config.n_embd, config.norm_eps)
+        self.place, self.parallel = config.norm_place, config.parallel
+        self.input_layernorm = make_norm(config) if self.place != "post" else nn.Identity()
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = norm(config.n_embd, config.norm_eps)
+        self.post_attention_layernorm = make_norm(config) if self.parallel != 1 else None
+        if self.place != "pre":  # the norm above is then applied to what attention returns, as its name says
+            self.pre_feedforward_layernorm = make_norm(config) if self.place == "both" else nn.Identity()
+            self.post_feedforward_layernorm = make_norm(config)
         self.mlp = MoE(config) if config.n_expert else MLP(config)
 
-    def forward(self, x, rope, masks, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, ropes, masks, cache):
+        normed = self.input_layernorm(x)
+        y = self.self_attn(normed, ropes, masks, cache)
+        if self.parallel:
+            return x + y + self.mlp(normed if self.parallel == 1 else self.post_attention_layernorm(x))
+        if self.place == "pre":
+            x = x + y
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +356,9 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
+        self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = (RMSNorm if config.norm == "rms" else LayerNorm)(config.n_embd, config.norm_eps)
+        self.norm = make_norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -318,12 +367,9 @@ class GPT(nn.Module):
     def make_buffers(self, device=None):
         """Tensors of the forward pass that follow from the config, so they are not saved."""
         self.dynamic = (self.config.rope_scaling or {}).get("rope_type") == "dynamic"
-        if self.config.position == "rope":
-            frequency, self.rope_scale = rope_frequencies(self.config, device=device)
-            self.register_buffer("frequency", frequency, persistent=False)
-        if self.config.position == "sinusoidal":
-            table = sinusoids(self.config.block_size, self.config.n_embd).to(device)
-            self.register_buffer("sinusoids", table, persistent=False)
+        tables, self.rope_scale = rope.position_tables(self.config, device)
+        for name, table in tables.items():                         # frequency, local_frequency, slopes, sinusoids
+            self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn, recurse=True):
         """Called by .to(), .half() and others: angles are recomputed on the new device and never rounded to bf16."""
@@ -339,13 +385,13 @@ class GPT(nn.Module):
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
         Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: N(0, 1/C).
         With LayerNorm as in GPT-2: N(0, 0.02), divided by sqrt(2 L) for matrices that write to the residual stream.
-        Norms: one. Biases: zero.
+        Norms: a factor of one. Biases: zero.
         """
-        C, gpt2 = self.config.n_embd, self.config.norm == "layer"
+        C, gpt2, offset = self.config.n_embd, self.config.norm == "layer", self.config.norm_offset
         for name, p in self.named_parameters():
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             if p.dim() == 1:
-                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") and not offset else 0.0)
             elif gpt2:
                 p.normal_(0.0, 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02, generator=generator)
             elif writes or name == "lm_head.weight":
@@ -385,26 +431,21 @@ class GPT(nn.Module):
                 masks[window] = None if plain else visible(positions, positions, window)[None, None]
                 if segments is not None:
                     masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
+        if config.position.startswith("alibi"):
+            self.add_alibi(masks, positions, cache)
         x = self.embed_tokens(ids)                                                       # (B, T, C)
+        if config.embed_scale:
+            x = x * torch.tensor(config.n_embd ** 0.5, dtype=x.dtype)
         if config.position == "learned":
             x = x + self.embed_positions(positions)
         elif config.position == "sinusoidal":
             x = x + self.sinusoids[positions]
-        x, rope = x.to(self.dtype), None
-        if config.position == "rope":
-            frequency = self.frequency
-            if self.dynamic:                               # angles depend on the length; cached keys keep theirs
-                ends = [T] if cache is None else cache.ends()
-                frequency = torch.stack([rope_frequencies(config, end, ids.device)[0] for end in ends])[:, None, None]
-            if cache is not None and cache.rope is not None:
-                rope = tuple(t[cache.span if cache.even else positions] for t in cache.rope)
-            else:
-                rope = tuple(t.to(self.dtype) for t in rope_table(positions, frequency, self.rope_scale))
+        x, ropes = self.embed_norm(x.to(self.dtype)), self.rope_tables(positions, T, cache)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, masks, cache, use_reentrant=False)
+                x = checkpoint(block, x, ropes, masks, cache, use_reentrant=False)
             else:
-                x = block(x, rope, masks, cache)
+                x = block(x, ropes, masks, cache)
         if cache is not None:
             cache.end()
         if last:
@@ -414,6 +455,31 @@ class GPT(nn.Module):
             return self.loss(x, targets, reduction)
         logits = self.logits(x)
         return (logits, x) if hidden else logits
+
+    def rope_tables(self, positions, T, cache=None):
+        """cos and sin at these positions for each kind in config.ropes, in the dtype of the activations."""
+        if cache is not None and cache.ropes:
+            span = cache.span if cache.even else positions
+            return {kind: tuple(t[span] for t in table) for kind, table in cache.ropes.items()}
+        tables = {}
+        if self.config.position == "rope":
+            frequency = self.frequency
+            if self.dynamic:                               # angles depend on the length; cached keys keep theirs
+                ends = [T] if cache is None else cache.ends()
+                frequency = [rope.rope_frequencies(self.config, end, positions.device)[0] for end in ends]
+                frequency = torch.stack(frequency)[:, None, None]
+            tables["full"] = rope_table(positions, frequency, self.rope_scale)
+        if self.config.rope_local_theta:
+            tables["local"] = rope_table(positions, self.local_frequency, 1.0)
+        return {kind: tuple(t.to(self.dtype) for t in table) for kind, table in tables.items()}
+
+    def add_alibi(self, masks, positions, cache):
+        """The masks as numbers that are added to the scores: -inf where a query may not look."""
+        for window, mask in masks.items():
+            keys = positions if cache is None else cache.slots(window)
+            mask = visible(positions, keys, window)[None, None] if mask is None else mask
+            bias = rope.alibi(self.config, positions, keys, self.slopes)                # (H, T, S) or (B, H, T, S)
+            masks[window] = bias.masked_fill(~mask, -math.inf).to(self.dtype)
 
     def logits(self, x):
         logits, cap = upcast(self.lm_head(x)), self.config.logit_softcap
@@ -446,31 +512,19 @@ class GPT(nn.Module):
         """Reorder all weights for inference on a CPU. Matmuls are then faster, and a row of a result no longer depends
         on the other rows of the batch. A packed model cannot be trained, saved or moved to another dtype. On other
         devices nothing changes."""
-        if kernels.can_pack(self.embed_tokens.weight.device, self.dtype):
-            for module in self.modules():
-                if isinstance(module, Linear) and module.packed is None:
-                    module.pack(self.dtype)
-            if self.config.tie_embeddings:                         # the embedding still reads the plain weight
-                self.lm_head.weight = self.embed_tokens.weight
+        for module in self.modules() if kernels.can_pack(self.embed_tokens.weight.device, self.dtype) else ():
+            if isinstance(module, Linear) and module.packed is None:
+                module.pack(self.dtype)
+        if self.config.tie_embeddings:                             # the embedding still reads the plain weight
+            self.lm_head.weight = self.embed_tokens.weight
         return self
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Floating-point operations of one training token (forward and backward) in a context of T tokens.
-
-        2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
-        8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
-        appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
-        """
-        c = self.config
-        matmul = c.vocab_size * c.n_embd                           # the head, tied or not
-        for name, p in self.layers.named_parameters():
-            share = c.n_expert_used / c.n_expert if ".experts." in name else 1
-            matmul += p.numel() * share if p.dim() == 2 else 0
-        keys = sum(min(T, window) if window else T for window in c.windows)
-        return 6 * matmul + 12 * c.n_head * c.head_dim * keys
+        """Floating-point operations of one training token (forward and backward) in a context of T tokens."""
+        return plan.flops_per_token(self, T)
 
 
 class KVCache:
@@ -490,10 +544,8 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
-        self.rope = None                                           # cos and sin, computed once for all passes
-        if c.position == "rope" and not model.dynamic:
-            table = rope_table(torch.arange(size, device=device), model.frequency, model.rope_scale)
-            self.rope = tuple(t.to(model.dtype) for t in table)
+        # cos and sin, computed once for all passes, except where they depend on the length
+        self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(size, device=device), size)
 
     def begin(self, B, T, counts=None):
         """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
@@ -513,13 +565,17 @@ class KVCache:
             self.positions = self.positions.clamp(max=self.size)                         # padding beyond the end
         self.first_slot, masks = {}, {}
         for window in set(self.windows):
-            first = self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
+            self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
             if self.even and (T == 1 or start[0] == 0 and not 0 < window < T):
                 masks[window] = None                               # all keys visible, or the causal mask
             else:
-                mask = visible(self.positions, torch.arange(first, self.end_slot, device=device), window)
+                mask = visible(self.positions, self.slots(window), window)
                 masks[window] = mask[None, None] if self.even else mask[:, None]
         return self.positions if self.even else self.positions.clamp(max=self.size - 1), masks
+
+    def slots(self, window):
+        """The positions of the keys that `update` returns for a layer with this window."""
+        return torch.arange(self.first_slot[window], self.end_slot, device=self.k.device)
 
     def update(self, layer, k, v):
         """Store k, v (B, K, T, D) of these tokens; return all keys and values they may read, (B, K, S, D)."""
@@ -619,14 +675,13 @@ class Config:
 
 
 def main(cfg):
-    if cfg.summary in KNOWN_MODELS:
-        config = GPTConfig(**KNOWN_MODELS[cfg.summary])
-    else:
-        try:
-            config = read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
-    print_summary(GPT, cfg.summary, config, cfg.batch_size, cfg.block_size or min(config.block_size, 4096), cfg.dtype)
+    known = KNOWN_MODELS.get(cfg.summary)
+    try:
+        config = GPTConfig(**known) if known else read_config(GPTConfig, find_folder(cfg.summary, only="config.json"))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"--summary={cfg.summary}: {error}. Presets: {', '.join(KNOWN_MODELS)}") from None
+    T = cfg.block_size or min(config.block_size, 4096)
+    plan.print_summary(GPT, cfg.summary, config, cfg.batch_size, T, cfg.dtype)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 Reads and writes Hugging Face folders: config.json and tensor names of each family <-> GPTConfig and parameters of GPT.
 
-The families differ from GPTConfig only in the names of keys and tensors, except that GPT-2's file fuses q, k and v and
-stores its matrices as (in, out). A key of config.json that is set but unknown here raises an error that names it: a
-setting that is silently ignored would give a wrong model.
+What is a table is in nanopath/families.py, with what is refused and why. This file has what needs code: sizes, rotary
+positions, windows, experts, fused tensors. `family_of` tries the families in order: a family fits if its config.json,
+read again, gives the same model.
 """
 import os
 import re
@@ -15,99 +15,119 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanopath.families import (ALIASES, ARCHITECTURES, CONSTANT, DEFAULTS, FIXED, HF_ACTIVATIONS, INTERLEAVED,
+                               MIXTRAL_MODULES, MODULES, MPT_ATTENTION, NAMES, PREFIX, READ, READS, REFUSED, SAME_BIAS,
+                               STACK, TABLES, THETA)
 from nanopath.files import read_json, write_json
 from nanopath.flags import check_bounds
 from nanopath.rope import check_rope
-
-# our name -> Hugging Face's name in config.json
-HF_NAMES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-                n_embd="hidden_size", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                head_dim="head_dim", n_hidden="intermediate_size", norm_eps="rms_norm_eps",
-                tie_embeddings="tie_word_embeddings", bos_token_id="bos_token_id", pad_token_id="pad_token_id")
-GPT2_NAMES = HF_NAMES | dict(block_size="n_positions", n_layer="n_layer", n_embd="n_embd", n_head="n_head",
-                             n_hidden="n_inner", norm_eps="layer_norm_epsilon")
-ARCHITECTURES = dict(gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", mistral="MistralForCausalLM",
-                     qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM", mixtral="MixtralForCausalLM",
-                     qwen3_moe="Qwen3MoeForCausalLM", nanopath="NanopathGPT")
-HF_ACTIVATIONS = dict(silu="silu", gelu="gelu", gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", relu="relu",
-                      relu2="relu2")
-# keys of config.json that are read below ...
-READ = {*HF_NAMES.values(), *GPT2_NAMES.values(), "model_type", "eos_token_id", "hidden_act", "activation_function",
-        "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "layer_types",
-        "use_sliding_window", "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
-        "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "original_max_position_embeddings"}
-# ... that cannot change a logit ...
-HARMLESS = re.compile(r"_?num_labels|return_dict|top_k|top_p|temperature|.*_length|num_beams|.*_penalty|"
-                      r"architectures|_name_or_path|transformers.*|torch_dtype|dtype|use_cache|"
-                      r".*_token_id|n_ctx|output_.*|"
-                      r"initializer_range|.*dropout|.*_pdrop|summary_.*|task_specific_params|id2label|label2id|"
-                      r"unsloth.*|router_jitter_noise|pretraining_tp|reorder_and_upcast_attn|tokenizer_class|"
-                      r"is_llama_config|_?attn_implementation.*")
-# ... and keys that would change a logit, with the only value that model.py implements
-FIXED = dict(scale_attn_weights=True, decoder_sparse_step=1, partial_rotary_factor=1.0, rope_interleaved=False)
 
 
 def family_of(config):
     """The model_type of the transformers class that computes exactly this config. "nanopath" where there is none: only
     nanopath can open such a folder."""
-    c, n_biases = config, (config.qkv_bias, config.o_bias, config.mlp_bias)
-    even, everywhere = c.head_dim * c.n_head == c.n_embd, c.window_layers is None
-    if c.logit_softcap or c.position == "none":
-        return "nanopath"
-    if c.norm == "layer":
-        plain = c.position != "rope" and not (c.gated or c.qk_norm or c.window or c.n_expert)
-        return "gpt2" if plain and even and all(n_biases) and c.n_kv_head == c.n_head else "nanopath"
-    if c.position != "rope" or not c.gated:
-        return "nanopath"
-    if c.n_expert:
-        if c.qk_norm and c.qkv_bias == c.o_bias and everywhere and not c.mlp_bias:
-            return "qwen3_moe"
-        return "mixtral" if not (c.qk_norm or any(n_biases)) and c.expert_norm and everywhere else "nanopath"
-    if c.qk_norm:
-        return "qwen3" if c.qkv_bias == c.o_bias and not c.mlp_bias else "nanopath"
-    if n_biases == (True, False, False) and even:
-        return "qwen2"
-    if c.window:
-        return "mistral" if not any(n_biases) and everywhere else "nanopath"
-    return "llama" if c.qkv_bias == c.o_bias else "nanopath"
+    for family in NAMES:
+        try:
+            again = type(config)(**config_from_hf(config_to_hf(config, family)))
+        except ValueError:                                         # the family has no way to say it
+            continue
+        if meaning(again) == meaning(config):
+            return family
+    return "nanopath"
 
 
-def config_to_hf(config, dtype="float32"):
+def meaning(config):
+    """What of a GPTConfig decides about the tensors and the operations, as a dictionary. Fields that have no effect are
+    left out; the kind of rope_scaling is a matter of the folder."""
+    c, kinds = config, set(config.ropes)
+    used = asdict(c) | dict(window=0, window_layers=c.windows, rope_layers=c.ropes, attn_scale=c.attn_scale or
+                            c.head_dim ** -0.5, rotary_dim=c.rotary_dim % c.head_dim,
+                            rope_scaling=(c.rope_scaling or {}).get("rope_type", "default"))
+    without = {"block_size", "bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"}
+    without |= set() if c.n_expert else {"n_expert_used", "expert_norm", "balance_loss"}
+    without |= set() if c.norm == "layer" else {"norm_bias"}
+    without |= set() if "full" in kinds else {"rope_theta", "rope_scaling"}
+    without |= set() if "local" in kinds else {"rope_local_theta"}
+    without |= {"rotary_dim"} if kinds == {"none"} else set()
+    used["position"] = "learned" if c.position == "sinusoidal" and c.norm == "layer" else c.position
+    return {key: value for key, value in used.items() if key not in without}
+
+
+def config_to_hf(config, family=None, dtype="float32"):
     """GPTConfig -> the dictionary of config.json, with the keys of both transformers 4 and 5."""
-    c, family = config, family_of(config)
+    c, family = config, family or family_of(config)
     hf = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "dtype": dtype}
     if family == "nanopath":
         return hf | asdict(c)
-    names = GPT2_NAMES if family == "gpt2" else HF_NAMES
+    hf |= {theirs: getattr(c, ours) for ours, theirs in NAMES[family].items()}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "window_size"):
+        if key in hf:
+            hf[key] = hf[key] or (1 if key == "window_size" else None)
     eos = [i for i in (c.eos_token_id, *c.stop_token_ids) if i is not None] if c.stop_token_ids else c.eos_token_id
-    hf |= {theirs: getattr(c, ours) for ours, theirs in names.items()}
     hf |= {"eos_token_id": eos, "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
+    if c.activation == "gelu_tanh" and family.startswith("gemma"):
+        activation = "gelu_pytorch_tanh"                           # the only spelling that other tools know there
+    if "activation" in NAMES[family]:
+        hf[NAMES[family]["activation"]] = activation
     if family == "gpt2":
-        hf |= {"n_ctx": c.block_size, "activation_function": activation}           # n_ctx: llama.cpp needs it
-        return hf | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    rope = c.rope_scaling or {"rope_type": "default"}
-    old = rope.get("original_max_position_embeddings")
-    if rope["rope_type"] == "dynamic" and old:
-        hf["max_position_embeddings"] = old                        # transformers scales relative to it
-    hf |= {"hidden_act": activation, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
-           "rope_scaling": c.rope_scaling, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
-    if family in ("llama", "qwen3", "qwen3_moe"):
-        hf |= {"attention_bias": c.qkv_bias}
-    if family == "llama":
-        hf |= {"mlp_bias": c.mlp_bias}
-    if family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
-        hf |= {"sliding_window": c.window or None}
-    if family in ("qwen2", "qwen3", "qwen3_moe"):
-        first = next((i for i, window in enumerate(c.windows) if window), c.n_layer)
-        hf |= {"use_sliding_window": c.window > 0, "max_window_layers": first}
-    if family in ("qwen2", "qwen3"):
-        hf |= {"layer_types": ["sliding_attention" if window else "full_attention" for window in c.windows]}
+        hf["n_ctx"] = c.block_size                                 # llama.cpp needs it
+    dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if family == "gpt2" else ("attention_dropout",)
+    hf |= dict.fromkeys(dropouts, 0.0)
+    if "rope_parameters" in READ[family]:
+        hf |= rope_to_hf(c, family)
+    if "layer_types" in READ[family] and "sliding_window" in READ[family]:
+        hf |= windows_to_hf(c, family)
     if c.n_expert:
-        hf |= {"num_local_experts": c.n_expert, "num_experts_per_tok": c.n_expert_used,
-               "router_aux_loss_coef": c.balance_loss}
-    if family == "qwen3_moe":
-        hf |= {"num_experts": c.n_expert, "moe_intermediate_size": c.n_hidden, "norm_topk_prob": c.expert_norm}
+        hf |= {"num_local_experts": c.n_expert, "intermediate_size": c.n_hidden}
+    if "query_pre_attn_scalar" in READ[family]:
+        hf["query_pre_attn_scalar"] = round(c.attn_scale ** -2) if c.attn_scale else c.head_dim
+    if family == "gpt_neox":
+        hf["use_parallel_residual"] = c.parallel > 0
+    if family == "gpt_neo":
+        kinds = ["local" if window else "global" for window in c.windows]
+        hf |= {"attention_types": [[kinds, 1]], "attention_layers": kinds}
+    if family == "falcon":
+        new = c.parallel == 2 or c.parallel == 1 and 1 < c.n_kv_head < c.n_head
+        hf |= {"new_decoder_architecture": new, "parallel_attn": c.parallel > 0, "multi_query": c.n_kv_head == 1,
+               "num_kv_heads": c.n_kv_head, "num_ln_in_parallel_attn": c.parallel if new else None,
+               "alibi": c.position != "rope"}
+    if family == "mpt":
+        hf["attn_config"] = MPT_ATTENTION | {"softmax_scale": c.attn_scale or None}
+    return hf
+
+
+def rope_to_hf(c, family):
+    """The keys of the rotary positions."""
+    rope = c.rope_scaling or {"rope_type": "default"}
+    old, theta = rope.get("original_max_position_embeddings"), {"rope_theta": c.rope_theta}
+    hf = {"max_position_embeddings": old} if rope["rope_type"] == "dynamic" and old else {}        # it scales that one
+    hf |= {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": c.rope_local_theta or c.rope_theta}
+        return hf | {"rope_local_base_freq": local["rope_theta"],
+                     "rope_parameters": {"full_attention": rope | theta, "sliding_attention": local}}
+    share = {"partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim}
+    if family == "gpt_neox":
+        return hf | {"rotary_emb_base": c.rope_theta, "rotary_pct": share["partial_rotary_factor"],
+                     "rope_parameters": rope | theta | share}
+    share = share if family == "phi3" else {}
+    return hf | share | {"rope_parameters": rope | theta | share}
+
+
+def windows_to_hf(c, family):
+    """The keys of the sliding windows, and of SmolLM3's layers without rotary positions."""
+    hf = {"sliding_window": c.window or None}
+    if "use_sliding_window" in READ[family]:
+        hf["use_sliding_window"] = c.window > 0
+    if "max_window_layers" in READ[family]:
+        hf["max_window_layers"] = next((i for i, window in enumerate(c.windows) if window), c.n_layer)
+    if family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+        hf["layer_types"] = ["sliding_attention" if window else "full_attention" for window in c.windows]
+    if family == "smollm3":
+        hf["no_rope_layers"] = [int(kind != "none") for kind in c.ropes]
+    if family.startswith("gemma"):
+        hf["sliding_window"] = c.window or 4096                    # transformers needs a number even without windows
     return hf
 
 
@@ -115,58 +135,77 @@ def config_from_hf(hf, where="config.json"):
     """The dictionary of config.json -> the arguments of GPTConfig. ValueError names a key that is not supported."""
     family = hf.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise ValueError(f"{where}: model_type={family!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
+        reason = f": {REFUSED[family]}" if isinstance(family, str) and family in REFUSED else ""
+        raise ValueError(f"{where}: model_type={family!r} is not supported{reason}; choose one of "
+                         f"{', '.join(ARCHITECTURES)}")
+    if hf.get("quantization_config"):
+        raise ValueError(f"{where}: quantization_config: quantized weights are not supported; use the folder that they "
+                         "were made from")
     if family == "nanopath":
         outer = ("architectures", "model_type", "torch_dtype", "dtype")
         values = {key: value for key, value in hf.items() if key not in outer}
-        for key in ("window_layers", "stop_token_ids"):
+        for key in ("window_layers", "rope_layers", "stop_token_ids"):
             values[key] = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
         return values | {"stop_token_ids": values["stop_token_ids"] or ()}
-    for key, value in hf.items():
-        wrong = value != FIXED[key] if key in FIXED else value and key not in READ and not HARMLESS.fullmatch(key)
-        if wrong:
-            only = f", only {FIXED[key]!r}" if key in FIXED else ""
-            raise ValueError(f"{where}: {key}={value!r} is not supported{only}")
+    check_fixed(hf, FIXED[family], where)
+    hf = {key: value for key, value in hf.items() if key in READS[family]}
+    for alias, key in ALIASES.get(family, {}).items():
+        if hf.get(alias) is not None:
+            hf.setdefault(key, hf[alias])
     v = sizes_from_hf(hf, family, where)
-    v.setdefault("norm_eps", 1e-5 if family in ("gpt2", "mixtral") else 1e-6)
-    v.setdefault("tie_embeddings", family == "gpt2")
     for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
         check_special_ids(f"{where}: {key}", hf.get(key), v["vocab_size"], lists=key == "eos_token_id")
     v["eos_token_id"], *more = as_list(hf.get("eos_token_id")) or [None]
     v["stop_token_ids"] = tuple(more)
-    act = hf.get("activation_function", "gelu_new") if family == "gpt2" else hf.get("hidden_act", "silu")
-    if not isinstance(act, str) or act not in HF_ACTIVATIONS:
-        raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
-    v |= dict(activation=HF_ACTIVATIONS[act], gated=family != "gpt2", qk_norm=family in ("qwen3", "qwen3_moe"))
-    if family == "gpt2":
-        return v | dict(norm="layer", position="learned", qkv_bias=True, o_bias=True, mlp_bias=True)
-    v |= rope_from_hf(hf, family, v["block_size"], where)
-    bias = bool(hf.get("attention_bias")) and family in ("llama", "qwen3", "qwen3_moe")
-    v |= dict(qkv_bias=bias or family == "qwen2", o_bias=bias,
-              mlp_bias=bool(hf.get("mlp_bias")) and family == "llama")
-    v |= window_from_hf(hf, family, v["n_layer"], where)
-    return v | experts_from_hf(hf, family, where) if family in ("mixtral", "qwen3_moe") else v
+    if "activation" in NAMES[family]:
+        act = v["activation"]
+        if not isinstance(act, str) or act not in HF_ACTIVATIONS:
+            raise ValueError(f"{where}: activation {act!r} is not supported, only {', '.join(HF_ACTIVATIONS)}")
+        v["activation"] = "gelu_tanh" if family == "gemma" and act == "gelu" else HF_ACTIVATIONS[act]
+    if family == "falcon":
+        v |= falcon_from_hf(hf, v["n_head"], where)
+    if "rope_parameters" in READ[family] and v.get("position", "rope") == "rope":
+        v |= rope_from_hf(hf, family, v, where)
+    v |= window_from_hf(hf, family, v, where)
+    if family == "gpt_neox":
+        v["parallel"] = 2 if hf.get("use_parallel_residual", True) else 0
+    if "query_pre_attn_scalar" in READ[family]:
+        scalar = hf.get("query_pre_attn_scalar", 256)
+        if type(scalar) not in (int, float) or not 0 < scalar < 1e9:
+            raise ValueError(f"{where}: query_pre_attn_scalar={scalar!r}: must be a positive number")
+        v["attn_scale"] = 0.0 if scalar == v["head_dim"] else scalar ** -0.5
+    if family == "mpt":
+        attention = hf.get("attn_config") or {}
+        if not isinstance(attention, dict):
+            raise ValueError(f"{where}: attn_config={attention!r}: must be an object")
+        check_fixed(attention, MPT_ATTENTION, f"{where}: attn_config")
+        v["attn_scale"] = attention.get("softmax_scale") or 0.0
+    return v
+
+
+def check_fixed(hf, fixed, where):
+    """Raise ValueError naming a key that is set to something that model.py does not compute."""
+    for key, only in fixed.items():
+        if key in hf and hf[key] != only and not (only in (None, False, []) and not hf[key]):
+            raise ValueError(f"{where}: {key}={hf[key]!r} is not supported, only {only!r}")
 
 
 def sizes_from_hf(hf, family, where):
     """The arguments of GPTConfig that are one key of config.json each, with the defaults of the family."""
-    names = GPT2_NAMES if family == "gpt2" else HF_NAMES
-    v = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
-    longest = hf.get("max_sequence_length")                        # older name, sometimes given beside the new one
-    if longest is not None:
-        v.setdefault("block_size", longest)
-    if longest is not None and (type(longest) is not int or longest < 1):
-        raise ValueError(f"{where}: max_sequence_length={longest!r} must be a whole number, at least 1")
+    names, v = NAMES[family], dict(CONSTANT[family])
+    null = ("num_key_value_heads", "head_dim", "attn_logit_softcapping", "final_logit_softcapping")      # means: none
+    given = hf.get(names["block_size"]) is not None
+    hf = DEFAULTS[family] | {key: value for key, value in hf.items() if value is not None or key in null}
+    v |= {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
+    if "max_sequence_length" in hf and not given:                  # an older name
+        v["block_size"] = hf["max_sequence_length"]
     for ours, value in v.items():                                  # checked before they are used below
         if ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden") and (
                 type(value) is not int or value < 1):
             raise ValueError(f"{where}: {names[ours]}={value!r} must be a whole number, at least 1")
-    if family == "gpt2":
+    if names.get("n_hidden") in ("n_inner", "ffn_hidden_size", None) or family == "gpt_neo":
         v.setdefault("n_hidden", 4 * v.get("n_embd", 0))
-    if family == "qwen3_moe" and "moe_intermediate_size" in hf:
-        v["n_hidden"] = hf["moe_intermediate_size"]
-    needed = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_hidden")
-    missing = [names[name] for name in needed if name not in v]
+    missing = [names[name] for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_hidden") if name not in v]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     v.setdefault("n_kv_head", v["n_head"])
@@ -174,26 +213,52 @@ def sizes_from_hf(hf, family, where):
         raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of "
                          f"{names['n_head']}={v['n_head']}")
     v.setdefault("head_dim", v["n_embd"] // v["n_head"])
+    for ours in SAME_BIAS.get(family, ()):
+        v[ours] = v.setdefault("qkv_bias", False)
+    v.setdefault("norm_eps", 1e-6)
     return v
 
 
-def rope_from_hf(hf, family, block_size, where):
-    """rope_theta and rope_scaling, and the context length block_size, which some kinds of scaling extend."""
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}                       # transformers' order
-    if not isinstance(rope, dict):
+def rope_from_hf(hf, family, v, where):
+    """rope_theta, rope_scaling and the channels they rotate, and the context length, which some kinds of scaling
+    extend."""
+    v = {key: v[key] for key in ("block_size", "head_dim")}
+    parameters = hf.get("rope_parameters") or {}
+    rope = hf.get("rope_scaling") or parameters                                            # transformers' order
+    if not isinstance(rope, dict) or not isinstance(parameters, dict):
         raise ValueError(f"{where}: rope_scaling={rope!r} is not supported, only an object")
-    rope = {**(hf.get("rope_parameters") or {}), **rope} if rope.keys() == {"rope_theta"} else dict(rope)
-    v = dict(rope_theta=rope.pop("rope_theta", None) or hf.get("rope_theta", 1e6 if family == "mixtral" else 1e4))
+    rope = {**parameters, **rope} if rope.keys() == {"rope_theta"} else dict(rope)
+    if family == "gemma3_text":
+        rope, v["rope_local_theta"] = gemma3_ropes(hf, rope, parameters, where)
+    theta = hf.get("rotary_emb_base", 1e4) if family == "gpt_neox" else hf.get("rope_theta", THETA.get(family, 1e4))
+    v["rope_theta"] = rope.pop("rope_theta", None) or theta
+    if family in ("gpt_neox", "phi3"):
+        share = hf.get("rotary_pct", 0.25) if family == "gpt_neox" else hf.get("partial_rotary_factor", 1.0)
+        share = rope.pop("partial_rotary_factor", share)
+        if type(share) not in (int, float) or not 0 < share <= 1 or int(share * v["head_dim"]) < 2:
+            raise ValueError(f"{where}: partial_rotary_factor={share!r}: must be a fraction of the {v['head_dim']} "
+                             "channels of a head, at least two of them")
+        v["rotary_dim"] = int(share * v["head_dim"]) if share < 1 else 0
     old_type = rope.pop("type", None)
     rope["rope_type"] = kind = rope.get("rope_type") or old_type or "default"
+    if family == "phi3" and kind != "default":
+        raise ValueError(f"{where}: rope_scaling: rope_type={kind!r} is not supported for phi3, only 'default'")
     try:
         check_rope(1.0, rope)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return v | scaling_from_hf(hf, rope, v["block_size"], where)
+
+
+def scaling_from_hf(hf, rope, block_size, where):
+    """rope_scaling with the context length before scaling, and the context length after it."""
+    kind, longest = rope["rope_type"], hf.get("max_sequence_length")       # sometimes given beside the newer name
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ValueError(f"{where}: max_sequence_length={longest!r} must be a whole number, at least 1")
     if kind in ("dynamic", "yarn", "llama3") and hf.get("max_position_embeddings") is None:
         raise ValueError(f"{where}: max_position_embeddings missing; {kind} rotary scaling needs it")
     if kind == "linear":  # then max_position_embeddings is the context before scaling
-        block_size = max(block_size, hf.get("max_sequence_length") or 0)
+        block_size = max(block_size, longest or 0)
     name = "original_max_position_embeddings"
     old = block_size if kind == "dynamic" else hf.get(name) or rope.get(name) or block_size
     if type(old) is not int or old < 1:
@@ -202,40 +267,93 @@ def rope_from_hf(hf, family, block_size, where):
         block_size = max(block_size, int(old * rope["factor"]))
     if kind in ("dynamic", "yarn", "llama3"):
         rope[name] = old
-    return v | dict(block_size=block_size) | ({} if kind == "default" else dict(rope_scaling=rope))
+    return dict(block_size=block_size) | ({} if kind == "default" else dict(rope_scaling=rope))
 
 
-def window_from_hf(hf, family, n_layer, where):
-    """window and window_layers: which layers have sliding-window attention."""
-    window = hf.get("sliding_window", None if family == "mixtral" else 4096)
-    if family == "llama" or family.startswith("qwen") and not hf.get("use_sliding_window"):
+def gemma3_ropes(hf, rope, parameters, where):
+    """The rotary parameters of Gemma 3's layers without a window, and the base of those with one."""
+    nested = {key: parameters.get(key) or {} for key in ("full_attention", "sliding_attention")}
+    if not all(isinstance(value, dict) for value in nested.values()):
+        raise ValueError(f"{where}: rope_parameters={parameters!r}: must have objects for full_attention and "
+                         "sliding_attention")
+    local, scaling = dict(nested["sliding_attention"]), hf.get("rope_scaling") or {}
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"{where}: rope_parameters: sliding_attention with rope_type={local['rope_type']!r} is not "
+                         "supported, only 'default'")
+    return nested["full_attention"] | scaling, local.get("rope_theta") or hf.get("rope_local_base_freq", 1e4)
+
+
+def window_from_hf(hf, family, v, where):
+    """window and window_layers: which layers have sliding-window attention. SmolLM3: also rope_layers."""
+    n_layer, more = v["n_layer"], {}
+    if family == "gpt_neo":
+        kinds = gpt_neo_layers(hf, n_layer, where)
+        window = v["window"]
+    elif "layer_types" not in READ[family]:
+        return {}
+    else:
+        kinds, window = hf.get("layer_types"), hf.get("sliding_window", DEFAULTS[family].get("sliding_window"))
+    if family in ("llama", "gemma", "olmo2") or family.startswith("qwen") and not hf.get("use_sliding_window"):
         window = None
-    kinds, first = hf.get("layer_types"), hf.get("max_window_layers", 28)
     if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
-    if type(first) is not int:
-        raise ValueError(f"{where}: max_window_layers={first!r}: must be a whole number")
-    usual = ["sliding_attention" if window else "full_attention"] * n_layer
+    first = hf.get("max_window_layers", DEFAULTS[family].get("max_window_layers", 0))
+    every = hf.get("sliding_window_pattern", 6) if family == "gemma3_text" else 2
+    for name, value in (("max_window_layers", first), ("sliding_window_pattern", every), ("sliding_window", window)):
+        if value is not None and type(value) is not int or name == "sliding_window_pattern" and value < 1:
+            raise ValueError(f"{where}: {name}={value!r}: must be a whole number")
+    usual = [window is not None and i >= first for i in range(n_layer)]
+    if family in ("gemma2", "gemma3_text"):
+        usual = [(i + 1) % every > 0 for i in range(n_layer)]
+    if family == "smollm3":
+        more = smollm3_ropes(hf, n_layer, where)
+        with_rope = more["rope_layers"] or range(n_layer) if more["rope_layers"] != () else ()
+        usual = [bool(hf.get("use_sliding_window") and window) and i not in with_rope for i in range(n_layer)]
+    usual = ["sliding_attention" if slides else "full_attention" for slides in usual]
+    free = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "gpt_neo")     # any layer may have a window
     if kinds and (len(kinds) != n_layer or not set(kinds) <= {"sliding_attention", "full_attention"} or
-                  kinds != usual and not (window and family in ("qwen2", "qwen3"))):
+                  kinds != usual and not (free and window)):
         raise ValueError(f"{where}: layer_types={kinds} is not supported for {family} with sliding_window={window}")
-    v = dict(window=window or 0)
-    if window and family in ("qwen2", "qwen3"):
-        chosen = tuple(i for i in range(n_layer) if (kinds[i] == "sliding_attention" if kinds else i >= first))
-        v["window_layers"] = chosen if len(chosen) < n_layer else None
-    return v
+    chosen = tuple(i for i, kind in enumerate(kinds or usual) if kind == "sliding_attention")
+    return more | dict(window=window if chosen else 0, window_layers=chosen if 0 < len(chosen) < n_layer else None)
 
 
-def experts_from_hf(hf, family, where):
-    """The arguments of GPTConfig for a mixture of experts."""
-    if hf.get("mlp_only_layers"):
-        raise ValueError(f"{where}: mlp_only_layers={hf['mlp_only_layers']} is not supported, only []")
-    n_expert = hf.get("num_local_experts") or hf.get("num_experts")
-    if not n_expert:
-        raise ValueError(f"{where}: num_local_experts missing")
-    return dict(n_expert=n_expert, n_expert_used=hf.get("num_experts_per_tok", 8 if family == "qwen3_moe" else 2),
-                balance_loss=hf.get("router_aux_loss_coef", 0.001),
-                expert_norm=family == "mixtral" or bool(hf.get("norm_topk_prob")))
+def gpt_neo_layers(hf, n_layer, where):
+    """GPT-Neo's attention_layers, or its attention_types [[kinds, how often], ...], in the words of the others."""
+    layers, types = hf.get("attention_layers"), hf.get("attention_types") or [[["global", "local"], 12]]
+    try:
+        layers = layers or [kind for kinds, times in types for _ in range(times) for kind in kinds]
+        return [{"global": "full_attention", "local": "sliding_attention"}[kind] for kind in layers]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{where}: attention_types={types!r}, attention_layers={layers!r}: must be lists of 'global' "
+                         "and 'local'") from None
+
+
+def smollm3_ropes(hf, n_layer, where):
+    """rope_layers: those with a 1 in no_rope_layers (so the key is called), or three of four."""
+    flags, every = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
+    if type(every) is not int or every < 1:
+        raise ValueError(f"{where}: no_rope_layer_interval={every!r}: must be a whole number, at least 1")
+    flags = [int((i + 1) % every != 0) for i in range(n_layer)] if flags is None else flags
+    if not isinstance(flags, list) or len(flags) < n_layer or not set(map(str, flags)) <= {"0", "1"}:
+        raise ValueError(f"{where}: no_rope_layers={flags!r}: must be a list of {n_layer} zeros and ones")
+    chosen = tuple(i for i in range(n_layer) if flags[i])
+    return dict(rope_layers=chosen if len(chosen) < n_layer else None)
+
+
+def falcon_from_hf(hf, n_head, where):
+    """Falcon's three kinds of blocks: one after the other, parallel with one norm, parallel with two."""
+    hf = DEFAULTS["falcon"] | hf
+    new = hf["new_decoder_architecture"]
+    if new and not hf["parallel_attn"]:
+        raise ValueError(f"{where}: parallel_attn=False is not supported together with new_decoder_architecture")
+    norms = hf.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    if norms not in (1, 2) or norms == 2 and not new:
+        raise ValueError(f"{where}: num_ln_in_parallel_attn={norms!r} is not supported, only 1, or 2 together with "
+                         "new_decoder_architecture")
+    heads = (hf.get("num_kv_heads") or n_head) if new else 1 if hf["multi_query"] else n_head
+    return dict(n_kv_head=heads, parallel=norms if hf["parallel_attn"] else 0,
+                position="alibi_falcon" if hf["alibi"] else "rope")
 
 
 def as_list(ids):
@@ -254,6 +372,9 @@ def check_special_ids(name, value, vocab_size, lists=True):
 def check_config(config):
     """Raise ValueError naming the first field of a GPTConfig that is out of its bounds or contradicts another."""
     c = config
+    if c.rope_scaling is not None:                                 # older folders write type for rope_type
+        scaling = dict(c.rope_scaling)
+        c.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}
     try:
         check_bounds(c)
     except ValueError as error:                                    # the fields of a file, not flags
@@ -267,12 +388,22 @@ def check_config(config):
         raise ValueError(f"head_dim={c.head_dim}: must be even, because RoPE rotates pairs of channels")
     if c.position == "rope":
         check_rope(c.rope_theta, c.rope_scaling or {})
+    for wrong, message in (
+            (c.rotary_dim % 2 or c.rotary_dim > c.head_dim,
+             f"rotary_dim={c.rotary_dim}: must be even and at most head_dim={c.head_dim}"),
+            (c.parallel and c.norm_place != "pre", f"norm_place={c.norm_place}: parallel blocks need pre"),
+            (c.norm_offset and c.norm != "rms", f"norm={c.norm}: norm_offset needs rms"),
+            (c.qk_norm_whole and not c.qk_norm, f"qk_norm={c.qk_norm}: qk_norm_whole needs it"),
+            (c.rope_local_theta and c.position != "rope", f"position={c.position}: rope_local_theta needs rope")):
+        if wrong:
+            raise ValueError(message)
     if c.n_expert and c.n_expert_used > c.n_expert:
         raise ValueError(f"n_expert_used={c.n_expert_used}: must be between 1 and n_expert={c.n_expert}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"):
         check_special_ids(name, getattr(c, name), c.vocab_size)
-    if not set(c.window_layers or ()) <= set(range(c.n_layer)):
-        raise ValueError(f"window_layers={c.window_layers}: must be numbers from 0 to n_layer - 1 = {c.n_layer - 1}")
+    for name in ("window_layers", "rope_layers"):
+        if not set(getattr(c, name) or ()) <= set(range(c.n_layer)):
+            raise ValueError(f"{name}={getattr(c, name)}: must be numbers from 0 to n_layer - 1 = {c.n_layer - 1}")
 
 
 def read_config(GPTConfig, folder):
@@ -307,11 +438,14 @@ def read_tensors(folder, files, model, dtype, device):
         try:
             with safe_open(file, "pt", device=str(device)) as opened:
                 for key in opened.keys():
-                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family):
+                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family, model.config):
                         if name not in shapes:
                             raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
                         if not tensor.is_floating_point():
                             raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
+                        if name in ("embed_tokens.weight", "lm_head.weight") and len(tensor) != shapes[name][0]:
+                            raise ValueError(f"{file}: {key} has {len(tensor)} rows, config.json asks for "
+                                             f"vocab_size={shapes[name][0]}")
                         if tensor.shape != shapes[name]:
                             raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
                                              f"config.json asks for {tuple(shapes[name])}")
@@ -347,7 +481,7 @@ def write_folder(folder, model, tokenizer):
             warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
                           "tokenizer.json says: its ids will differ from ours. Train the tokenizer with "
                           "--pattern=qwen2, or use a qk_norm model")
-    config = config_to_hf(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
+    config = config_to_hf(model.config, family, str(next(model.parameters()).dtype).removeprefix("torch."))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
                {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
@@ -357,84 +491,77 @@ def write_folder(folder, model, tokenizer):
         old.unlink(missing_ok=True)                                # shards of the model that was here before
 
 
-GPT2_TENSORS = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm", "ln_1": "input_layernorm",
-                "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj",
-                "mlp.c_proj": "mlp.down_proj"}
-MIXTRAL_TENSORS = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+def fused_sizes(config):
+    """Rows of q, k and v in one tensor."""
+    D = config.head_dim
+    return [config.n_head * D, config.n_kv_head * D, config.n_kv_head * D]
 
 
-def tensors_from_hf(key, tensor, family):
-    """A tensor of a file -> our names and tensors: [(name, tensor), ...]. Only GPT-2 fuses q, k and v and stores its
-    matrices as (in, out); only Mixtral names the matrices of its experts w1, w2 and w3."""
-    if key.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):        # masks and tables
+def tensors_from_hf(key, tensor, family, config):
+    """A tensor of a file -> our names and tensors: [(name, tensor), ...]."""
+    if TABLES.fullmatch(key):
         return []
-    key = key.removeprefix("transformer.").removeprefix("model.")
+    prefix, stack = PREFIX.get(family, "model."), STACK.get(family, "layers")
+    layer, module, kind = re.fullmatch(rf"(?:{re.escape(prefix)})?({stack}\.\d+\.)?(.*?)\.?([^.]*)", key).groups()
+    layer = (layer or "").replace(f"{stack}.", "layers.")
     if family == "mixtral":
-        for theirs, ours in MIXTRAL_TENSORS.items():
-            key = key.replace(theirs, ours)
-    if family != "gpt2":
-        return [(key, tensor)]
-    layer, _, rest = re.fullmatch(r"(?:h\.(\d+)(\.))?(.*)", key).groups()
-    module, _, kind = rest.rpartition(".")
-    prefix = f"layers.{layer}." if layer else ""
-    if layer and kind == "weight" and "ln_" not in module:
+        module = ".".join(MIXTRAL_MODULES.get(part, part) for part in module.split("."))
+    module = MODULES.get(family, {}).get(module, module)
+    if family == "gpt2" and layer and tensor.dim() == 2:           # stored as (in, out)
         tensor = tensor.T.contiguous()
-    if module == "attn.c_attn":
-        return [(f"{prefix}self_attn.{name}_proj.{kind}", part.clone()) for name, part in zip("qkv", tensor.chunk(3))]
-    return [(f"{prefix}{GPT2_TENSORS.get(module, module)}.{kind}", tensor)]
+    if module == "mlp.gate_up":
+        parts = dict(zip(("mlp.gate_proj", "mlp.up_proj"), tensor.chunk(2)))
+    elif module == "self_attn.qkv" and len(tensor) == sum(fused_sizes(config)):
+        parts = zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), split_qkv(tensor, family, config))
+        parts = dict(parts)
+    else:
+        parts = {module: tensor}
+    return [(f"{layer}{name}.{kind}", part.clone() if len(parts) > 1 else part) for name, part in parts.items()]
+
+
+def split_qkv(tensor, family, config):
+    """q, k and v of a fused weight (rows, C) or bias (rows): one after the other, or group by group."""
+    if family not in INTERLEAVED:
+        return tensor.split(fused_sizes(config))
+    groups = tensor.view(config.n_kv_head, -1, config.head_dim, *tensor.shape[1:])     # (K, H/K + 2, D, ...)
+    return (part.flatten(0, 2) for part in groups.tensor_split((-2, -1), dim=1))
+
+
+def join_qkv(parts, family, config):
+    """The inverse of split_qkv."""
+    if family not in INTERLEAVED:
+        return torch.cat(parts)
+    groups = [part.view(config.n_kv_head, -1, config.head_dim, *part.shape[1:]) for part in parts]
+    return torch.cat(groups, dim=1).flatten(0, 2)
 
 
 def tensors_to_hf(model, family):
     """All tensors of the model, with the names and shapes of the family's safetensors file."""
-    ours = {name: p.detach() for name, p in model.named_parameters()}      # a tied head is listed once
-    if family != "gpt2":
-        theirs = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in ours.items()}
-        if family == "mixtral":
-            for here, there in ((ours, theirs) for theirs, ours in MIXTRAL_TENSORS.items()):
-                theirs = {re.sub(re.escape(here), there, name) if ".mlp." in name or "block_sparse" in name else name: p
-                          for name, p in theirs.items()}
-        return theirs
-    theirs, back = {}, {ours: theirs for theirs, ours in GPT2_TENSORS.items()}
+    ours, c = {name: p.detach() for name, p in model.named_parameters()}, model.config  # a tied head is listed once
+    if c.position == "sinusoidal" and family != "nanopath":
+        ours["embed_positions.weight"] = model.sinusoids
+    modules, theirs = {ours: theirs for theirs, ours in MODULES.get(family, {}).items()}, {}
+    if family == "falcon" and c.parallel < 2:
+        modules = {name: theirs for name, theirs in modules.items() if "layernorm" not in name}
+    if family == "bloom":
+        modules = {name: theirs for name, theirs in modules.items() if "layernorm" not in name}
+    mixtral = {ours: theirs for theirs, ours in MIXTRAL_MODULES.items()}
     for name, p in ours.items():
-        layer, _, rest = re.fullmatch(r"(?:layers\.(\d+)(\.))?(.*)", name).groups()
-        module, _, kind = rest.rpartition(".")
-        prefix = f"transformer.h.{layer}." if layer else "transformer."
-        if module in ("self_attn.k_proj", "self_attn.v_proj"):
+        layer, module, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.([^.]*)", name).groups()
+        if "self_attn.qkv" in modules and re.fullmatch(r"self_attn\.[kv]_proj", module):
             continue
-        if module == "self_attn.q_proj":
-            module, p = "attn.c_attn", torch.cat([ours[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-        module = back.get(module, module)
-        if layer and kind == "weight" and "ln_" not in module:
-            p = p.T
-        theirs[name if module == "lm_head" else f"{prefix}{module}.{kind}"] = p
-    if model.config.position == "sinusoidal":
-        theirs["transformer.wpe.weight"] = model.sinusoids
+        if "self_attn.qkv" in modules and module == "self_attn.q_proj":
+            p = join_qkv([ours[name.replace("q_proj", f"{x}_proj")] for x in "qkv"], family, c)
+            module = "self_attn.qkv"
+        if "mlp.gate_up" in modules and module in ("mlp.gate_proj", "mlp.up_proj"):
+            if module == "mlp.up_proj":
+                continue
+            module, p = "mlp.gate_up", torch.cat([p, ours[name.replace("gate_proj", "up_proj")]])
+        if family == "mixtral" and ".experts." in name or module.endswith("mlp.gate") and family == "mixtral":
+            module = ".".join(mixtral.get(part, part) for part in module.split("."))
+        p = p.T if family == "gpt2" and layer and p.dim() == 2 else p
+        module = modules.get(module, module)
+        prefix = "" if name.startswith("lm_head") else PREFIX.get(family, "model.")
+        prefix += f"{STACK.get(family, 'layers')}.{layer}." if layer else ""
+        theirs[f"{prefix}{module}.{kind}"] = p
     return theirs
-
-
-# Well-known models as arguments of GPTConfig, for `python model.py --summary=NAME` and for the tests
-_LLAMA = dict(qk_norm=False, norm_eps=1e-5)
-_GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv_bias=True,
-            o_bias=True, mlp_bias=True, activation="gelu_tanh", gated=False, tie_embeddings=True)
-_LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-               original_max_position_embeddings=8192)
-_NUMBERS = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden",
-            "rope_theta")
-KNOWN_MODELS = {"laptop": dict(vocab_size=512, block_size=128)} | {
-    name: dict(zip(_NUMBERS, numbers)) | more for name, numbers, more in (
-    ("gpt2", (50257, 1024, 12, 768, 12, 12, 64, 3072), _GPT2),
-    ("gpt2-medium", (50257, 1024, 24, 1024, 16, 16, 64, 4096), _GPT2),
-    ("gpt2-large", (50257, 1024, 36, 1280, 20, 20, 64, 5120), _GPT2),
-    ("gpt2-xl", (50257, 1024, 48, 1600, 25, 25, 64, 6400), _GPT2),
-    ("llama2-7b", (32000, 4096, 32, 4096, 32, 32, 128, 11008, 1e4), _LLAMA),
-    ("llama3-8b", (128256, 8192, 32, 4096, 32, 8, 128, 14336, 5e5), _LLAMA),
-    ("llama3-70b", (128256, 8192, 80, 8192, 64, 8, 128, 28672, 5e5), _LLAMA),
-    ("llama3.2-1b", (128256, 131072, 16, 2048, 32, 8, 64, 8192, 5e5),
-     _LLAMA | dict(tie_embeddings=True, rope_scaling=_LLAMA32)),
-    ("smollm2-135m", (49152, 8192, 30, 576, 9, 3, 64, 1536, 1e5), _LLAMA | dict(tie_embeddings=True)),
-    ("mistral-7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e4), _LLAMA | dict(window=4096)),
-    ("qwen2.5-0.5b", (151936, 32768, 24, 896, 14, 2, 64, 4864, 1e6),
-     dict(qk_norm=False, qkv_bias=True, tie_embeddings=True)),
-    ("qwen3-0.6b", (151936, 40960, 28, 1024, 16, 8, 128, 3072, 1e6), dict(tie_embeddings=True)),
-    ("mixtral-8x7b", (32000, 32768, 32, 4096, 32, 8, 128, 14336, 1e6), _LLAMA | dict(n_expert=8, n_expert_used=2)),
-    ("qwen3-30b-a3b", (151936, 40960, 48, 2048, 32, 4, 128, 768, 1e6), dict(n_expert=128, n_expert_used=8)))}

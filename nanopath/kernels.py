@@ -22,25 +22,31 @@ def fused_attention_pays(device_type, dtype, T):
     return device_type != "cpu" or dtype != torch.bfloat16 or T >= 512
 
 
-def fused_attention(q, k, v, mask=None, causal=False):
-    """model.attention by torch's kernel. For one query without gradients the heads of a group are passed in the time
-    dimension, so that keys and values are not copied for every head."""
+def fused_attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
+    """model.attention by torch's kernel, which has no softcap. For one query without gradients the heads of a group are
+    passed in the time dimension, so that keys and values are not copied for every head."""
+    assert not softcap, "torch's attention has no softcap"
     B, H, T, D = q.shape
     groups = H // k.shape[1]
     if T == 1 and groups > 1 and not q.requires_grad:
-        return F.scaled_dot_product_attention(q.view(B, -1, groups, D), k, v, attn_mask=mask).view(B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+        if mask is not None and mask.shape[1] > 1:                 # ALiBi: a mask per head
+            mask = mask.view(len(mask), -1, groups, mask.shape[-1])
+        grouped = q.view(B, -1, groups, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).view(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
 class RMSNormFunction(torch.autograd.Function):
     """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps), all in float32, and the gradient derived by hand.
 
+    offset: w is 1 + weight.
+
     dw = sum over rows of dy n;  dx = r (dy w - n mean(dy w n)). Autograd would need a dozen passes over memory.
     """
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, offset=False):
         wide = torch.promote_types(x.dtype, torch.float32)         # bf16 is summed in float32
-        w, n = weight.to(x.dtype).to(wide), x.to(wide)
+        w, n = 1 + weight.to(wide) if offset else weight.to(x.dtype).to(wide), x.to(wide)
         r = (n.square().mean(-1, keepdim=True) + eps).rsqrt()
         n = n * r
         ctx.save_for_backward(n, r, w)
@@ -54,17 +60,17 @@ class RMSNormFunction(torch.autograd.Function):
         dyn = dy * n
         mean = (dyn @ w).unsqueeze(-1) / len(w)
         dx = torch.addcmul(dy * w, n, mean, value=-1).mul_(r)
-        return dx.to(ctx.dtypes[0]), dyn.flatten(0, -2).sum(0).to(ctx.dtypes[1]), None
+        return dx.to(ctx.dtypes[0]), dyn.flatten(0, -2).sum(0).to(ctx.dtypes[1]), None, None
 
 
-def fast_rms_norm(x, weight, eps):
+def fast_rms_norm(x, weight, eps, offset=False):
     """The same as model.rms_norm; with and without gradients the results are equal bit for bit.
 
     On a CPU, F.rms_norm does the operations of RMSNormFunction in the same order, and is faster where no gradient is
     needed. Other devices have a fused kernel that rounds differently, so it is not used there."""
-    if not torch.is_grad_enabled() and x.device.type == "cpu":
+    if not torch.is_grad_enabled() and x.device.type == "cpu" and not offset:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return RMSNormFunction.apply(x, weight, eps)
+    return RMSNormFunction.apply(x, weight, eps, offset)
 
 
 def pack_weight(weight):

@@ -68,6 +68,15 @@ def parallelize(model, cfg, machine):
     return model
 
 
+def cannot_split(config):
+    """The first field of a GPTConfig, with its value, that tensor parallel does not support; else an empty string."""
+    for name, supported in dict(position="rope", n_expert=0, norm="rms", norm_offset=False, norm_place="pre", parallel=0,
+                                embed_norm=False, embed_scale=False, qk_norm_whole=False).items():
+        if getattr(config, name) != supported:
+            return f"{name}={getattr(config, name)}"
+    return ""
+
+
 def split_products(model, mesh):
     """Tensor parallel with sequence parallel. The norms of queries and keys must be part of the plan: without them
     every process trains their weights on its own heads alone, and no error says so."""

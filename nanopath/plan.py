@@ -15,7 +15,8 @@ import torch
 
 from nanopath.devices import compiler_problem, memory_size, memory_used
 from nanopath.files import read_json
-from nanopath.hf import ARCHITECTURES, family_of
+from nanopath.families import ARCHITECTURES
+from nanopath.hf import family_of
 from nanopath.parallel import shards_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,14 +183,32 @@ def report_plan(cfg, out, raw, optimizers, machine, speed, rates, evaluations, e
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model costs, before it exists: python model.py --summary=NAME
 
+def flops_per_token(model, T):
+    """Floating-point operations of one training token (forward and backward) in a context of T tokens.
+
+    2 per weight of each matmul in the forward pass, 4 in the backward pass; attention adds 4 * H * D forward and
+    8 * H * D backward per key and layer. All T keys are counted, or those in the window, as in PaLM (2204.02311,
+    appendix B), nanoGPT, torch's counter, though a causal kernel may skip half. Of E experts, n_expert_used count.
+    """
+    c = model.config
+    matmul = c.vocab_size * c.n_embd                               # the head, tied or not
+    for name, p in model.layers.named_parameters():
+        share = c.n_expert_used / c.n_expert if ".experts." in name else 1
+        matmul += p.numel() * share if p.dim() == 2 else 0
+    keys = sum(min(T, window) if window else T for window in c.windows)
+    return 6 * matmul + 12 * c.n_head * c.head_dim * keys
+
+
 def saved_bytes(GPT, config, B, T, dtype, checkpointing):
     """Bytes that autograd keeps between the forward and the backward pass of B x T tokens. Counted, not estimated: the
     real forward runs on tensors that have a shape but no memory, for one and for two layers; the others are alike."""
     from torch._subclasses.fake_tensor import FakeTensorMode     # the one private name in this file: tested per release
 
     def count(n_layer):
-        model = GPT(replace(config, n_layer=n_layer, window_layers=None))
+        model = GPT(replace(config, n_layer=n_layer, window_layers=None, rope_layers=None))
         model.dtype, model.checkpointing = dtype, checkpointing
+        # two chunks of the loss instead of many: what is kept is the same, and a large vocabulary takes seconds less
+        model.max_logits = max(model.max_logits, config.vocab_size * (B * T - 1))
         own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
         def keep(t):

@@ -1,7 +1,9 @@
 """
-Rotary frequencies, with the scalings for contexts longer than in pretraining; results equal those of transformers.
+What positions are made of: sinusoids, ALiBi, and rotary frequencies with the scalings for contexts longer than in
+pretraining. Results equal those of transformers.
 """
 import math
+from dataclasses import replace
 
 import torch
 
@@ -40,7 +42,7 @@ def check_rope(theta, scaling):
 
 
 def rope_frequencies(config, length=0, device=None):
-    """Angle per position of each pair of channels, (D/2,) in fp32, and the factor on cos and sin.
+    """Angle per position of each pair of the D rotated channels, (D/2,) in fp32, and the factor on cos and sin.
 
     theta^(-2i/D) (arXiv:2104.09864, 3.2.2), scaled for contexts longer than in pretraining:
     linear    every angle divided by `factor`
@@ -48,7 +50,7 @@ def rope_frequencies(config, length=0, device=None):
     llama3    slow pairs (wavelength beyond the old context) divided by `factor`, fast pairs unchanged, a ramp between
     yarn      the same with a ramp over pairs, and cos and sin scaled to keep the softmax sharp (2309.00071)
     """
-    D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    D, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling or {}
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor") or 1.0
     old = scaling.get("original_max_position_embeddings") or config.block_size
     if kind == "dynamic":
@@ -76,3 +78,42 @@ def rope_frequencies(config, length=0, device=None):
         scale = sharpen(scaling["mscale"]) / sharpen(scaling["mscale_all_dim"]) if both else sharpen(1.0)
         return keep * frequency + (1 - keep) * frequency / factor, scaling.get("attention_factor") or scale
     return frequency, 1.0
+
+
+def sinusoids(block_size, C):
+    """sin and cos of position * 10000^(-2i/C), interleaved: (block_size, C). arXiv:1706.03762, section 3.5."""
+    angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** -(torch.arange(0, C, 2).float() / C))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :C]
+
+
+def alibi_slopes(H):
+    """2^(-8/H), 2^(-16/H), ... for H heads; where H is no power of two, those of the power of two below it, then every
+    second one of the power above it. arXiv:2108.12409, section 3."""
+    n = 2 ** int(math.log2(H))
+    extra = [2 ** (-4 * (2 * h + 1) / n) for h in range(H - n)]
+    return torch.tensor([2 ** (-8 * (h + 1) / n) for h in range(n)] + extra)
+
+
+def alibi(config, query, key, slopes):
+    """Minus slope * distance of a query at position `query` (.., T) and a key at `key` (.., S): (.., H, T, S).
+
+    Falcon's slopes are bf16: slope * position is rounded to bf16 and divided by sqrt(D), as that model was trained."""
+    query, key = ((slopes[:, None] * positions[..., None, :]).float() for positions in (query, key))     # (.., H, T)
+    bias = key[..., None, :] - query[..., None]
+    return bias * config.head_dim ** -0.5 if config.position == "alibi_falcon" else bias
+
+
+def position_tables(config, device=None):
+    """The tensors that a model of this config needs for its positions, by name, and the factor on cos and sin."""
+    tables, scale = {}, 1.0
+    if config.position == "rope":
+        tables["frequency"], scale = rope_frequencies(config, device=device)
+    if config.rope_local_theta:
+        plain = replace(config, rope_theta=config.rope_local_theta, rope_scaling=None)
+        tables["local_frequency"] = rope_frequencies(plain, device=device)[0]
+    if config.position.startswith("alibi"):
+        slopes = alibi_slopes(config.n_head).to(device)
+        tables["slopes"] = slopes.bfloat16() if config.position == "alibi_falcon" else slopes
+    if config.position == "sinusoidal":
+        tables["sinusoids"] = sinusoids(config.block_size, config.n_embd).to(device)
+    return tables, scale

@@ -34,7 +34,7 @@ from nanopath.checkpoint import (Progress, SaveError, broken_state, checkpoints,
 from nanopath.devices import free_memory, memory_used, out_of_memory
 from nanopath.files import read_json, write_json
 from nanopath.flags import parse
-from nanopath.parallel import shards_of
+from nanopath.parallel import cannot_split, shards_of
 from nanopath.plan import micro_batch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,9 +218,9 @@ def check_model(cfg, config, before, tokenizer, folder, out):
         value = cfg.block_size if name == "block_size" else getattr(config, name)
         if value % cfg.tensor_parallel:
             raise SystemExit(f"--{name}={value}: must be a multiple of --tensor_parallel={cfg.tensor_parallel}")
-    if cfg.tensor_parallel > 1 and (config.position != "rope" or config.n_expert):
-        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: only models with rotary positions and without "
-                         "experts can be cut. Use --parallel=fsdp")
+    if cfg.tensor_parallel > 1 and cannot_split(config):
+        raise SystemExit(f"--tensor_parallel={cfg.tensor_parallel}: models with {cannot_split(config)} cannot be cut. "
+                         "Use --parallel=fsdp")
     if not before:
         return
     if (before["tokenizer_hash"], before["data"]) != (tokenizer.hash, data_hashes(folder)):

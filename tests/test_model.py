@@ -1,7 +1,9 @@
 """model.py against transformers, against a slow implementation of its own, against published sizes; cached against uncached."""
 import json
 import math
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
-from nanopath import kernels, plan
+from nanopath import families, kernels, plan
+from nanopath.hf import config_from_hf, config_to_hf
 from nanopath.hub import hub_file
 
 TOKENIZER = Tokenizer.train([], 264)
@@ -44,6 +47,7 @@ def shrunk(name):
     changes = dict(SMALL, n_kv_head=heads, head_dim=16 if preset.get("qk_norm", True) else 8)
     changes |= {"n_expert": 4, "n_expert_used": 2} if preset.get("n_expert") else {}
     changes |= {"window": 16} if preset.get("window") else {}
+    changes |= {key: small for key, small in dict(rotary_dim=4, window_layers=(0, 2), rope_layers=(0, 2)).items() if preset.get(key)}
     changes |= {"rope_scaling": preset["rope_scaling"] | {"original_max_position_embeddings": 32}} if "rope_scaling" in preset else {}
     return preset | changes
 
@@ -53,8 +57,12 @@ VARIANTS = {                                                       # what no pre
     "no positions": dict(position="none"), "geglu": dict(activation="gelu"), "relu2": dict(activation="relu2", gated=False),
     "softcap": dict(logit_softcap=5.0), "all biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True, norm="layer"),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "falcon rw": shrunk("falcon-7b") | dict(position="alibi_falcon", parallel=0, n_kv_head=2),
+    "gpt_neo": shrunk("gpt2") | dict(qkv_bias=False, attn_scale=1.0, window=16, window_layers=(1,)),
+    "mpt, alibi with a window": dict(norm="layer", norm_bias=False, qk_norm=False, position="alibi", window=16, window_layers=(1,)),
     "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16))}
-EVERY = {**{name: shrunk(name) for name in m.KNOWN_MODELS}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
+SAME = "gpt2-medium gpt2-large gpt2-xl llama2-7b llama3-70b smollm2-135m qwen3-0.6b".split()    # as another one, when small
+EVERY = {**{name: shrunk(name) for name in m.KNOWN_MODELS if name not in SAME}, **{name: SMALL | changes for name, changes in VARIANTS.items()}}
 every = pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
 
 
@@ -92,15 +100,52 @@ FAMILIES = {   # class of the config, its changes, the family that we write
     "qwen2 with windows": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1), "qwen2"),
     "qwen3": ("Qwen3Config", dict(head_dim=16), "qwen3"),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2), "mixtral"),
-    "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24), "qwen3_moe")}
+    "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24), "qwen3_moe"),
+    "smollm3": ("SmolLM3Config", dict(no_rope_layers=[1, 0, 1]), "smollm3"),
+    "smollm3 with all": ("SmolLM3Config", dict(attention_bias=True, mlp_bias=True, use_sliding_window=True, sliding_window=16,
+                                               no_rope_layer_interval=2), "smollm3"),
+    "phi3": ("Phi3Config", dict(sliding_window=16), "mistral"),    # without partial rotation it is a Mistral
+    "phi3 with partial rotation": ("Phi3Config", rope("default", partial_rotary_factor=0.5), "phi3"),
+    "gemma": ("GemmaConfig", dict(head_dim=16, hidden_act="gelu"), "gemma"),
+    "gemma2": ("Gemma2Config", dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0,
+                                    final_logit_softcapping=3.0), "gemma2"),
+    "gemma2 without caps": ("Gemma2Config", dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None,
+                            final_logit_softcapping=None, layer_types=["full_attention"] * 3), "gemma2"),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=16, sliding_window=16, sliding_window_pattern=2, rope_parameters=dict(
+        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6), sliding_attention=dict(rope_type="default",
+        rope_theta=1e4))), "gemma3_text"),
+    "gemma3 by default": ("Gemma3TextConfig", dict(head_dim=16, sliding_window=16, num_hidden_layers=7), "gemma3_text"),
+    "olmo2": ("Olmo2Config", {}, "olmo2"),
+    "olmo2 with biases": ("Olmo2Config", dict(attention_bias=True, tie_word_embeddings=True), "olmo2"),
+    "gpt_neo": ("GPTNeoConfig", dict(num_layers=3, num_heads=4, attention_types=[[["global", "local"], 1], [["local"], 1]],
+                                     window_size=16), "gpt_neo"),
+    "gpt_neox": ("GPTNeoXConfig", dict(num_attention_heads=2), "gpt_neox"),
+    "gpt_neox in a row": ("GPTNeoXConfig", dict(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new",
+                                                **rope("linear", factor=2.0, partial_rotary_factor=1.0)), "gpt_neox"),
+    "falcon 7b": ("FalconConfig", {}, "falcon"), "falcon 40b": ("FalconConfig", dict(
+        new_decoder_architecture=True, num_kv_heads=2), "falcon"),
+    "falcon 11b": ("FalconConfig", dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=48,
+                                        tie_word_embeddings=False), "falcon"),
+    "falcon rw": ("FalconConfig", dict(alibi=True, bias=True, parallel_attn=False, multi_query=False), "falcon"),
+    "falcon with heads of their own": ("FalconConfig", dict(multi_query=False, bias=True), "falcon"),
+    "falcon in a row": ("FalconConfig", dict(parallel_attn=False), "falcon"),
+    "bloom": ("BloomConfig", dict(n_layer=3, n_head=4), "bloom"),
+    "bloom with three heads": ("BloomConfig", dict(n_layer=2, n_head=3, hidden_size=48), "bloom"),
+    "mpt": ("MptConfig", dict(d_model=32, n_layers=3, n_heads=4, max_seq_len=64), "mpt"),
+    "mpt with a scale": ("MptConfig", dict(d_model=48, n_layers=2, n_heads=6, max_seq_len=64, attn_config=dict(
+        softmax_scale=0.4)), "mpt")}
 
 
 def theirs_of(family, folder, seed=0, **options):
     transformers = pytest.importorskip("transformers")
     name, changes, _ = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**changes if name == "GPT2Config" else BASE | changes)
+    changes = changes if name == "GPT2Config" else dict(vocab_size=264) | changes if name == "MptConfig" else BASE | changes
+    config = getattr(transformers, name)(**dict(initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0) | changes)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, p in theirs.named_parameters():                      # norms and biases begin as ones and zeros
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, 1.0 if "Gemma" not in type(config).__name__ and name.endswith("weight") else 0.0, 0.3)
     theirs.generation_config.eos_token_id = None
     theirs.save_pretrained(folder, **options)
     TOKENIZER.save(folder)
@@ -115,12 +160,12 @@ def test_a_folder_of_transformers_opens_here_and_ours_there(family, tmp_path):
     ours, _ = m.load_model(tmp_path / "theirs", device="cpu")
     m.save_model(tmp_path / "ours", ours, TOKENIZER)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    assert type(again) is type(theirs)
+    assert again.config.model_type == FAMILIES[family][2]
     ids = torch.randint(264, (3, 60))                              # beyond the window and the unscaled context
     with torch.no_grad():
         want = theirs(ids).logits
         assert (ours(ids) - want).abs().max() < 1e-4 and (again(ids).logits - want).abs().max() < 1e-4
-        options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, attention_mask=torch.ones(1, 20))
         generated = theirs.generate(ids[:1, :20], **options)[0, 20:]
         assert torch.equal(again.generate(ids[:1, :20], **options)[0, 20:], generated)
         cache, logits, new = m.KVCache(ours, 1, 50), None, []
@@ -180,6 +225,22 @@ SPELLINGS = {   # keys of config.json that somebody may write by hand, or an old
                                                                          original_max_position_embeddings=8))),
     "original length outside": ("llama 3.1", dict(original_max_position_embeddings=16)),
     "qwen without a window's size": ("qwen2 with windows", dict(sliding_window=None)),
+    "gemma3 as transformers 4 writes it": ("gemma3 by default", dict(
+        rope_parameters=None, layer_types=None, rope_theta=1e5, rope_local_base_freq=500.0, sliding_window_pattern=3,
+        rope_scaling=dict(rope_type="linear", factor=8.0), attn_logit_softcapping=None)),
+    "gemma2 with the defaults of its class": ("gemma2", dict(
+        rope_parameters=None, layer_types=None, attn_logit_softcapping=None, final_logit_softcapping=None,
+        query_pre_attn_scalar=None, hidden_activation=None, tie_word_embeddings=None, rms_norm_eps=None)),
+    "gpt_neox as transformers 4 writes it": ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=500)),
+    "gpt_neox with the defaults of its class": ("gpt_neox", dict(rope_parameters=None, use_parallel_residual=None, hidden_act=None)),
+    "phi3 as transformers 4 writes it": ("phi3", dict(rope_parameters=None, partial_rotary_factor=0.5, rope_theta=500.0)),
+    "falcon with the defaults of its class": ("falcon 7b", dict(
+        rope_parameters=None, multi_query=None, parallel_attn=None, alibi=None, new_decoder_architecture=None,
+        num_kv_heads=None, ffn_hidden_size=None, activation=None, bias=None, layer_norm_epsilon=None)),
+    "bloom with other names": ("bloom", dict(n_layer=None, n_head=None, hidden_size=None, num_hidden_layers=3,
+                                             num_attention_heads=4, n_embed=32)),
+    "smollm3 with the defaults of its class": ("smollm3", dict(no_rope_layers=None, layer_types=None, rope_parameters=None)),
+    "olmo2 with the defaults of its class": ("olmo2", dict(rope_parameters=None, rms_norm_eps=None, hidden_act=None)),
     "experts by default": ("qwen3_moe", dict(num_experts_per_tok=None, num_local_experts=12, num_experts=12))}
 
 
@@ -199,6 +260,123 @@ def test_hand_written_configs_mean_what_they_mean_in_transformers(name, tmp_path
     ids = torch.randint(264, (2, 60))
     with torch.no_grad():
         assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+# attributes of transformers' configurations that cannot change a logit of a text model in evaluation
+HARMLESS = set("""_attn_implementation initializer_range use_cache pad_token_id bos_token_id eos_token_id num_labels problem_type return_dict
+    dtype is_decoder reorder_and_upcast_attn router_jitter_noise pretraining_tp image_token_id mm_tokens_per_image text_config vision_config
+    get_text_config keys_to_ignore_at_inference classifier_dropout init_device embedding_fraction norm_type learned_pos_emb model_type
+    base_model_tp_plan base_model_pp_plan default_theta attribute_map sub_configs""".split())
+
+
+@pytest.mark.parametrize("family", families.READS)
+def test_no_key_that_transformers_reads_is_forgotten(family):
+    """Every attribute of the config that the classes of a family use is computed, refused or listed as harmless."""
+    import inspect
+    transformers = pytest.importorskip("transformers")
+    import importlib
+    folder = family.removesuffix("_text")
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config = getattr(transformers, families.ARCHITECTURES[family]).config_class
+    used = set(re.findall(r"\bconfig\.([a-z_]+)", inspect.getsource(modeling)))
+    used |= set(re.findall(r"getattr\((?:self\.)?config, \"([a-z_]+)", inspect.getsource(modeling)))
+    used |= set(re.findall(r"^    ([a-z_]+): ", inspect.getsource(config).split('"""')[-1], re.M))
+    assert {"vocab_size"} < used and len(used) > 12
+    known = families.READS[family] | families.FIXED[family].keys() | HARMLESS
+    # intermediate_size: of layers without experts, which are refused. head_dim: only of the angles, where another one fails
+    unused = dict(qwen3_moe={"intermediate_size"}, gpt_neox={"head_dim"}, falcon={"head_dim"}).get(family, set())
+    pattern = r".*dropout|.*_pdrop|output_.*|summary_.*|num_ln_in_parallel_attn"
+    assert {key for key in used - known - unused if not re.fullmatch(pattern, key)} == set()
+    # the defaults of absent keys are those of the class
+    usual = config(use_sliding_window=True) if family.startswith("qwen") else config()
+    for key, value in families.DEFAULTS[family].items():
+        if key in families.READS[family] and hasattr(usual, key) and key in used | {"head_dim"}:
+            assert getattr(usual, key) == value, key
+    theta = getattr(config, "default_theta", 1e4)
+    assert families.THETA.get(family, 1e4) == (theta["global"] if isinstance(theta, dict) else theta)
+
+
+def small_config(family):
+    name, changes, _ = FAMILIES[family]
+    import transformers
+    base = {} if name in ("GPT2Config", "MptConfig") else BASE
+    config = getattr(transformers, name)(**dict(vocab_size=264, bos_token_id=0, eos_token_id=0, pad_token_id=0) | base | changes)
+    return config.to_dict()
+
+
+# what transformers 4 wrote into every config.json, with values that are not its defaults, and what training tools add
+EVERYWHERE = dict(_model_name_or_path="x", do_sample=True, gradient_checkpointing=True, is_decoder=True, is_encoder_decoder=False,
+                  chunk_size_feed_forward=2, cross_attention_hidden_size=7, bad_words_ids=[[3]], diversity_penalty=1.0,
+                  temperature=0.3, top_k=7, top_p=0.5, typical_p=0.9, length_penalty=2.0, no_repeat_ngram_size=3, num_beams=4,
+                  num_beam_groups=2, early_stopping=True, exponential_decay_length_penalty=[1, 2], forced_bos_token_id=3,
+                  forced_eos_token_id=4, finetuning_task="x", id2label={"0": "a"}, label2id={"a": 0}, max_length=3, min_length=2,
+                  encoder_no_repeat_ngram_size=2, begin_suppress_tokens=[1], suppress_tokens=[2], decoder_start_token_id=5,
+                  num_return_sequences=2, output_attentions=True, output_hidden_states=True, output_scores=True, prefix="x",
+                  pruned_heads={"0": [1]}, remove_invalid_values=True, repetition_penalty=2.0, return_dict=False,
+                  return_dict_in_generate=True, sep_token_id=6, task_specific_params={"a": {}}, tf_legacy_loss=True,
+                  tie_encoder_decoder=True, tokenizer_class="X", torchscript=True, use_bfloat16=True, transformers_version="4.41.0",
+                  attn_implementation="eager", unsloth_version="2025", pretraining_tp=2, router_jitter_noise=0.1,
+                  seq_length_of_nobody=7, auto_map={"AutoModel": "evil.Model"}, skip_bias_add=True, verbose=1, init_config={"a": 1})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "falcon 40b", "mpt", "bloom", "gpt_neox", "gemma2", "phi3"])
+def test_keys_that_nobody_reads_are_let_through(family):
+    pytest.importorskip("transformers")
+    config = small_config(family)
+    assert config_from_hf(config | EVERYWHERE) == config_from_hf(config)
+
+
+@pytest.mark.parametrize("family, change, message", [
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"), ("mpt", dict(no_bias=False), "no_bias"),
+    ("mpt", dict(attn_config=dict(qk_ln=True)), "attn_config: qk_ln=True"), ("mpt", dict(attn_config=dict(clip_qkv=6)), "clip_qkv=6"),
+    ("mpt", dict(attn_config=dict(alibi=False)), "alibi=False"), ("mpt", dict(attn_config=3), "attn_config=3"),
+    ("bloom", dict(apply_residual_connection_post_layernorm=True), "post_layernorm=True"), ("bloom", dict(slow_but_exact=True), "slow"),
+    ("falcon 40b", dict(parallel_attn=False), "parallel_attn"), ("falcon 7b", dict(num_ln_in_parallel_attn=2), "num_ln"),
+    ("falcon 40b", dict(num_kv_heads=3), "n_kv_head=3"), ("gemma", dict(use_bidirectional_attention=True), "bidirectional"),
+    ("gemma3", dict(model_type="gemma3"), "it reads images; the text models have model_type gemma3_text"),
+    ("gemma3", dict(model_type="phi"), "phi.*output head"), ("gemma3", dict(sliding_window_pattern=0, layer_types=None), "pattern=0"),
+    ("gemma3", dict(rope_parameters=dict(sliding_attention=dict(rope_type="linear", factor=2.0))), "sliding_attention"),
+    ("gemma3", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping=50"), ("gemma2", dict(query_pre_attn_scalar=0), "query_pre"),
+    ("gemma2", dict(layer_types=["full_attention"]), "layer_types"), ("gemma2", dict(sliding_window="9"), "sliding_window='9'"),
+    ("phi3", dict(rope_scaling=dict(type="longrope", short_factor=[1.0], long_factor=[2.0])), "longrope"),
+    ("phi3", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=1.5)), "partial_rotary_factor=1.5"),
+    ("phi3 with partial rotation", dict(rope_parameters=dict(partial_rotary_factor=0.4)), "rotary_dim=3"),
+    ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers"), ("smollm3", dict(no_rope_layers=None, no_rope_layer_interval=0), "interval=0"),
+    ("gpt_neo", dict(attention_layers=None, attention_types=[[["global"], 2]]), "layer_types"), ("gpt_neo", dict(attention_layers=["far"] * 3), "far"),
+    ("gpt_neox", dict(rope_parameters=None, rotary_pct="x"), "partial_rotary_factor='x'"), ("gpt_neox", dict(hidden_act="quick_gelu"), "quick_gelu"),
+    ("llama", dict(quantization_config=dict(bits=4)), "quantization_config: quantized weights"), ("qwen3_moe", dict(mlp_only_layers=[1]), "mlp_only")])
+def test_what_a_family_has_and_we_have_not_is_refused_by_name(family, change, message, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(small_config(family) | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"config.json: .*{message}") as error:
+        m.read_config(m.GPTConfig, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_lies_about_its_vocabulary_is_refused(tmp_path):
+    for family in ("qwen2", "gpt_neox", "bloom"):
+        theirs_of(family, tmp_path)
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"vocab_size": 300}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"264 rows.*vocab_size=300") as error:
+            m.load_model(tmp_path, device="cpu")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not os.environ.get("NANOPATH_REAL"), reason="NANOPATH_REAL names no folder of real models")
+def test_the_real_smollm2_gives_the_logits_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    folder = os.path.join(os.environ["NANOPATH_REAL"], "smollm2")
+    text = "The capital of France is Paris. It lies on the Seine, and it has been the largest city of the country since the Middle Ages; " \
+        "its universities are among the oldest in Europe, and more than two million people live there."
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][:, :40]
+    assert ids.shape == (1, 40)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours, _ = m.load_model(folder, device="cpu", need_tokenizer=False)
+    with torch.no_grad():
+        want = theirs(ids).logits
+        assert (ours(ids) - want).abs().max() < 1e-3 * want.abs().max() and torch.equal(ours(ids).argmax(-1), want.argmax(-1))
 
 
 def test_an_end_that_only_generation_config_knows_survives_saving(tmp_path):
@@ -264,12 +442,12 @@ def test_balance_loss_equals_transformers(tmp_path):
 def slowly(model, ids):
     """Logits of one row of ids, in float64: one token, one head, one pair of channels, one expert at a time."""
     c, w = model.config, {name: p.double() for name, p in model.state_dict().items()}
-    frequency, scale = m.rope_frequencies(c)
+    frequency, scale = m.rope.rope_frequencies(c)
 
     def norm(x, name):
-        if c.norm == "rms" or "_norm" in name:
-            return x / (x.square().mean() + c.norm_eps).sqrt() * w[name + ".weight"]
-        return (x - x.mean()) / (x.var(unbiased=False) + c.norm_eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        if c.norm == "rms" or name.endswith(("q_norm", "k_norm")):
+            return x / (x.square().mean() + c.norm_eps).sqrt() * (w[name + ".weight"] + (1 if c.norm_offset else 0))
+        return (x - x.mean()) / (x.var(unbiased=False) + c.norm_eps).sqrt() * w[name + ".weight"] + w.get(name + ".bias", 0)
 
     def linear(x, name):
         return w[name + ".weight"] @ x + w.get(name + ".bias", 0)
@@ -287,25 +465,45 @@ def slowly(model, ids):
         up = linear(x, name + ".up_proj")
         return linear(act(linear(x, name + ".gate_proj")) * up if c.gated else act(up), name + ".down_proj")
 
-    def turn(x, position):                                         # the pair (i, i + D/2) is one complex number
-        if c.position != "rope":
+    def turn(x, position, layer):                                  # the pair (i, i + R/2) is one complex number
+        if c.position != "rope" or c.rope_layers is not None and layer not in c.rope_layers:
             return x
-        z = torch.complex(*x.chunk(2)) * torch.polar(torch.full_like(frequency, scale).double(), position * frequency.double())
-        return torch.cat([z.real, z.imag])
+        R, f, s = c.rotary_dim or c.head_dim, frequency, scale
+        if c.rope_local_theta and c.windows[layer]:
+            f, s = torch.tensor([c.rope_local_theta ** (-2 * i / R) for i in range(R // 2)]), 1.0
+        z = torch.complex(*x[:R].chunk(2)) * torch.polar(torch.full_like(f, s).double(), position * f.double())
+        return torch.cat([z.real, z.imag, x[R:]])
+
+    def bias(h, t, s):
+        slope = 2.0 ** (-8 * (h + 1) / c.n_head)                   # four heads: a power of two
+        if c.position == "alibi_falcon":
+            high, low = ((torch.tensor(slope).bfloat16() * torch.tensor(i)).bfloat16().double() for i in (s, t))
+            return (high - low) / c.head_dim ** 0.5
+        return slope * (s - t) if c.position == "alibi" else 0.0
+
+    def score(q, k, h, t, s):
+        x = q @ k * (c.attn_scale or 1 / c.head_dim ** 0.5)
+        return (c.attn_softcap * torch.tanh(x / c.attn_softcap) if c.attn_softcap else x) + bias(h, t, s)
+
+    def normed(x, name, there):
+        return norm(x, name) if there else x
 
     hidden = []
     for t, i in enumerate(ids.tolist()):
-        x = w["embed_tokens.weight"][i]
+        x = w["embed_tokens.weight"][i] * (c.n_embd ** 0.5 if c.embed_scale else 1)
         if c.position == "learned":
             x = x + w["embed_positions.weight"][t]
         if c.position == "sinusoidal":
             x = x + torch.tensor([(math.sin, math.cos)[j % 2](t / 10000 ** ((j - j % 2) / c.n_embd)) for j in range(c.n_embd)])
-        hidden.append(x)
+        hidden.append(norm(x, "embed_norm") if c.embed_norm else x)
     for layer in range(c.n_layer):
         name, D, new = f"layers.{layer}", c.head_dim, []
-        read = [norm(x, name + ".input_layernorm") for x in hidden]
-        q, k, v = ([linear(x, f"{name}.self_attn.{part}_proj").split(D) for x in read] for part in "qkv")
-        if c.qk_norm:
+        read = [normed(x, name + ".input_layernorm", c.norm_place != "post") for x in hidden]
+        q, k, v = ([linear(x, f"{name}.self_attn.{part}_proj") for x in read] for part in "qkv")
+        if c.qk_norm_whole:
+            q, k = ([norm(x, f"{name}.self_attn.{part}_norm") for x in rows] for part, rows in (("q", q), ("k", k)))
+        q, k, v = ([x.split(D) for x in rows] for rows in (q, k, v))
+        if c.qk_norm and not c.qk_norm_whole:
             q, k = ([[norm(head, f"{name}.self_attn.{part}_norm") for head in heads] for heads in rows]
                     for part, rows in (("q", q), ("k", k)))
         for t, x in enumerate(hidden):
@@ -313,18 +511,23 @@ def slowly(model, ids):
             first = max(0, t + 1 - c.windows[layer]) if c.windows[layer] else 0
             for h in range(c.n_head):
                 group = h * c.n_kv_head // c.n_head
-                scores = torch.stack([turn(q[t][h], t) @ turn(k[s][group], s) / D ** 0.5 for s in range(first, t + 1)])
+                scores = torch.stack([score(turn(q[t][h], t, layer), turn(k[s][group], s, layer), h, t, s)
+                                      for s in range(first, t + 1)])
                 weights = (scores - scores.max()).exp()
                 heads.append(sum(a * v[s][group] for a, s in zip(weights / weights.sum(), range(first, t + 1))))
-            x = x + linear(torch.cat(heads), name + ".self_attn.o_proj")
-            y = norm(x, name + ".post_attention_layernorm")
+            y = linear(torch.cat(heads), name + ".self_attn.o_proj")
+            y = x + normed(y, name + ".post_attention_layernorm", c.norm_place != "pre")
+            z = x if c.parallel else y                             # what the MLP reads
+            which = {"pre": "post_attention" if c.parallel != 1 else "input", "both": "pre_feedforward", "post": None}[c.norm_place]
+            z = normed(z, f"{name}.{which}_layernorm", which)
             if c.n_expert:
-                liked = linear(y, name + ".mlp.gate").softmax(0)
+                liked = linear(z, name + ".mlp.gate").softmax(0)
                 best = liked.argsort(descending=True)[:c.n_expert_used].tolist()
                 total = liked[best].sum() if c.expert_norm else 1
-                new.append(x + sum(liked[e] / total * mlp(y, f"{name}.mlp.experts.{e}") for e in best))
+                z = sum(liked[e] / total * mlp(z, f"{name}.mlp.experts.{e}") for e in best)
             else:
-                new.append(x + mlp(y, name + ".mlp"))
+                z = mlp(z, name + ".mlp")
+            new.append(y + normed(z, name + ".post_feedforward_layernorm", c.norm_place != "pre"))
         hidden = new
     logits = torch.stack([linear(norm(x, "norm"), "lm_head") for x in hidden])
     return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
@@ -407,15 +610,16 @@ def test_last_and_hidden_give_what_they_say():
             assert torch.allclose(last[row], logits[row, n - 1], atol=1e-4)
 
 
-def test_the_future_and_other_documents_are_invisible():
-    model, ids = make(), torch.randint(264, (1, 30))
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma2-2b", "gemma3-1b", "bloom-560m", "smollm3-3b"])
+def test_the_future_and_other_documents_are_invisible(name):
+    model, ids = spread(m.GPT(m.GPTConfig(**shrunk(name)))), torch.randint(264, (1, 30))
     changed = ids.clone()
     changed[0, 20:] = torch.randint(264, (10,))
     with torch.no_grad():
         assert torch.equal(model(ids)[:, :20], model(changed)[:, :20])
         segments = torch.tensor([[0] * 12 + [1] * 10 + [2] * 8])
         parts = torch.cat([model(part) for part in ids.split([12, 10, 8], dim=1)], dim=1)
-        assert (model(ids, segments=segments) - parts).abs().max() < 1e-4         # rotary positions are relative
+        assert (model(ids, segments=segments) - parts).abs().max() < 1e-4         # the positions are relative
         windowed = make(window=4)
         parts = torch.cat([windowed(part) for part in ids.split([12, 10, 8], dim=1)], dim=1)
         assert (windowed(ids, segments=segments) - parts).abs().max() < 1e-4
@@ -452,11 +656,11 @@ def test_rmsnorm_written_out_equals_the_kernel_with_its_gradients(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama3-8b", "gpt2", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama3-8b", "gpt2", "mixtral-8x7b", "gemma3-1b", "bloom-560m"])
 @pytest.mark.parametrize("T", [40, 600])
 def test_logits_are_the_same_with_and_without_gradients_bit_for_bit(name, dtype, T):
     """Else the ratio of new and old policy in PPO and GRPO is not 1 before the first step."""
-    model, ids = spread(m.GPT(m.GPTConfig(**shrunk(name) | dict(block_size=600, n_layer=2)))), torch.randint(264, (2, T))
+    model, ids = spread(m.GPT(m.GPTConfig(**shrunk(name) | dict(block_size=600)))), torch.randint(264, (2, T))
     model.dtype = dtype
     want = model(ids)
     assert want.requires_grad
@@ -667,9 +871,8 @@ def test_bad_folders_are_refused_by_name(tmp_path):
                             ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial"),
                             ({"hidden_act": "mish"}, "mish"), ({"num_key_value_heads": 3}, "must divide"),
                             ({"num_attention_heads": 8, "head_dim": 8}, "asks for"), ({"hidden_size": None}, "hidden_size missing"),
-                            ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"), ({"quantization_config": {"bits": 4}},
-                            "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-                            ({"attention_bias": True}, "missing"), ({"vocab_size": 9}, "asks for"),
+                            ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+                            ({"attention_bias": True}, "missing"), ({"vocab_size": 9}, "vocab_size=9"),
                             ({"tie_word_embeddings": "false"}, "tie_embeddings"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
                             ({"num_attention_heads": "four"}, "num_attention_heads"), ({"vocab_size": -1}, "vocab_size"),
                             ({"num_attention_heads": 0}, "num_attention_heads"), ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta"),
@@ -872,14 +1075,19 @@ def test_a_hub_name_is_downloaded_once_and_found_afterwards(tmp_path, monkeypatc
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
              "llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3.2-1b": 1_235_814_400,
              "smollm2-135m": 134_515_008, "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920,
-             "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624}
+             "mixtral-8x7b": 46_702_792_704, "smollm3-3b": 3_075_098_624, "phi3-mini": 3_821_079_552, "gemma2-2b": 2_614_341_888,
+             "gemma3-1b": 999_885_952, "olmo2-1b": 1_484_916_736, "pythia-1.4b": 1_414_647_808, "falcon-7b": 6_921_720_704,
+             "bloom-560m": 559_214_592, "qwen3-30b-a3b": 30_532_122_624}
 
 
 def test_summaries_have_the_published_sizes_and_need_no_memory():
     assert PUBLISHED.keys() | {"laptop"} == m.KNOWN_MODELS.keys()
     for name, parameters in PUBLISHED.items():
         with torch.device("meta"):
-            assert m.GPT(m.GPTConfig(**m.KNOWN_MODELS[name])).num_params() == parameters, name
+            layers = m.KNOWN_MODELS[name]["n_layer"]                                       # all alike: two of them are enough
+            one, two = (m.GPT(m.GPTConfig(**m.KNOWN_MODELS[name] | dict(n_layer=n, window_layers=None, rope_layers=None))).num_params()
+                        for n in (1, 2))
+            assert one + (layers - 1) * (two - one) == parameters, name
     out = run(ROOT / "model.py", "--summary=llama3-70b").stdout
     assert "70,553,706,496" in out and "282.2 GB" in out and "cache per token" in out and "LlamaForCausalLM" in out
     assert plan.summarize(m.GPT, m.GPTConfig(**m.KNOWN_MODELS["mixtral-8x7b"]), 1, 128)["active"] == 12_879_925_248
@@ -908,5 +1116,11 @@ def test_the_activations_computed_are_those_that_a_real_step_keeps(checkpointing
     (["--summary=gpt9"], "gpt9"), (["--summary=gpt2", "--block_size=2000"], "1024"), (["--summary=gpt2", "--dtype=int8"], "dtype"),
     (["--summary=gpt2", "--batch_size=0"], "batch_size"), (["--summary=mixtral-8x7b", "--dtype=float32"], "dtype")])
 def test_bad_summaries_are_refused_in_one_line(arguments, message):
-    done = subprocess.run([sys.executable, ROOT / "model.py", *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match=message) as stop:
+        m.main(m.parse(m.Config, m.__doc__, args=arguments))
+    assert "\n" not in str(stop.value)
+
+
+def test_a_bad_summary_shows_no_traceback():
+    done = subprocess.run([sys.executable, ROOT / "model.py", "--summary=gpt9"], capture_output=True, text=True)
+    assert done.returncode == 1 and "gpt9" in done.stderr and "Traceback" not in done.stderr

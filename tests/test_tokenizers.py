@@ -457,3 +457,22 @@ def test_damaged_files_give_one_line_and_run_nothing(tmp_path):
         with pytest.raises(ValueError, match="tokenizer.model"):
             Tokenizer.load(tmp_path)
         (tmp_path / name).unlink()
+
+
+def test_constraints_write_without_the_bytes_that_a_vocabulary_lacks():
+    from nanopath.constrain import Constraint
+    spec, config = BYTE_LEVEL["starcoder"]()
+    spec["model"]["vocab"] = {name: i for name, i in spec["model"]["vocab"].items() if name not in "Zñòó"}
+    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if not {*"".join(pair)} & {*"Zñòó"}]
+    llama = Tokenizer.from_spec(*read_sentencepiece(train_sentencepiece(**PIECES["llama"])[0]))
+    for ours in (Tokenizer.from_spec(spec, config), llama):
+        rng, constraint = random.Random(5), Constraint("json", ours)
+        for _ in range(20):
+            state, ids, left = constraint.start, [], 40
+            while not constraint.ends(state):
+                ids.append(rng.choice(constraint.allowed(state, left).tolist()))
+                state, left = constraint.step(state, ids[-1]), left - 1
+            json.loads(b"".join(ours.bytes_of[i] for i in ids))
+        assert Constraint("[XYZ]", ours).shortest == 1
+    with pytest.raises(ValueError, match="no token for the byte 0x5a"):
+        Constraint("Z", Tokenizer.from_spec(spec, config))

@@ -2,8 +2,8 @@
 Compiles a chat template, a program in Jinja that somebody else wrote, so that it can do nothing but make a text.
 
 Jinja's own sandbox keeps a template from reading attributes that lead to Python's internals and from changing its
-arguments. It does not limit time or memory. Here every turn of a loop and every call of a macro is counted, and whatever
-can make a long string out of short ones (operators, methods of str, filters) is checked before it runs.
+arguments. It does not limit time or memory. Here every turn of a loop and every call of a macro is counted, and
+whatever can make a long string out of short ones (operators, methods of str, filters) is checked before it runs.
 """
 import json
 import re
@@ -100,8 +100,8 @@ def limited(budget, name, function):
 
 @lru_cache(maxsize=32)
 def compile_template(source, opening, closing):
-    """(jinja2.Template, Budget). What the template writes between {% generation %} and {% endgeneration %} is put between
-    the strings `opening` and `closing`. ValueError for a mistake in its syntax."""
+    """(jinja2.Template, Budget). What the template writes between {% generation %} and {% endgeneration %} is put
+    between the strings `opening` and `closing`. ValueError for a mistake in its syntax."""
     import jinja2                                                  # here, because only chats need it
     import jinja2.ext
     import jinja2.sandbox
@@ -165,7 +165,8 @@ def compile_template(source, opening, closing):
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
                       finalize=shown)
     filters = {name: function for name, function in sandbox.filters.items() if name not in UNLIMITED}
-    sandbox.filters = {name: limited(budget, name, function) for name, function in (filters | dict(tojson=to_json)).items()}
+    filters["tojson"] = to_json
+    sandbox.filters = {name: limited(budget, name, function) for name, function in filters.items()}
     sandbox.globals = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")} | dict(
         raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
     try:

@@ -1,5 +1,6 @@
 """
-Chat templates: messages -> the text and the ids that a chat model was trained on, and which of them the assistant writes.
+Chat templates: messages -> the text and the ids that a chat model was trained on, and which of them the assistant
+writes.
 
     render_text   messages -> text; which of its characters the assistant says; where a user wrote a special token
     render        the same as ids and mask: for the chat, for fine-tuning and for the server
@@ -47,24 +48,22 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
         given = known | variables | dict(messages=messages, add_generation_prompt=prompt)
         return run_template(source, given, begin, end)
 
-    def guard(text):                                               # a user's "<|im_end|>" becomes "<", alien, "|im_end|>"
+    def guard(text):                                               # "<|im_end|>" becomes "<", alien, "|im_end|>"
         return special.sub(lambda found: found[0][:1] + alien + found[0][1:], text)
 
-    def unmarked(text, removed="".join(marks)):
-        return re.sub(f"[{removed}]", "", text)
+    def without(marks, text):
+        return re.sub(f"[{marks}]", "", text)
 
     guarded, safe = on_texts(guard, messages), on_texts(guard, variables)
-    text, plain = fill(guarded, safe), None
-    if guarded != messages or safe != variables:
-        plain = fill(messages, variables)
-        if unmarked(text, alien) != plain:
-            raise ValueError("the chat template changes the text of the messages, so a special token in a message cannot "
-                             "be told from the template's own. Remove it from the message: " + special.search(plain)[0])
+    text = fill(guarded, safe)
+    if (guarded != messages or safe != variables) and without(alien, text) != fill(messages, variables):
+        raise ValueError("the chat template changes the text of the messages, so a special token in a message cannot "
+                         "be told from the template's own. Remove special tokens from the messages")
     has_spans = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
     if not has_spans and any(message["role"] == "assistant" for message in messages):
-        marked = fill([on_texts(lambda text: bracket(text, begin, end), message, SPOKEN) if message["role"] == "assistant"
-                       else message for message in guarded], safe)
-        if unmarked(marked, begin + end) == text:
+        marked = fill([on_texts(lambda text: bracket(text, begin, end), message, SPOKEN)
+                       if message["role"] == "assistant" else message for message in guarded], safe)
+        if without(begin + end, marked) == text:
             text = marked
         elif not add_generation_prompt:                            # before an answer, the mask is of no use
             raise ValueError("the chat template changes what the assistant says, so its words cannot be found in the "
@@ -92,8 +91,8 @@ def widen(text, span, opening, ends):
 
 
 def bracket(text, begin, end):
-    """Marks at the two ends of the words between tags: "<think>\\na b\\n</think> c" -> "<think>\\n[a b]\\n</think> [c]".
-    Inside white space, which templates strip; outside tags, at which they split."""
+    """Marks at the two ends of the words between tags: "<think> a b </think> c" -> "<think> [a b] </think> [c]". Inside
+    white space, which templates strip; outside tags, at which they split."""
     parts = re.split(r"(</?\w+>)", text)
     parts[::2] = [re.sub(r"(?s)\S.*\S|\S", lambda found: begin + found[0] + end, part, count=1) for part in parts[::2]]
     return "".join(parts)
@@ -165,8 +164,9 @@ def choose_template(template, tools=None):
             raise ValueError(f"this tokenizer has the chat templates {names}, none is called default: rename one in "
                              "tokenizer_config.json")
     if not template:
-        raise ValueError("this tokenizer has no chat template, so its model continues texts and does not chat. Train one "
-                         "that has: python bpe.py PATH... --out=FOLDER, or put a chat_template.jinja into its folder")
+        raise ValueError("this tokenizer has no chat template, so its model continues texts and does not chat. Train "
+                         "one that has: python bpe.py PATH... --out=FOLDER, or put a chat_template.jinja into its "
+                         "folder")
     return template
 
 
@@ -176,12 +176,14 @@ def check_messages(messages):
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of at least one message, not {messages!r:.80}")
     checked = []
-    for number, message in enumerate(messages):
-        message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    for number, given in enumerate(messages):
+        message = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
         content = message.get("content")
         says = isinstance(content, (str, list)) or "content" not in message and "tool_calls" in message
         if not isinstance(message.get("role"), str) or not says:
-            raise ValueError(f'message {number} must be {{"role": text, "content": text}}, it is {messages[number]!r:.200}')
+            raise ValueError(f'message {number} must be {{"role": text, "content": text}}, it is {given!r:.200}')
         thoughts = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message]
-        checked.append(({"thinking": thoughts[0]} | message | {"reasoning_content": thoughts[0]}) if thoughts else message)
+        if thoughts:
+            message = {"thinking": thoughts[0]} | message | {"reasoning_content": thoughts[0]}
+        checked.append(message)
     return checked

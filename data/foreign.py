@@ -225,6 +225,8 @@ class ForeignStream:
     def __init__(self, tokenizer, before):
         self.tokenizer, self.ids = tokenizer, list(before)
         self.context, self.at = max(0, len(before) - 8), len(before)             # ids[context:at] are shown already
+        while 0 < self.context < len(before) and BYTE.fullmatch(tokenizer.names[self.ids[self.context]]):
+            self.context -= 1                                      # not inside a run of tokens of one byte
         self.shown = [tokenizer.decode(self.ids)]
 
     def push(self, i):

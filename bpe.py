@@ -35,8 +35,8 @@ import tyro
 
 from data.added import AddedTokens, added_token, offsets
 from data.splits import compile_pattern
-from data.tokenizer_files import (BYTE_ORDER, NotByteLevel, byte_level, find_tokenizer, named_ids, read_files, spell,
-                                  write_tokenizer)
+from data.tokenizer_files import (BYTE_ORDER, DAMAGE, NotByteLevel, byte_level, find_tokenizer, named_ids, read_files,
+                                  spell, write_tokenizer)
 from data.words import CHUNK, count_words, read_chunks, to_bytes
 from nanopath.flags import Bound, parse
 
@@ -425,9 +425,10 @@ class Tokenizer:
         """Text of ids. Bytes that are not UTF-8 (a model may produce them) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def stream(self):
+    def stream(self, before=()):
         """An object with push(id) -> the text that is complete by now, and flush() -> the rest. The bytes of one
-        character can belong to several tokens: it is returned when its last byte has come."""
+        character can belong to several tokens: it is returned when its last byte has come. before: ids shown already,
+        which only other tokenizers need."""
         return Stream(self)
 
     # the formats that models are taught
@@ -473,20 +474,19 @@ class Tokenizer:
         file = find_tokenizer(path)
         try:
             return cls.from_spec(*read_files(file))
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{file}: {error}") from None
+        except DAMAGE as error:
+            raise ValueError(f"{file}: it is not a tokenizer ({type(error).__name__}: {error})") from None
 
     @classmethod
     def from_spec(cls, spec, config):
         """The same from the contents of tokenizer.json and tokenizer_config.json."""
         try:
-            try:
-                return cls(**byte_level(spec, config, PATTERNS["gpt2"]))
-            except NotByteLevel as error:
-                from data.foreign import ForeignTokenizer          # here: it needs a library that ours do without
-                return ForeignTokenizer(spec, config, str(error))
-        except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(f"it is not a tokenizer ({type(error).__name__}: {error})") from None
+            return cls(**byte_level(spec, config, PATTERNS["gpt2"]))
+        except NotByteLevel as error:
+            from data.foreign import ForeignTokenizer              # here: it needs a library that ours do without
+            return ForeignTokenizer(spec, config, str(error))
 
 
 class Stream:

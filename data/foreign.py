@@ -8,6 +8,7 @@ nobody can type. Ids equal those of transformers with add_special_tokens=False.
 """
 import hashlib
 import json
+import os
 import re
 import secrets
 from functools import cached_property
@@ -60,7 +61,9 @@ class ForeignTokenizer:
             spec.setdefault(key, None)
         try:
             library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:                                 # the library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:                             # plain Exception, or a panic, which is no Exception
             why = f"bpe.Tokenizer {self.why}; " if self.why else ""
             raise ValueError(f"{why}the tokenizers library says: {error}") from None
         library.encode_special_tokens = True
@@ -84,9 +87,11 @@ class ForeignTokenizer:
         size = max(model["vocab"].values(), default=-1) + 1
         model["vocab"] = {names.get(i) or f"\U0010ffff{secret}{i}": i for i in range(size)}
         if "merges" in model:
-            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-            prefix, specials = len(model.get("continuing_subword_prefix") or ""), set(self.specials)
-            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b[prefix:]} & specials]
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            prefix, specials = model.get("continuing_subword_prefix") or "", set(self.specials)
+            if not all(b.startswith(prefix) for _, b in pairs):    # the library would end the process
+                raise ValueError(f"a merge whose right part does not begin with {prefix!r}")
+            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b[len(prefix):]} & specials]
         return model
 
     # text -> ids
@@ -129,15 +134,24 @@ class ForeignTokenizer:
         if unknown := allowed - set(self.specials):
             raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
         library, ours = self.library(allowed)
-        encoding = library.encode(text, add_special_tokens=False)
+        encoding = self.run(library.encode, text)
         return [ours.get(i, i) for i in encoding.ids] if ours else encoding.ids, encoding
+
+    @staticmethod
+    def run(encode, what):
+        try:
+            return encode(what, add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:                             # no unk_token, or a panic, which is no Exception
+            raise ValueError(f"the tokenizers library cannot encode this text: {error}") from None
 
     def encode_batch(self, texts):
         """encode of many texts, without special tokens, on all cores."""
         for text in texts:
             to_bytes(text)
         library, ours = self.library(frozenset())
-        found = [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [encoding.ids for encoding in self.run(library.encode_batch_fast, texts)]
         return [[ours.get(i, i) for i in ids] for ids in found] if ours else found
 
     def encode_readable(self, text):
@@ -158,9 +172,10 @@ class ForeignTokenizer:
             raise ValueError(f"id {error.args[0]} is not in this vocabulary of {self.vocab_size}") from None
         return self.decoder.decode(tokens) if self.decoder else " ".join(tokens)
 
-    def stream(self):
-        """An object with push(id) -> the text that is complete by now, and flush() -> the rest."""
-        return ForeignStream(self)
+    def stream(self, before=()):
+        """An object with push(id) -> the text that is complete by now, and flush() -> the rest. before: ids whose text
+        is shown already. Without them the text begins here, and the space of a first "▁the" is no part of it."""
+        return ForeignStream(self, before)
 
     @cached_property
     def bytes_of(self):
@@ -225,9 +240,12 @@ class ForeignStream:
     held back while it may still change: half a character, or a run of tokens of one byte, of which the library writes
     every byte as U+FFFD if the run is not UTF-8."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.context, self.at = tokenizer, [], 0, 0    # ids[context:at] are shown already
-        self.shown = []
+    def __init__(self, tokenizer, before):
+        self.tokenizer, self.ids = tokenizer, list(before)
+        self.context, self.at = max(0, len(before) - 8), len(before)             # ids[context:at] are shown already
+        while 0 < self.context < len(before) and BYTE.fullmatch(tokenizer.names[self.ids[self.context]]):
+            self.context -= 1                                      # not inside a run of tokens of one byte
+        self.shown = [tokenizer.decode(self.ids)]
 
     def push(self, i):
         self.tokenizer.decode([i])                                 # ValueError for an id that is none
@@ -246,4 +264,4 @@ class ForeignStream:
         """The rest of decode(all ids)."""
         shown, whole = "".join(self.shown), self.tokenizer.decode(self.ids)
         self.shown = [whole]
-        return whole.removeprefix(shown) if whole.startswith(shown) else ""
+        return whole[len(os.path.commonprefix([shown, whole])):]

@@ -21,7 +21,10 @@ BYTE_TO_CHAR = {b: chr(b) if b in VISIBLE else chr(256 + i - len(VISIBLE)) for i
 CHAR_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in BYTE_TO_CHAR.items()}    # 0xFFFF: no byte
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MOST_IDS = 10_000_000                                              # the largest vocabularies have 300,000
+MOST_IDS = 2_000_000                                               # the largest vocabularies have 900,000
+
+
+DAMAGE = (KeyError, TypeError, AttributeError, IndexError, RecursionError)     # what a file of another shape leads to
 
 
 class NotByteLevel(ValueError):
@@ -76,11 +79,11 @@ def write_tokenizer(folder, tokenizer):
                  fuse_unk=False, byte_fallback=False, ignore_merges=tokenizer.ignore_merges,
                  vocab={spell(token): i for token, i in tokenizer.tokens.items()} | names,
                  merges=[[spell(a), spell(b)] for a, b in tokenizer.merges])
+    spelling = {i: name for name, i in model["vocab"].items()}
     spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added,
                 normalizer={"type": "NFC"} if tokenizer.nfc else None,
                 pre_tokenizer={"type": "Sequence", "pretokenizers": tokenizer.steps or [split, level]},
-                post_processor=post_processor(tokenizer.before, tokenizer.after,
-                                              {i: name for name, i in names.items()}),
+                post_processor=post_processor(tokenizer.before, tokenizer.after, spelling),
                 decoder=level | {"use_regex": True}, model=model)
     write_files(folder, spec, tokenizer.chat_config, tokenizer.chat_template)
 
@@ -246,14 +249,19 @@ def all_added(spec, config):
             raise ValueError(f"added token {name!r} has the id {i}, but {vocab[name]} in the vocabulary")
         flags = {key: bool(token.get(key)) for key in (*FLAGS, "normalized")}
         found.setdefault(name, added_token(name, i, **flags, special=bool(token.get("special", True))))
-    names = [config.get(key) for key in NAMED]
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        more = config.get(key) or []
-        names += more.values() if isinstance(more, dict) else more
     used = {i: name for name, i in vocab.items()}
     for name, token in found.items():
         if used.setdefault(token["id"], name) != name:
             raise ValueError(f"tokens {used[token['id']]!r} and {name!r} have the same id {token['id']}")
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        if token["content"] not in found and int(i) not in used:
+            used[int(i)] = token["content"]
+            flags = {key: bool(token.get(key)) for key in (*FLAGS, "normalized", "special")}
+            found[token["content"]] = added_token(token["content"], int(i), **flags)
+    names = [config.get(key) for key in NAMED]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        more = config.get(key) or []
+        names += more.values() if isinstance(more, dict) else more
     for token in names:
         name = text_of(token)
         if not name or not isinstance(name, str):
@@ -271,6 +279,7 @@ def ids_around(spec, config, added):
     add_bos_token and add_eos_token."""
     ids = {token["content"]: token["id"] for token in added}
     post = spec.get("post_processor")
+    known = set(vocabulary(spec).values()) | set(ids.values())
     if not post:
         around = []
         for flag, key in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
@@ -291,6 +300,9 @@ def ids_around(spec, config, added):
         else:
             continue                                               # ByteLevel trims offsets, and puts nothing anywhere
         before, after = parts[0] + before, after + parts[1]
+    for i in before + after:
+        if type(i) is not int or i not in known:
+            raise ValueError(f"its post_processor adds the id {i!r}, which is not in the vocabulary")
     return before, after
 
 

@@ -373,6 +373,11 @@ def test_streams_equal_decode_for_any_ids():
             for i in some:
                 shown += stream.push(i)
             assert shown + stream.flush() == ours.decode(some)
+        for text in STRINGS[100:300:4]:                            # continuing a text loses no space
+            ids = ours.encode(text)
+            stream, at = ours.stream(ids[:len(ids) // 2]), len(ids) // 2
+            if ours.decode(ids).startswith(ours.decode(ids[:at])):  # not cut inside a character
+                assert ours.decode(ids[:at]) + "".join(map(stream.push, ids[at:])) + stream.flush() == ours.decode(ids)
         with pytest.raises(ValueError, match="is not in this vocabulary"):
             ours.stream().push(ours.vocab_size)
         with pytest.raises(ValueError, match="lone surrogate"):
@@ -428,6 +433,20 @@ def test_prepare_writes_the_ids_of_whole_documents(tmp_path):
         found = np.fromfile(out / "train_00000.bin", "<u2").tolist()
         assert found == [i for text in texts for i in [*ours.encode(text), ours.eos_id]]
         assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["tokenizer_hash"] == ours.hash == Tokenizer.load(out).hash
+
+
+@pytest.mark.parametrize("change", [
+    lambda spec: spec["post_processor"].update(single=7), lambda spec: spec["post_processor"]["special_tokens"]["[CLS]"].update(ids=[9 ** 5]),
+    lambda spec: spec.update(pre_tokenizer=7), lambda spec: spec.update(added_tokens=[[]]), lambda spec: spec["model"].update(type="Klingon"),
+    lambda spec: spec["model"]["vocab"].update(x=10 ** 9), lambda spec: spec["model"]["vocab"].update(x=5),
+    lambda spec: spec["model"].update(type="BPE", continuing_subword_prefix="xyz", merges=[["a", "b"]]),
+    lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""})])
+def test_a_damaged_tokenizer_json_gives_one_line(tmp_path, change):
+    spec, config = next((spec, config) for name, spec, config in library_specs() if name == "bert")
+    change(spec)
+    with pytest.raises(ValueError, match="tokenizer.json: ") as error:
+        Tokenizer.load(folder_of(tmp_path, spec, config))
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_files_give_one_line_and_run_nothing(tmp_path):

@@ -346,7 +346,7 @@ class Block(nn.Module):
 # The model
 
 class GPT(nn.Module):
-    """Parameter names are those of Hugging Face's Llama and Qwen3, so that their checkpoints need no translation."""
+    """Parameter names are those of Hugging Face's Llama, Qwen3, Gemma and OLMo 2, whose files need no translation."""
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -7,9 +7,9 @@ _GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, qkv
 _LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=8192)
 _GEMMA = dict(qk_norm=False, norm_offset=True, embed_scale=True, activation="gelu_tanh", tie_embeddings=True)
-_GEMMA2 = _GEMMA | dict(norm_place="both", window=4096, window_layers=tuple(range(0, 26, 2)), attn_scale=256 ** -0.5,
+_GEMMA2 = _GEMMA | dict(norm_place="both", window=4096, window_layers=tuple(range(0, 26, 2)),
                         attn_softcap=50.0, logit_softcap=30.0)
-_GEMMA3 = _GEMMA | dict(qk_norm=True, norm_place="both", window=512, rope_local_theta=1e4, attn_scale=256 ** -0.5,
+_GEMMA3 = _GEMMA | dict(qk_norm=True, norm_place="both", window=512, rope_local_theta=1e4,
                         window_layers=tuple(i for i in range(26) if (i + 1) % 6))
 _NEOX = dict(norm="layer", norm_eps=1e-5, qk_norm=False, gated=False, activation="gelu", parallel=2, rotary_dim=32,
              qkv_bias=True, o_bias=True, mlp_bias=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
-from nanopath import families, kernels, plan
+from nanopath import families, kernels, parallel, plan
 from nanopath.hf import config_from_hf, config_to_hf
 from nanopath.hub import hub_file
 
@@ -387,6 +387,46 @@ def test_an_end_that_only_generation_config_knows_survives_saving(tmp_path):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.stop_token_ids) == (3, 5, (6,))
     m.save_model(tmp_path / "again", model, TOKENIZER)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "again").eos_token_id == [5, 6]
+
+
+def test_gemma_in_bf16_rounds_where_transformers_rounds(tmp_path):
+    """1 + w is computed in fp32; the factor on the embedding, sqrt(32) = 5.657, becomes 5.656 in bf16."""
+    theirs = theirs_of("gemma2", tmp_path).bfloat16()
+    ours, _ = m.load_model(tmp_path, device="cpu", dtype=torch.bfloat16)
+    ids, x = torch.randint(264, (2, 30)), torch.randn(2, 30, 32).bfloat16()
+    with torch.no_grad():
+        norm = ours.layers[0].pre_feedforward_layernorm
+        assert torch.equal(norm(x), theirs.model.layers[0].pre_feedforward_layernorm(x))
+        assert torch.equal(m.rms_norm(x, norm.weight, norm.eps, offset=True), norm(x))
+        seen = []
+        ours.layers[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+        ours.float().dtype = torch.float32
+        exact = ours(ids)
+        ours.bfloat16().dtype = torch.bfloat16
+        got, want = ours(ids), theirs(ids).logits.float()
+        assert torch.equal(seen[1], theirs.model.embed_tokens(ids)) and seen[1].dtype == torch.bfloat16
+        assert (got - want).abs().mean() < 2 * (exact - want).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["gemma2-2b", "gemma3-1b", "bloom-560m", "falcon rw", "olmo2-1b", "smollm3-3b"])
+def test_sample_generates_the_same_in_every_way(name):
+    """Ragged batches, guesses that are checked in one pass, and beams equal one slow loop without a cache."""
+    from sample import beam_search, generate, speculative
+    model = spread(m.GPT(m.GPTConfig(**EVERY[name])))
+    prompts = [torch.randint(264, (n,)).tolist() for n in (3, 17, 9)]
+    with torch.no_grad():
+        want = [greedy(model, torch.tensor([ids]), 20)[0, len(ids):].tolist() for ids in prompts]
+        assert generate(model, prompts, 20, temperature=0.0) == want
+        draft = spread(m.GPT(m.GPTConfig(**EVERY[name])))
+        draft.lm_head.weight.data += 0.02 * torch.randn(264, 32)                  # right most of the time
+        got, stats = [[], [], []], {}
+        for row, token, _ in speculative(model, prompts, 20, draft=draft, temperature=0.0, stats=stats):
+            got[row].append(token)
+        assert got == want and stats["accepted"] > 0
+        for ids, beams in zip(prompts, beam_search(model, prompts, 8, num_beams=3)):
+            for new, score in beams:
+                logprobs = model(torch.tensor([ids + new]))[0].log_softmax(-1)
+                assert sum(logprobs[len(ids) - 1 + i, token] for i, token in enumerate(new)).item() / 8 == pytest.approx(score, abs=1e-4)
 
 
 def test_angles_are_not_rounded_with_the_weights():
@@ -797,6 +837,12 @@ def test_gradients_are_the_same_with_checkpointing_and_compiled_whole(settings):
     for a, b, c in zip(plain, checkpointed, compiled):
         assert torch.allclose(a, b, atol=1e-6)
         assert (a - c).abs().max() < (1e-4 if model.dtype == torch.float32 else 0.05) * max(1, a.abs().max())
+
+
+def test_tensor_parallel_names_what_it_cannot_split():
+    for name, problem in (("falcon-7b", "norm=layer"), ("bloom-560m", "position=alibi"), ("mixtral-8x7b", "n_expert=8"), ("smollm3-3b", ""),
+                          ("gemma3-1b", "norm_offset=True"), ("olmo2-1b", "norm_place=post"), ("phi3-mini", ""), ("qwen3-0.6b", "")):
+        assert parallel.cannot_split(m.GPTConfig(**m.KNOWN_MODELS[name])) == problem, name
 
 
 @every

@@ -10,6 +10,7 @@ import unicodedata
 import numpy as np
 import regex
 
+WORD, BLANK = regex.compile(r"\w"), regex.compile(r"\s")
 FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -48,12 +49,12 @@ class AddedTokens:
             start, end = match.span()
             if token.get("special") and token["content"] not in allowed:
                 continue
-            if token.get("single_word") and (regex.search(r"\w$", text[:start]) or regex.match(r"\w", text[end:])):
+            if token.get("single_word") and (WORD.match(text[start - 1:start]) or WORD.match(text, end)):
                 continue
-            if token.get("lstrip"):
-                start = max(at, start - len(regex.search(r"\s*$", text[at:start])[0]))
-            if token.get("rstrip"):
-                end = regex.compile(r"\s*").match(text, end).end()
+            while token.get("lstrip") and start > at and BLANK.match(text, start - 1):
+                start -= 1
+            while token.get("rstrip") and BLANK.match(text, end):
+                end += 1
             parts += [(text[at:start], None)] * (start > at) + [(text[start:end], token["id"])]
             at = end
         return parts + [(text[at:], None)] * (at < len(text))

@@ -39,6 +39,9 @@ class ForeignTokenizer:
         self.added = {token["content"]: token["id"] for token in self.added_tokens if not token["special"]}
         self.vocab_size = max(self.names) + 1
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = named_ids(self.specials, config)
+        if self.unk_id is None:
+            unknown = spec["model"].get("unk_token")
+            self.unk_id = next((i for i, name in self.names.items() if name == unknown), spec["model"].get("unk_id"))
         self.im_end_id = self.specials.get("<|im_end|>")
         self.libraries, self.why = {}, why
         self.decoder = self.library(frozenset())[0].decoder

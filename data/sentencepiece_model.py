@@ -3,7 +3,9 @@ SentencePiece's tokenizer.model (Llama 2, Mistral, T5, ...) as the content of a 
 
 The file is one protobuf message (sentencepiece_model.proto). Its wire format is read by hand: every field is a number
 (field << 3 | kind), then a varint, 4 or 8 bytes, or a length and so many bytes. Nothing in it is ever executed.
-Ids of text equal sentencepiece's, except that a text which begins with a space gets no second one, as in transformers.
+Ids of text equal sentencepiece's with these exceptions, which transformers shares: a text that begins with a space gets
+no second one; the library normalizes (charsmap) whole grapheme clusters; of two segmentations with the same score
+Unigram may choose the other; with Unigram and byte fallback, the text <0x0A> is the byte.
 Papers  SentencePiece (arXiv:1808.06226), Unigram language model (arXiv:1804.10959)
 """
 import base64
@@ -104,9 +106,10 @@ def spec_from_pieces(pieces, kind, byte_fallback=False, add_dummy_prefix=True, c
     if charsmap:
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if remove_extra_whitespaces:
-        normalizers += [{"type": "Strip", "strip_left": True, "strip_right": True},
+        normalizers += [{"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
                         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
-    prefix = "never" if not add_dummy_prefix else "always" if legacy else "first"
+    # "first" asks for position 0 of the text, which a stripped space has taken
+    prefix = "never" if not add_dummy_prefix else "always" if legacy or remove_extra_whitespaces else "first"
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix}
     decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
     decoders += [{"type": "ByteFallback"}] * byte_fallback + [{"type": "Fuse"}]

@@ -33,6 +33,17 @@ def flat_steps(pre_tokenizer):
     return [pre_tokenizer] if pre_tokenizer else []
 
 
+def compile_step(expression):
+    """The regular expression of a step. ValueError: it means something else in the library's engine, Oniguruma, where
+    ^ and $ match at every line and a set may contain sets."""
+    sets = r"\[\^?\]?[^\]]*\]"
+    outside = regex.sub(r"\\.", "x", expression)
+    nested = any("[" in found[1:].replace("[:", "") or "&&" in found for found in regex.findall(sets, outside))
+    if nested or regex.search(r"[\^$]", regex.sub(sets, "", outside)) or regex.search(r"\\[hHRKyYOZzGg]", expression):
+        raise ValueError(f"the regular expression {expression!r}")
+    return regex.compile(expression)
+
+
 def plain_step(step, gpt2_pattern):
     """(regular expression, behavior, invert) of one step, or None for a ByteLevel that splits nothing. KeyError: an
     unknown type."""
@@ -58,6 +69,7 @@ def one_pattern(steps, gpt2_pattern):
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         expression, behavior, invert = plain_step(steps[0], gpt2_pattern)
         try:
+            compile_step(expression)
             return compile_pattern(expression).pattern if (behavior, invert) == ("Isolated", False) else None
         except ValueError:
             return None
@@ -102,7 +114,7 @@ def split_by_steps(steps, gpt2_pattern, spell, unspell):
             expression, behavior, invert = found
             if behavior not in BEHAVIORS:
                 raise ValueError(f"{step['type']} with behavior {behavior}")
-            (after if seen else before).append((regex.compile(expression), behavior, invert))
+            (after if seen else before).append((compile_step(expression), behavior, invert))
         seen = seen or step["type"] == "ByteLevel"
 
     def words(text):

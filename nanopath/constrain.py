@@ -10,7 +10,8 @@ no limit. A state is the set of cells that the text so far may be in (the subset
 states after each of the 256 bytes are one row of a table. The mask over the vocabulary walks all tokens through that
 table at once, byte by byte, in numpy: about 10 ms for 50,000 tokens the first time; masks are kept for the next time.
 Every cell knows the fewest bytes to its end. A token is only allowed if the text can still be completed afterwards with
-the tokens that are left, and every byte is a token: so no output ever stops before its end.
+the tokens that are left, each of them a single byte: so no output ever stops before its end. Bytes that are no token
+of a vocabulary (SmolLM2 lacks some controls) are never written.
 
 Read    Constraint.step and allowed_slowly, then allowed; sample.py uses it: python sample.py --schema=FILE
 Papers  masking by an automaton over the vocabulary (Willard and Louf, arXiv:2307.09702)
@@ -37,20 +38,16 @@ class Constraint:
     """
     def __init__(self, what, tokenizer, kind=None):
         kind = kind or ("json" if what == "json" else "regex" if isinstance(what, str) else "schema")
-        self.nodes = Nodes()
+        self.nodes = Nodes(sum(1 << token[0] for token in tokenizer.tokens if len(token) == 1))
         try:
             root = Expression(self.nodes, what).parse() if kind == "regex" else \
                 Schema(self.nodes, True if kind == "json" else what).parse()
         except RecursionError:
             raise ValueError("this schema or expression is nested too deeply") from None
         if self.nodes.shortest[root] == NEVER:
-            raise ValueError("no finite text satisfies this schema or expression")
-        needed = 0
-        for name, *parts in self.nodes.kind:
-            needed |= parts[0] if name == "bytes" else 0
-        missing = [b for b in range(256) if needed >> b & 1 and bytes([b]) not in tokenizer.tokens]
-        if missing:
-            raise ValueError(f"the vocabulary has no token for the byte {missing[0]:#04x}, which this text may need")
+            lacking = [f"{b:#04x}" for b in range(256) if self.nodes.lacking >> b & 1]
+            raise ValueError("no finite text satisfies this schema or expression" + (
+                f" with this vocabulary, which has no token for the byte {lacking[0]}" if lacking else ""))
         tokens = sorted(((token, i) for token, i in tokenizer.tokens.items() if token), key=lambda item: item[1])
         self.bytes_of = {i: token for token, i in tokens}
         self.ids = np.array([i for _, i in tokens])

@@ -70,12 +70,16 @@ class Nodes:
 
     kinds: ("bytes", mask) one byte of a set, bit b of mask; ("seq", ...); ("alt", ...), and alt() matches nothing;
     ("repeat", node, low, high), high None: unlimited; ("ref", name), the node target[name], known later.
-    shortest[node]: fewest bytes that match it.
+    shortest[node]: fewest bytes that match it. usable: the bytes that may be written, as a mask.
     """
-    def __init__(self):
+    def __init__(self, usable=(1 << 256) - 1):
+        self.usable, self.lacking = usable, 0                      # lacking: other bytes that the text could have had
         self.number, self.kind, self.shortest, self.target, self.known = {}, [], [], {}, {}
 
     def node(self, *kind):
+        if kind[0] == "bytes":
+            self.lacking |= kind[1] & ~self.usable
+            kind = ("bytes", kind[1] & self.usable) if kind[1] & self.usable else ("alt",)
         if kind not in self.number:
             if len(self.kind) == MAX_NODES:
                 raise ValueError(f"this schema or expression is too large: it needs more than {MAX_NODES:,} nodes")

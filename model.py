@@ -634,9 +634,9 @@ def save_model(folder, model, tokenizer):
 
 
 def load_model(path, device="auto", dtype=None, need_tokenizer=True):
-    """Read a Hugging Face folder, or download one. Returns (model, tokenizer), the model on `device`.
+    """Read a Hugging Face folder or a GGUF file, or download a folder. Returns (model on `device`, tokenizer).
 
-    path        a folder, or a name on the Hub (OWNER/NAME; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed)
+    path        a folder, a file NAME.gguf, or OWNER/NAME on the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE are obeyed)
     dtype       of weights and activations; None is float32
     need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
     Tensors are read one at a time: peak memory is the model plus one tensor. Raises ValueError naming the file and what
@@ -646,7 +646,8 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
     config, tokenizer = read_config(GPTConfig, folder), None
     files = weight_files(folder)
-    if need_tokenizer and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.bpe").is_file():
+    if need_tokenizer and folder.is_dir() and not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe")):
         raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Train again: python train.py, "
                          "or copy the missing file into it")
     try:

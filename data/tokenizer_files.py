@@ -115,6 +115,10 @@ def find_tokenizer(path):
 
 def read_files(file):
     """(spec, config) of a file of find_tokenizer and of those beside it."""
+    if file.suffix == ".gguf":
+        from nanopath.gguf import read_gguf                        # here: it reads models too
+        gguf = read_gguf(file)
+        return gguf.tokenizer_spec, gguf.tokenizer_config
     config = read_config_files(file.parent)
     if file.name.startswith(("vocab.bpe", "encoder.json", "merges.txt")):
         return read_gpt2(file), config

@@ -20,6 +20,7 @@ from nanopath.families import (ALIASES, ARCHITECTURES, CONSTANT, DEFAULTS, FIXED
                                STACK, TABLES, THETA)
 from nanopath.files import read_json, write_json
 from nanopath.flags import check_bounds
+from nanopath.gguf import read_gguf
 from nanopath.rope import check_rope
 
 
@@ -407,10 +408,12 @@ def check_config(config):
 
 
 def read_config(GPTConfig, folder):
-    """config.json and generation_config.json of a folder -> GPTConfig. ValueError names file, key and value."""
-    where, generation = folder / "config.json", folder / "generation_config.json"
+    """config.json and generation_config.json of a folder, or a GGUF file -> GPTConfig. ValueError names file, key and
+    value."""
+    gguf = folder.suffix == ".gguf"
+    where, generation = folder if gguf else folder / "config.json", folder / "generation_config.json"
     try:
-        config = GPTConfig(**config_from_hf(read_json(where), where))
+        config = GPTConfig(**config_from_hf(read_gguf(folder).config if gguf else read_json(where), where))
     except (ValueError, TypeError, OverflowError) as error:              # an impossible value, or one of the wrong type
         message = str(error)
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
@@ -423,35 +426,48 @@ def read_config(GPTConfig, folder):
     return config
 
 
+def open_files(folder, files, device):
+    """(model_type, iterator over (file, name, tensor)) of a folder's safetensors files or of a GGUF file. One tensor is
+    in memory at a time."""
+    if folder.suffix == ".gguf":
+        gguf = read_gguf(folder)
+        return gguf.family, ((folder, name, torch.from_numpy(array).to(device)) for name, array in gguf.tensors())
+
+    def safetensors():
+        for file in files:
+            try:
+                with safe_open(file, "pt", device=str(device)) as opened:
+                    for key in opened.keys():
+                        yield file, key, opened.get_tensor(key)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy it again") from None
+    return read_json(folder / "config.json")["model_type"], safetensors()
+
+
 def read_tensors(folder, files, model, dtype, device):
-    """The tensors of safetensors files under our names, as parameters on `device`, for load_state_dict(assign=True).
+    """The tensors of weight files under our names, as parameters on `device`, for load_state_dict(assign=True).
     model: a GPT of the same config, possibly on the meta device; its shapes are what the file must have.
 
     Where config.json ties the output head to the embedding, both names get one parameter. Two exceptions, as in
     transformers 5: a head without an embedding becomes the embedding; a head that differs from the embedding is kept,
     with a warning.
     """
-    tensors, family = {}, read_json(folder / "config.json")["model_type"]
+    tensors, (family, found) = {}, open_files(folder, files, device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     shapes |= {"lm_head.weight": shapes["embed_tokens.weight"]}
-    for file in files:
-        try:
-            with safe_open(file, "pt", device=str(device)) as opened:
-                for key in opened.keys():
-                    for name, tensor in tensors_from_hf(key, opened.get_tensor(key), family, model.config):
-                        if name not in shapes:
-                            raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
-                        if not tensor.is_floating_point():
-                            raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
-                        if name in ("embed_tokens.weight", "lm_head.weight") and len(tensor) != shapes[name][0]:
-                            raise ValueError(f"{file}: {key} has {len(tensor)} rows, config.json asks for "
-                                             f"vocab_size={shapes[name][0]}")
-                        if tensor.shape != shapes[name]:
-                            raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
-                                             f"config.json asks for {tuple(shapes[name])}")
-                        tensors[name] = torch.nn.Parameter(tensor.to(dtype))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy it again") from None
+    for file, key, stored in found:
+        for name, tensor in tensors_from_hf(key, stored, family, model.config):
+            if name not in shapes:
+                raise ValueError(f"{file}: unexpected tensor {key}: config.json describes no such tensor")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: {key} is {tensor.dtype}: quantized weights are not supported")
+            if name in ("embed_tokens.weight", "lm_head.weight") and len(tensor) != shapes[name][0]:
+                raise ValueError(f"{file}: {key} has {len(tensor)} rows, config.json asks for "
+                                 f"vocab_size={shapes[name][0]}")
+            if tensor.shape != shapes[name]:
+                raise ValueError(f"{file}: {key} gives {name} the shape {tuple(tensor.shape)}, "
+                                 f"config.json asks for {tuple(shapes[name])}")
+            tensors[name] = torch.nn.Parameter(tensor.to(dtype))
     tied = model.config.tie_embeddings
     if tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")

@@ -190,7 +190,7 @@ def hub_folder(repo):
     except ValueError:
         pass                                               # weights are missing: fetched below
     for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "vocab.bpe", "encoder.json"):
+                 "tokenizer.model", "vocab.bpe", "encoder.json"):
         try:
             found.append(hub_file(repo, file))
         except FileNotFoundError:
@@ -228,11 +228,12 @@ def files_in_index(index):
 
 
 def find_folder(path, only=None):
-    """The folder of a model: a path, or a name on the Hub like Qwen/Qwen3-0.6B. ValueError says why there is none.
+    """The folder of a model: a path, or a name on the Hub like Qwen/Qwen3-0.6B; or a GGUF file, which holds what a
+    folder does. ValueError says why there is none.
 
     only: download this file only."""
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or folder.suffix == ".gguf" and folder.is_file():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
         raise ValueError(f"{path} is not a model folder (no config.json). Train one first: python train.py")
@@ -245,6 +246,8 @@ def find_folder(path, only=None):
 def weight_files(folder):
     """The safetensors files of a model folder: model.safetensors, or the shards in its index. ValueError where a file
     is missing or is a pickle: loading a pickle can run any code, so it is never opened."""
+    if folder.suffix == ".gguf":
+        return [folder]
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.is_file() and index.is_file():

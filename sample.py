@@ -34,7 +34,8 @@ from bpe import CHAT_TEMPLATE
 from data.templates import answer_ends
 from model import KVCache, load_model
 from nanopath.flags import Bound, check_bounds, parse
-from nanopath.terminal import chat, check_flags, check_request, find_run, read_constraint, read_prompt, show_samples
+from nanopath.terminal import (chat, check_flags, check_request, continuation, find_run, read_constraint, read_prompt,
+                               show_samples)
 
 
 @dataclass
@@ -742,26 +743,27 @@ def run_method(cfg, model, tokenizer, prompt, options):
         found = beam_search(model, [ids], cfg.max_new_tokens, cfg.num_beams, cfg.length_penalty,
                             repetition_penalty=cfg.repetition_penalty, no_repeat_ngram=cfg.no_repeat_ngram)[0]
         for text, score in found[:cfg.num_samples]:
-            print(f"{prompt}{tokenizer.decode(text)}")
+            print(f"{prompt}{continuation(tokenizer, ids, text)}")
             print(f"[score {score:.4f}, {len(text)} tokens]", file=sys.stderr)
         return False
     if cfg.contrast:
         text = contrastive_search(model, [ids], cfg.max_new_tokens, cfg.top_k or 4, cfg.contrast)[0]
-        print(f"{prompt}{tokenizer.decode(text)}")
+        print(f"{prompt}{continuation(tokenizer, ids, text)}")
         return False
     if cfg.draft:
         draft = None if cfg.draft == "lookup" else open_model("draft", cfg.draft, cfg)[0]
         tokens = speculative(model, prompts, draft=draft, stats=stats, **options)
     else:
         tokens = stream(model, prompts, **options)
-    return show_samples(tokens, tokenizer, cfg, prompt, stats)
+    return show_samples(tokens, tokenizer, cfg, prompt, ids, stats)
 
 
 def main(cfg):
     check_flags(cfg)
     prompt = read_prompt(cfg)
     model, tokenizer = open_model("model", cfg.model, cfg)
-    if cfg.chat and tokenizer.chat_template in (None, CHAT_TEMPLATE) and tokenizer.im_end_id not in model.config.stop_ids:
+    ours = tokenizer.chat_template in (None, CHAT_TEMPLATE)        # then the stop ids tell whether it was fine-tuned
+    if cfg.chat and ours and tokenizer.im_end_id not in model.config.stop_ids:
         raise SystemExit("--chat: this model continues text, it was not fine-tuned on chats. Leave --chat out: "
                          "python sample.py --prompt='...'")
     options = {field.name: getattr(cfg, field.name) for field in fields(Options)} | dict(

@@ -86,7 +86,8 @@ def read_chat_options(text):
         if not isinstance(options, dict) or "messages" in options or "add_generation_prompt" in options:
             raise ValueError("it must be an object of the template's variables, without messages")
     except ValueError as error:
-        raise SystemExit(f"--chat_options={text}: {error}. Example: --chat_options='{{\"enable_thinking\": false}}'") from None
+        raise SystemExit(f"--chat_options={text}: {error}. Example: --chat_options='{{\"enable_thinking\": false}}'"
+                         ) from None
     return options
 
 
@@ -178,9 +179,10 @@ def check_request(model, prompts, o, fits=False):
 # The screen
 
 class Writer:
-    """Ids -> text to show: whole characters only, and no part of a stop string, even if it is spread over tokens."""
-    def __init__(self, tokenizer, stop=()):
-        self.decoder, self.stop, self.held, self.stopped = tokenizer.stream(), stop, "", False
+    """Ids -> text to show: whole characters only, and no part of a stop string, even if it is spread over tokens.
+    before: the ids of the text that is continued; with SentencePiece they decide about the first space."""
+    def __init__(self, tokenizer, stop=(), before=()):
+        self.decoder, self.stop, self.held, self.stopped = tokenizer.stream(before), stop, "", False
 
     def push(self, token):
         """The text that is now certain. token None: the end of the text."""
@@ -200,8 +202,8 @@ class Writer:
 
 class Screen:
     """Shows the tokens of one row; with probs coloured by their probability, and at the end a table of alternatives."""
-    def __init__(self, tokenizer, stop, probs):
-        self.writer, self.tokenizer, self.probs, self.lines = Writer(tokenizer, stop), tokenizer, probs, []
+    def __init__(self, tokenizer, stop, probs, before=()):
+        self.writer, self.tokenizer, self.probs, self.lines = Writer(tokenizer, stop, before), tokenizer, probs, []
         self.colour = probs and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.text = ""
 
@@ -252,9 +254,15 @@ def print_speed(count, seconds, first, note=""):
           f"first after {1000 * first:.0f} ms{note}]", file=sys.stderr)
 
 
-def show_samples(tokens, tokenizer, cfg, prompt, stats):
-    """Show cfg.num_samples rows, the first as it grows, then the others. Returns whether Ctrl-C stopped them."""
-    screens = [Screen(tokenizer, cfg.stop, cfg.show_probs) for _ in range(cfg.num_samples)]
+def continuation(tokenizer, before, ids):
+    """The text of ids that follow the ids `before`."""
+    stream = tokenizer.stream(before)
+    return "".join(map(stream.push, ids)) + stream.flush()
+
+
+def show_samples(tokens, tokenizer, cfg, prompt, ids, stats):
+    """Show cfg.num_samples rows after the prompt, whose ids are `ids`, the first as it grows, then the others. Returns whether Ctrl-C stopped them."""
+    screens = [Screen(tokenizer, cfg.stop, cfg.show_probs, ids) for _ in range(cfg.num_samples)]
     stopped, spent = show(tokens, screens, prompt)
     for row, screen in enumerate(screens):
         if row:

@@ -261,7 +261,8 @@ def continuation(tokenizer, before, ids):
 
 
 def show_samples(tokens, tokenizer, cfg, prompt, ids, stats):
-    """Show cfg.num_samples rows after the prompt, whose ids are `ids`, the first as it grows, then the others. Returns whether Ctrl-C stopped them."""
+    """Show cfg.num_samples rows after the prompt, whose ids are `ids`: the first as it grows, then the others. Returns
+    whether Ctrl-C stopped them."""
     screens = [Screen(tokenizer, cfg.stop, cfg.show_probs, ids) for _ in range(cfg.num_samples)]
     stopped, spent = show(tokens, screens, prompt)
     for row, screen in enumerate(screens):

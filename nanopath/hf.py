@@ -5,6 +5,7 @@ What is a table is in nanopath/families.py, with what is refused and why. This f
 positions, windows, experts, fused tensors. `family_of` tries the families in order: a family fits if its config.json,
 read again, gives the same model.
 """
+import math
 import os
 import re
 import warnings
@@ -29,7 +30,7 @@ def family_of(config):
     for family in NAMES:
         try:
             again = type(config)(**config_from_hf(config_to_hf(config, family)))
-        except ValueError:                                         # the family has no way to say it
+        except (ValueError, OverflowError):                        # the family has no way to say it
             continue
         if meaning(again) == meaning(config):
             return family
@@ -108,7 +109,8 @@ def rope_to_hf(c, family):
         local = {"rope_type": "default", "rope_theta": c.rope_local_theta or c.rope_theta}
         return hf | {"rope_local_base_freq": local["rope_theta"],
                      "rope_parameters": {"full_attention": rope | theta, "sliding_attention": local}}
-    share = {"partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim}
+    R, D = c.rotary_dim or c.head_dim, c.head_dim
+    share = {"partial_rotary_factor": R / D if int(D * (R / D)) == R else math.nextafter(R / D, 1)}     # read as int(D x)
     if family == "gpt_neox":
         return hf | {"rotary_emb_base": c.rope_theta, "rotary_pct": share["partial_rotary_factor"],
                      "rope_parameters": rope | theta | share}

@@ -110,7 +110,8 @@ def rope_to_hf(c, family):
         return hf | {"rope_local_base_freq": local["rope_theta"],
                      "rope_parameters": {"full_attention": rope | theta, "sliding_attention": local}}
     R, D = c.rotary_dim or c.head_dim, c.head_dim
-    share = {"partial_rotary_factor": R / D if int(D * (R / D)) == R else math.nextafter(R / D, 1)}     # read as int(D x)
+    share = R / D if int(D * (R / D)) == R else math.nextafter(R / D, 1)                   # int(D * share) must be R
+    share = {"partial_rotary_factor": share}
     if family == "gpt_neox":
         return hf | {"rotary_emb_base": c.rope_theta, "rotary_pct": share["partial_rotary_factor"],
                      "rope_parameters": rope | theta | share}

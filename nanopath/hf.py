@@ -5,6 +5,7 @@ What is a table is in nanopath/families.py, with what is refused and why. This f
 positions, windows, experts, fused tensors. `family_of` tries the families in order: a family fits if its config.json,
 read again, gives the same model.
 """
+import math
 import os
 import re
 import warnings
@@ -30,7 +31,7 @@ def family_of(config):
     for family in NAMES:
         try:
             again = type(config)(**config_from_hf(config_to_hf(config, family)))
-        except ValueError:                                         # the family has no way to say it
+        except (ValueError, OverflowError):                        # the family has no way to say it
             continue
         if meaning(again) == meaning(config):
             return family
@@ -38,20 +39,21 @@ def family_of(config):
 
 
 def meaning(config):
-    """What of a GPTConfig decides about the tensors and the operations, as a dictionary. Fields that have no effect are
-    left out; the kind of rope_scaling is a matter of the folder."""
+    """What of a GPTConfig decides about tensors and operations, as a dictionary: two configs that differ only in fields
+    without effect have the same. Of rope_scaling only the type counts, because every family keeps its numbers."""
     c, kinds = config, set(config.ropes)
-    used = asdict(c) | dict(window=0, window_layers=c.windows, rope_layers=c.ropes, attn_scale=c.attn_scale or
-                            c.head_dim ** -0.5, rotary_dim=c.rotary_dim % c.head_dim,
-                            rope_scaling=(c.rope_scaling or {}).get("rope_type", "default"))
-    without = {"block_size", "bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"}
-    without |= set() if c.n_expert else {"n_expert_used", "expert_norm", "balance_loss"}
-    without |= set() if c.norm == "layer" else {"norm_bias"}
-    without |= set() if "full" in kinds else {"rope_theta", "rope_scaling"}
-    without |= set() if "local" in kinds else {"rope_local_theta"}
-    without |= {"rotary_dim"} if kinds == {"none"} else set()
-    used["position"] = "learned" if c.position == "sinusoidal" and c.norm == "layer" else c.position
-    return {key: value for key, value in used.items() if key not in without}
+    unused = {"block_size", "bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids"}
+    unused |= set() if c.n_expert else {"n_expert_used", "expert_norm", "balance_loss"}
+    unused |= set() if c.norm == "layer" else {"norm_bias"}
+    unused |= set() if "full" in kinds else {"rope_theta", "rope_scaling"}
+    unused |= set() if "local" in kinds else {"rope_local_theta"}
+    values = {key: value for key, value in asdict(c).items() if key not in unused}
+    if c.position == "sinusoidal" and c.norm == "layer":           # saved as a table of learned positions
+        values["position"] = "learned"
+    if "rope_scaling" in values:
+        values["rope_scaling"] = (c.rope_scaling or {}).get("rope_type", "default")
+    return values | dict(window=0, window_layers=c.windows, rope_layers=c.ropes, rotary_dim=c.rotary_dim % c.head_dim,
+                         attn_scale=c.attn_scale or c.head_dim ** -0.5)
 
 
 def config_to_hf(config, family=None, dtype="float32"):
@@ -108,7 +110,9 @@ def rope_to_hf(c, family):
         local = {"rope_type": "default", "rope_theta": c.rope_local_theta or c.rope_theta}
         return hf | {"rope_local_base_freq": local["rope_theta"],
                      "rope_parameters": {"full_attention": rope | theta, "sliding_attention": local}}
-    share = {"partial_rotary_factor": (c.rotary_dim or c.head_dim) / c.head_dim}
+    R, D = c.rotary_dim or c.head_dim, c.head_dim
+    share = R / D if int(D * (R / D)) == R else math.nextafter(R / D, 1)                   # int(D * share) must be R
+    share = {"partial_rotary_factor": share}
     if family == "gpt_neox":
         return hf | {"rotary_emb_base": c.rope_theta, "rotary_pct": share["partial_rotary_factor"],
                      "rope_parameters": rope | theta | share}
@@ -171,7 +175,7 @@ def config_from_hf(hf, where="config.json"):
     if family == "gpt_neox":
         v["parallel"] = 2 if hf.get("use_parallel_residual", True) else 0
     if "query_pre_attn_scalar" in READ[family]:
-        scalar = hf.get("query_pre_attn_scalar", 256)
+        scalar = hf.get("query_pre_attn_scalar", DEFAULTS[family]["query_pre_attn_scalar"])
         if type(scalar) not in (int, float) or not 0 < scalar < 1e9:
             raise ValueError(f"{where}: query_pre_attn_scalar={scalar!r}: must be a positive number")
         v["attn_scale"] = 0.0 if scalar == v["head_dim"] else scalar ** -0.5
@@ -209,6 +213,8 @@ def sizes_from_hf(hf, family, where):
     missing = [names[name] for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_hidden") if name not in v]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
+    if not v.get("n_expert", 1):
+        raise ValueError(f"{where}: {names['n_expert']} missing")
     v.setdefault("n_kv_head", v["n_head"])
     if "head_dim" not in v and v["n_embd"] % v["n_head"]:
         raise ValueError(f"{where}: {names['n_embd']}={v['n_embd']} is not a multiple of "
@@ -287,29 +293,28 @@ def gemma3_ropes(hf, rope, parameters, where):
 def window_from_hf(hf, family, v, where):
     """window and window_layers: which layers have sliding-window attention. SmolLM3: also rope_layers."""
     n_layer, more = v["n_layer"], {}
+    kinds, window = hf.get("layer_types"), hf.get("sliding_window", DEFAULTS[family].get("sliding_window"))
     if family == "gpt_neo":
-        kinds = gpt_neo_layers(hf, n_layer, where)
-        window = v["window"]
+        kinds, window = gpt_neo_layers(hf, where), v["window"]
     elif "layer_types" not in READ[family]:
         return {}
-    else:
-        kinds, window = hf.get("layer_types"), hf.get("sliding_window", DEFAULTS[family].get("sliding_window"))
     if family in ("llama", "gemma", "olmo2") or family.startswith("qwen") and not hf.get("use_sliding_window"):
-        window = None
+        window = None                                              # their classes do not read sliding_window then
     if kinds and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ValueError(f"{where}: layer_types={kinds!r}: must be a list of names")
-    first = hf.get("max_window_layers", DEFAULTS[family].get("max_window_layers", 0))
-    every = hf.get("sliding_window_pattern", 6) if family == "gemma3_text" else 2
-    for name, value in (("max_window_layers", first), ("sliding_window_pattern", every), ("sliding_window", window)):
-        if value is not None and type(value) is not int or name == "sliding_window_pattern" and value < 1:
-            raise ValueError(f"{where}: {name}={value!r}: must be a whole number")
-    usual = [window is not None and i >= first for i in range(n_layer)]
+    if window is not None and type(window) is not int:
+        raise ValueError(f"{where}: sliding_window={window!r}: must be a whole number")
+    usual = [window is not None] * n_layer                         # of a file without layer_types
+    if family in ("qwen2", "qwen3"):
+        first = whole_number(hf, "max_window_layers", 28, 0, where)
+        usual = [window is not None and i >= first for i in range(n_layer)]
     if family in ("gemma2", "gemma3_text"):
+        every = 2 if family == "gemma2" else whole_number(hf, "sliding_window_pattern", 6, 1, where)
         usual = [(i + 1) % every > 0 for i in range(n_layer)]
     if family == "smollm3":
-        more = smollm3_ropes(hf, n_layer, where)
-        with_rope = more["rope_layers"] or range(n_layer) if more["rope_layers"] != () else ()
-        usual = [bool(hf.get("use_sliding_window") and window) and i not in with_rope for i in range(n_layer)]
+        with_rope = smollm3_ropes(hf, n_layer, where)
+        more["rope_layers"] = tuple(i for i, rope in enumerate(with_rope) if rope) if not all(with_rope) else None
+        usual = [bool(hf.get("use_sliding_window") and window) and not rope for rope in with_rope]
     usual = ["sliding_attention" if slides else "full_attention" for slides in usual]
     free = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "gpt_neo")     # any layer may have a window
     if kinds and (len(kinds) != n_layer or not set(kinds) <= {"sliding_attention", "full_attention"} or
@@ -319,7 +324,14 @@ def window_from_hf(hf, family, v, where):
     return more | dict(window=window if chosen else 0, window_layers=chosen if 0 < len(chosen) < n_layer else None)
 
 
-def gpt_neo_layers(hf, n_layer, where):
+def whole_number(hf, key, default, least, where):
+    value = hf.get(key, default)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{where}: {key}={value!r}: must be a whole number, at least {least}")
+    return value
+
+
+def gpt_neo_layers(hf, where):
     """GPT-Neo's attention_layers, or its attention_types [[kinds, how often], ...], in the words of the others."""
     layers, types = hf.get("attention_layers"), hf.get("attention_types") or [[["global", "local"], 12]]
     try:
@@ -331,15 +343,12 @@ def gpt_neo_layers(hf, n_layer, where):
 
 
 def smollm3_ropes(hf, n_layer, where):
-    """rope_layers: those with a 1 in no_rope_layers (so the key is called), or three of four."""
-    flags, every = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
-    if type(every) is not int or every < 1:
-        raise ValueError(f"{where}: no_rope_layer_interval={every!r}: must be a whole number, at least 1")
+    """For each layer whether it has rotary positions: the ones in no_rope_layers have them, in spite of its name."""
+    flags, every = hf.get("no_rope_layers"), whole_number(hf, "no_rope_layer_interval", 4, 1, where)
     flags = [int((i + 1) % every != 0) for i in range(n_layer)] if flags is None else flags
     if not isinstance(flags, list) or len(flags) < n_layer or not set(map(str, flags)) <= {"0", "1"}:
         raise ValueError(f"{where}: no_rope_layers={flags!r}: must be a list of {n_layer} zeros and ones")
-    chosen = tuple(i for i in range(n_layer) if flags[i])
-    return dict(rope_layers=chosen if len(chosen) < n_layer else None)
+    return flags[:n_layer]
 
 
 def falcon_from_hf(hf, n_head, where):

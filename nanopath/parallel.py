@@ -70,9 +70,9 @@ def parallelize(model, cfg, machine):
 
 def cannot_split(config):
     """The first field of a GPTConfig, with its value, that tensor parallel does not support; else an empty string."""
-    only = dict(position="rope", n_expert=0, norm="rms", norm_offset=False, norm_place="pre", parallel=0,
-                embed_norm=False, embed_scale=False, qk_norm_whole=False)
-    for name, supported in only.items():
+    needed = dict(position="rope", n_expert=0, norm="rms", norm_offset=False, norm_place="pre", parallel=0,
+                  embed_norm=False, embed_scale=False, qk_norm_whole=False)
+    for name, supported in needed.items():
         if getattr(config, name) != supported:
             return f"{name}={getattr(config, name)}"
     return ""

@@ -353,6 +353,13 @@ def test_what_a_family_has_and_we_have_not_is_refused_by_name(family, change, me
     assert "\n" not in str(error.value)
 
 
+def test_every_part_of_a_head_can_be_written_as_a_fraction():
+    for D in (4, 44, 46, 64, 80, 96):
+        for R in range(2, D + 1, 2):
+            config = m.GPTConfig(**shrunk("pythia-1.4b") | dict(head_dim=D, n_embd=4 * D, n_kv_head=4, rotary_dim=R))
+            assert config_from_hf(config_to_hf(config, "gpt_neox"))["rotary_dim"] == (R if R < D else 0), (R, D)
+
+
 def test_a_config_that_lies_about_its_vocabulary_is_refused(tmp_path):
     for family in ("qwen2", "gpt_neox", "bloom"):
         theirs_of(family, tmp_path)

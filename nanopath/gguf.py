@@ -113,7 +113,7 @@ class Header:
 
 
 def read_gguf(path):
-    """The header of a GGUF file. ValueError: it is damaged, or holds a model, tokenizer or type that is unknown here."""
+    """The header of a GGUF file. ValueError: it is damaged, or holds a model or type that is unknown here."""
     path = Path(path)
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -235,7 +235,8 @@ class Gguf:
         if self.size("embedding_length") != embedding[-1] or len(embedding) != 2:
             raise ValueError(f"{self.architecture}.embedding_length={self.size('embedding_length')}: token_embd.weight "
                              f"has the shape {embedding}")
-        hf |= dict(model_type=self.family, vocab_size=embedding[0], tie_word_embeddings="output.weight" not in self.shapes)
+        hf |= dict(model_type=self.family, vocab_size=embedding[0])
+        hf |= dict(tie_word_embeddings="output.weight" not in self.shapes)
         for name in ("bos", "eos", "padding"):
             if f"tokenizer.ggml.{name}_token_id" in self.metadata:
                 hf[f"{name.replace('padding', 'pad')}_token_id"] = self.get(f"tokenizer.ggml.{name}_token_id", int)
@@ -243,7 +244,8 @@ class Gguf:
         stops = [i for i in dict.fromkeys(stops) if i is not None]
         hf |= {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}
         if gpt2:
-            hf |= dict(layer_norm_epsilon=self.own("attention.layer_norm_epsilon", float), activation_function="gelu_new")
+            hf |= dict(activation_function="gelu_new",
+                       layer_norm_epsilon=self.own("attention.layer_norm_epsilon", float))
         else:
             hf |= self.llama_config(self.size("attention.head_count"), hf["hidden_size"])
         for key, value in self.metadata.items():
@@ -274,7 +276,8 @@ class Gguf:
         if self.family in ("mixtral", "qwen3_moe"):
             experts = self.size("expert_count")
             if self.shapes.get("blk.0.ffn_gate_inp.weight", (0,))[0] != experts:
-                raise ValueError(f"{self.architecture}.expert_count={experts}: blk.0.ffn_gate_inp.weight has other rows")
+                raise ValueError(f"{self.architecture}.expert_count={experts}: blk.0.ffn_gate_inp.weight has other "
+                                 "rows")
             hf |= dict(num_experts_per_tok=self.size("expert_used_count"))
             hf |= dict(num_local_experts=experts) if self.family == "mixtral" else dict(
                 num_experts=experts, norm_topk_prob=True, moe_intermediate_size=self.size("expert_feed_forward_length"))
@@ -321,7 +324,8 @@ class Gguf:
         if kind == "none":
             return None
         if kind not in ("linear", "yarn"):
-            raise ValueError(f"{self.architecture}.rope.scaling.type={kind!r} is not supported, only none, linear, yarn")
+            raise ValueError(f"{self.architecture}.rope.scaling.type={kind!r} is not supported, only none, linear and "
+                             "yarn")
         found = dict(rope_type=kind, factor=keys["rope.scaling.factor"])
         if kind == "yarn":
             found |= dict(beta_fast=keys["rope.scaling.yarn_beta_fast"], beta_slow=keys["rope.scaling.yarn_beta_slow"],
@@ -331,7 +335,7 @@ class Gguf:
     # ---- tensors
 
     def hf_name(self, name):
-        """Hugging Face's name of a tensor; * stands for the number of an expert, None for a tensor that is no weight."""
+        """Hugging Face's name of a tensor; * stands for the number of an expert. None: the tensor is no weight."""
         layer, module, kind = re.fullmatch(r"(?:blk\.(\d{1,6})\.)?(.*?)(?:\.(weight|bias))?", name, re.S).groups()
         table = LAYER_TENSORS[self.family] if layer else _GPT2_OUTER if self.family == "gpt2" else _LLAMA_OUTER
         if name == "rope_freqs.weight" and self.family == "llama" or name.startswith("rope_factors_"):
@@ -472,7 +476,7 @@ def split_rules():
     deepseek = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
                 r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     gpt2, threes = PATTERNS["gpt2"], "[0-9][0-9][0-9]"
-    return dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "modern-bert"), level) \
+    return dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "modern-bert"), level) \
         | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), digits) \
         | dict.fromkeys((*LLAMA3, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), steps(PATTERNS["llama3"])) \
         | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), steps(PATTERNS["qwen2"])) \

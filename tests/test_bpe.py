@@ -349,8 +349,8 @@ def test_chat_trains_on_answers_and_their_end_and_nobody_can_inject_a_turn(tok):
     for bad in ({"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}):
         with pytest.raises(ValueError, match="message 1 must be"):
             tok.render([{"role": "user", "content": "x"}, bad])
-    with pytest.raises(ValueError, match="no <|im_start|>".replace("|", r"\|")):
-        Tokenizer.train([], 256, specials=()).render([])
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer.train([], 256, specials=()).render([{"role": "user", "content": "x"}])
 
 
 def test_fill_in_the_middle(tok):

@@ -293,14 +293,19 @@ SPECIALS = {"<|im_start|>": 3, "<|im_end|>": 3, "<think>": 4, "</think>": 4}
 
 
 def byte_level(patterns, nfc, ignore_merges, size=400):
-    """A tokenizer of the library, trained on this file, and its GGUF metadata."""
+    """A tokenizer of the library, trained on this file, and its GGUF metadata. It learns merges across words, so that every
+    split changes ids, and has a word that no merge makes."""
     pre = tokenizers.pre_tokenizers
     steps = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns] + [pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
-    library.pre_tokenizer, library.decoder = pre.Sequence(steps), tokenizers.decoders.ByteLevel()
-    library.normalizer = tokenizers.normalizers.NFC() if nfc else None
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet())
-    library.train_from_iterator([Path(__file__).read_text(encoding="utf-8")[-9000:], *TEXTS], trainer)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer, library.decoder = steps[-1], tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - 1, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet())
+    library.train_from_iterator([*Path(__file__).read_text(encoding="utf-8")[-9000:].split("\n"), *TEXTS * 3], trainer)
+    spec = json.loads(library.to_str())
+    assert spec["model"]["vocab"].setdefault("Hello", size - 1) == size - 1
+    spec["model"]["ignore_merges"] = ignore_merges
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    library.pre_tokenizer, library.normalizer = pre.Sequence(steps), tokenizers.normalizers.NFC() if nfc else None
     for text, kind in SPECIALS.items():
         library.add_tokens([tokenizers.AddedToken(text, special=kind == 3, normalized=False)])
     vocab = sorted(library.get_vocab().items(), key=lambda item: item[1])

@@ -2,13 +2,8 @@
 
     start devices parallel        what is settled before torch loads; the machine; a model on many processes
     run checkpoint plan           a run: its folder, its log, what can go wrong; its state on disk; what it needs
-<<<<<<< HEAD
     flags files hub               the command line; files that are never half written; downloads
-    hf families known             Hugging Face folders; how each family is spelt there; well-known models
-=======
-    flags files hub hf gguf       the command line; files that are never half written; downloads; Hugging Face folders
-                                  and llama.cpp's files
->>>>>>> gguf
+    hf families known gguf        Hugging Face folders; how each family is spelt there; well-known models; llama.cpp's
     kernels rope                  faster ways to the same numbers, each with its plain twin in a stage
     constrain grammar terminal    masks for structured output, and its grammar; the screen and the chat of sample.py
 

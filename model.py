@@ -353,9 +353,11 @@ class GPT(nn.Module):
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        # with _weight, because nn.Embedding's own init would import the compiler on the meta device: 2 s of load_model
+        V, C, T = config.vocab_size, config.n_embd, config.block_size
+        self.embed_tokens = nn.Embedding(V, C, _weight=torch.randn(V, C))
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
+            self.embed_positions = nn.Embedding(T, C, _weight=torch.randn(T, C))
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)

@@ -353,7 +353,7 @@ class GPT(nn.Module):
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
-        # with _weight, because nn.Embedding's own init would import the compiler on the meta device: 2 s of load_model
+        # nn.Embedding's own init, and other arithmetic on the meta device, imports the compiler: 2 s of load_model
         V, C, T = config.vocab_size, config.n_embd, config.block_size
         self.embed_tokens = nn.Embedding(V, C, _weight=torch.randn(V, C))
         if config.position == "learned":
@@ -369,7 +369,9 @@ class GPT(nn.Module):
     def make_buffers(self, device=None):
         """Tensors of the forward pass that follow from the config, so they are not saved."""
         self.dynamic = (self.config.rope_scaling or {}).get("rope_type") == "dynamic"
-        tables, self.rope_scale = rope.position_tables(self.config, device)
+        device = device or self.embed_tokens.weight.device
+        with torch.device("cpu" if device.type == "meta" else device):                   # as above: no compiler
+            tables, self.rope_scale = rope.position_tables(self.config)
         for name, table in tables.items():                         # frequency, local_frequency, slopes, sinusoids
             self.register_buffer(name, table, persistent=False)
 

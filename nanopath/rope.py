@@ -103,17 +103,17 @@ def alibi(config, query, key, slopes):
     return bias * config.head_dim ** -0.5 if config.position == "alibi_falcon" else bias
 
 
-def position_tables(config, device=None):
+def position_tables(config):
     """The tensors that a model of this config needs for its positions, by name, and the factor on cos and sin."""
     tables, scale = {}, 1.0
     if config.position == "rope":
-        tables["frequency"], scale = rope_frequencies(config, device=device)
+        tables["frequency"], scale = rope_frequencies(config)
     if config.rope_local_theta:
         plain = replace(config, rope_theta=config.rope_local_theta, rope_scaling=None)
-        tables["local_frequency"] = rope_frequencies(plain, device=device)[0]
+        tables["local_frequency"] = rope_frequencies(plain)[0]
     if config.position.startswith("alibi"):
-        slopes = alibi_slopes(config.n_head).to(device)
+        slopes = alibi_slopes(config.n_head)
         tables["slopes"] = slopes.bfloat16() if config.position == "alibi_falcon" else slopes
     if config.position == "sinusoidal":
-        tables["sinusoids"] = sinusoids(config.block_size, config.n_embd).to(device)
+        tables["sinusoids"] = sinusoids(config.block_size, config.n_embd)
     return tables, scale

@@ -71,31 +71,30 @@ def _pairs(hypotheses, references, single=False):
 
 
 def _ngrams(tokens, n):
-    """{n-gram: count}. tokens: a list of words, or a str for n-grams of characters."""
-    return Counter(zip(*(tokens[i:] for i in range(n))))
+    """{n-gram: count}. tokens: a tuple of words, or a str for n-grams of characters."""
+    return Counter([tokens[i:i + n] for i in range(len(tokens) - n + 1)])
 
 
 def _overlap(first, second):
     """How many n-grams two Counters share, each counted as often as in the one that has fewer of it (clipping)."""
-    return sum([min(first[gram], second[gram]) for gram in first.keys() & second.keys()])
+    return sum([min(count, second[gram]) for gram, count in first.items() if gram in second])
 
 
 # ---- translation: BLEU and chrF
 
 _MARKS = re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])")             # ASCII marks but ' , - .
-_DOTS = [(re.compile(r"([^0-9])([\.,])"), r"\1 \2 "), (re.compile(r"([\.,])([^0-9])"), r" \1 \2"),
-         (re.compile(r"([0-9])(-)"), r"\1 \2 ")]                   # not inside 1,000.5; a dash only after a digit
+_BEFORE, _AFTER = re.compile(r"([^0-9])([\.,])"), re.compile(r"([\.,])([^0-9])")         # not inside 1,000.5
 
 
 def _tokens_13a(text):
     """The words that mteval-v13a.pl and sacrebleu count: ASCII punctuation is split off, other marks are not."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, mark in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, mark)
-    text = _MARKS.sub(r" \1 ", f" {text} ")
-    for pattern, spaced in _DOTS:
-        text = pattern.sub(spaced, text)
-    return text.split()
+    if "&" in text:
+        text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    text = _AFTER.sub(r" \1 \2", _BEFORE.sub(r"\1 \2 ", _MARKS.sub(r" \1 ", f" {text} ")))
+    if "-" in text:
+        text = re.sub("([0-9])-", r"\1 - ", text)
+    return tuple(text.split())
 
 
 def _bleu_stats(hypothesis, references):
@@ -153,7 +152,7 @@ def _chrf_words(text):
 
 
 def _chrf_ngrams(text, word_order):
-    letters, words = "".join(text.split()), list(_chrf_words(text)) if word_order else []
+    letters, words = "".join(text.split()), tuple(_chrf_words(text)) if word_order else ()
     return [_ngrams(letters, n) for n in range(1, 7)] + [_ngrams(words, n) for n in range(1, word_order + 1)]
 
 
@@ -324,7 +323,7 @@ def _union_lcs(known_lines, lines):
 
 def _rouge_one(kind, lines, known_lines):
     """(precision, recall, F1) of one pair, given as lines of words."""
-    words, known = sum(lines, []), sum(known_lines, [])
+    words, known = (tuple(word for line in side for word in line) for side in (lines, known_lines))
     ours, theirs = len(words), len(known)
     if kind == "rougeL" or kind == "rougeLsum" and len(lines) == len(known_lines) == 1:
         hits = _lcs_length(_lcs_rows(known, words), theirs, ours)
@@ -409,8 +408,8 @@ def cider(hypotheses, references, sigma=6.0):
     alone scores 0; texts are split at blanks, so lower-case them and remove punctuation first. The bootstrap interval
     keeps the idf of the whole set."""
     pairs = _pairs(hypotheses, references)
-    counts = [([_ngrams(text.split(), n) for n in range(1, 5)],
-               [[_ngrams(other.split(), n) for n in range(1, 5)] for other in known]) for text, known in pairs]
+    count = lambda text: [_ngrams(tuple(text.split()), n) for n in range(1, 5)]  # noqa: E731
+    counts = [(count(text), [count(other) for other in known]) for text, known in pairs]
     images = Counter()
     for _, known in counts:
         images.update(set().union(*(grams for other in known for grams in other)))
@@ -508,20 +507,17 @@ def _edit_distance(first, second):
     d[i][j] = min(d[i-1][j] + 1, d[i][j-1] + 1, d[i-1][j-1] + (first[i] != second[j])). Neighbours in this table differ
     by -1, 0 or 1. So a column is two integers: bit i of `plus` is set where d[i] - d[i-1] is 1, of `minus` where it is
     -1. A few operations on them give the next column (Myers 1999)."""
-    if not first:
-        return len(second)
-    places, full, last = defaultdict(int), (1 << len(first)) - 1, 1 << len(first) - 1
+    places, full = defaultdict(int), (1 << len(first)) - 1
     for i, x in enumerate(first):
         places[x] |= 1 << i
-    plus, minus, distance = full, 0, len(first)                    # the column of an empty `second`: 0, 1, 2, ...
+    plus, minus = full, 0                                          # the column of an empty `second`: 0, 1, 2, ...
     for x in second:
         equal = places.get(x, 0)
         diagonal = (equal & plus) + plus ^ plus | equal | minus    # where d[i][j] = d[i-1][j-1]
-        right_plus, right_minus = minus | ~(diagonal | plus), plus & diagonal
-        distance += (right_plus & last > 0) - (right_minus & last > 0)
-        right_plus, right_minus = right_plus << 1 | 1, right_minus << 1
-        plus, minus = (right_minus | ~(diagonal | right_plus)) & full, right_plus & diagonal & full
-    return distance
+        up = (minus | ~(diagonal | plus)) << 1 | 1                 # where d[i-1][j] - d[i-1][j-1] is 1; d[0][j] = j
+        down = (plus & diagonal) << 1                              # where it is -1
+        plus, minus = (down | ~(diagonal | up)) & full, up & diagonal & full
+    return len(second) + plus.bit_count() - minus.bit_count()      # down the last column, from its top
 
 
 def _errors_of(sums):
@@ -571,7 +567,7 @@ def distinct(texts, n=2, per="ngrams"):
     _same_length(texts=texts)
     if n < 1 or per not in ("ngrams", "words"):
         raise ValueError(f"distinct with n={n}, per={per!r}: n must be 1 or more, per must be ngrams or words")
-    grams = [gram for text in texts for gram in _ngrams(text.split(), n).elements()]
+    grams = [gram for text in texts for gram in _ngrams(tuple(text.split()), n).elements()]
     total = len(grams) if per == "ngrams" else sum(len(text.split()) for text in texts)
     return len(set(grams)) / (total or 1)
 

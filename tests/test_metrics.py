@@ -26,8 +26,8 @@ from data.metrics import (bertscore, bleu, bootstrap, brier, cer, chrf, cider, d
 
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 WORDS = """the a cat dog sat sits sitting on mat Mat running runs ran happily happy relational hopping skies dying
-agreed and, end. 3.5 1,000 10-12 well-known &quot;quoted&quot; &amp; (hi) it's "so" ... naïve Привет мир 你好 。 “x” e\u0301
-İstanbul a\u00a0b ẞ K <skipped> - ! ? 😀 generalizations oscillators the the cat""".split(" ")
+agreed and, end. 3.5 1,000 10-12 well-known &quot;quoted&quot; &amp; (hi) it's "so" ... naïve Привет мир 你好 。 “x”
+e\u0301 İstanbul a\u00a0b ẞ K <skipped> - ! ? 😀 generalizations oscillators the the cat""".split(" ")
 
 
 def spoil(text, rng):
@@ -408,8 +408,8 @@ def test_every_metric_has_an_interval(pairs):
     p, labels = np.random.default_rng(0).dirichlet(np.ones(3), 100), [i % 3 for i in range(100)]
     scores = [bleu(hypotheses, known), chrf(hypotheses, known), *rouge(hypotheses, known).values(),
               meteor(hypotheses, known), cider(hypotheses, known), *bertscore(arrays, arrays[::-1]).values(),
-              exact_match(hypotheses, known), f1(hypotheses, known), wer(hypotheses, known), cer(hypotheses, known), self_bleu(hypotheses),
-              mcc(p.argmax(1).tolist(), labels), ece(p.max(1), p.argmax(1) == labels), brier(p, labels),
+              exact_match(hypotheses, known), f1(hypotheses, known), wer(hypotheses, known), cer(hypotheses, known),
+              self_bleu(hypotheses), mcc(p.argmax(1).tolist(), labels), ece(p.max(1), p.argmax(1) == labels), brier(p, labels),
               pass_at_k([5] * 100, [i % 6 for i in range(100)], 2)]
     for score in scores:
         low, high = bootstrap(score, resamples=200)

@@ -1,10 +1,10 @@
 """
 Seconds of data/metrics.py and of the library that each metric equals, on 1,000 sentence pairs.
 
-The references are captions of Multi30k, the hypotheses are the same captions with up to four words replaced. One process,
-one thread, both sides take turns, medians of --rounds; caches of tokenizers and stemmers are emptied before every round.
-"equal" is the largest difference between the two scores. Where a library has no corpus function, its loop over the
-sentences is written out here. nltk's METEOR gets a WordNet without words, ours no synonyms: exact and stem.
+The references are captions of Multi30k, the hypotheses are the same captions with up to four words replaced. One
+process, one thread, both sides take turns, processor seconds, medians of --rounds. Caches of tokenizers and stemmers are
+emptied before every round. "difference" is the largest one between the two scores. Where a library has no corpus
+function, its loop over the sentences is written out here. nltk's METEOR gets a WordNet without words, ours no synonyms.
 
 Run     python bench/metrics.py --captions=multi30k/val.en.gz       # pip install -r requirements-dev.txt
 Writes  only its table; append it to bench/results.md with date and machine

@@ -60,10 +60,11 @@ def _same_length(**lists):
 def _pairs(hypotheses, references, single=False):
     """[(hypothesis, [reference, ...])], checked. single: exactly one reference for each hypothesis."""
     _same_length(hypotheses=hypotheses, references=references)
-    pairs = [(text, [known] if isinstance(known, str) else list(known)) for text, known in zip(hypotheses, references)]
+    pairs = [(text, list(known) if isinstance(known, (list, tuple)) else [known])
+             for text, known in zip(hypotheses, references)]
     for index, (text, known) in enumerate(pairs):
-        if not all(isinstance(part, str) for part in [text, *known]):
-            raise ValueError(f"sentence {index}: hypothesis and references must be str, not {[text, *known]}")
+        if wrong := [part for part in [text, *known] if not isinstance(part, str)]:
+            raise ValueError(f"sentence {index}: hypothesis and references must be str, not {wrong[0]!r}")
         if not known or single and len(known) > 1:
             need = "exactly one" if single else "at least one"
             raise ValueError(f"sentence {index} has {len(known)} references, needs {need}")
@@ -408,8 +409,9 @@ def cider(hypotheses, references, sigma=6.0):
     alone scores 0; texts are split at blanks, so lower-case them and remove punctuation first. The bootstrap interval
     keeps the idf of the whole set."""
     pairs = _pairs(hypotheses, references)
-    count = lambda text: [_ngrams(tuple(text.split()), n) for n in range(1, 5)]  # noqa: E731
-    counts = [(count(text), [count(other) for other in known]) for text, known in pairs]
+    split = [(tuple(text.split()), [tuple(other.split()) for other in known]) for text, known in pairs]
+    counts = [([_ngrams(words, n) for n in range(1, 5)], [[_ngrams(other, n) for n in range(1, 5)] for other in known])
+              for words, known in split]
     images = Counter()
     for _, known in counts:
         images.update(set().union(*(grams for other in known for grams in other)))
@@ -443,6 +445,7 @@ def _bert_weights(tokens, ids, idf):
 
 
 def _bert_one(ours, known, weights_h, weights_r):
+    ours, known = np.asarray(ours, dtype=np.float64), np.asarray(known, dtype=np.float64)
     unit_h, unit_r = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ours, known))
     similar = unit_h @ unit_r.T                                    # (tokens of the hypothesis, tokens of the reference)
     precision, recall = float(similar.max(1) @ weights_h), float(similar.max(0) @ weights_r)
@@ -459,11 +462,14 @@ def bertscore(hypotheses, references, hypothesis_ids=None, reference_ids=None, b
     _same_length(hypotheses=hypotheses, references=references)
     if (hypothesis_ids is None) != (reference_ids is None):
         raise ValueError("idf needs both hypothesis_ids and reference_ids")
-    nothing = [None] * len(references)
-    hypothesis_ids, reference_ids = hypothesis_ids or nothing, reference_ids or nothing
+    if reference_ids is None:
+        hypothesis_ids = reference_ids = [None] * len(references)
     _same_length(references=references, hypothesis_ids=hypothesis_ids, reference_ids=reference_ids)
-    seen = Counter(token for ids in reference_ids for token in set(ids or ()))
-    idf = lambda token: math.log((len(references) + 1) / (seen[token] + 1))  # noqa: E731
+    seen = Counter(token for ids in reference_ids if ids is not None for token in set(ids))
+
+    def idf(token):
+        return math.log((len(references) + 1) / (seen[token] + 1))
+
     rows = np.zeros((len(references), 3))
     for row, ours, known, ids_h, ids_r in zip(rows, hypotheses, references, hypothesis_ids, reference_ids):
         if len(ours) > 2 and len(known) > 2:
@@ -529,7 +535,8 @@ def wer(hypotheses, references):
 
     0 and above; above 1 where there are more errors than words (= jiwer.wer). Traps: case and punctuation count, so
     normalize first; only blanks separate words, a single newline does not; one reference for each text."""
-    split = lambda text: [word for word in re.sub(r"\s\s+", " ", text).strip().split(" ") if word]  # noqa: E731
+    def split(text):
+        return [word for word in re.sub(r"\s\s+", " ", text).strip().split(" ") if word]
     pairs = [(split(text), split(known)) for text, (known,) in _pairs(hypotheses, references, single=True)]
     return Score("WER", [(_edit_distance(known, words), len(known)) for words, known in pairs], _errors_of)
 
@@ -559,12 +566,18 @@ def pass_at_k(samples, correct, k):
 
 # ---- variety of generated texts
 
+def _texts(texts):
+    _same_length(texts=texts)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"texts must be str, not {wrong[0]!r}")
+
+
 def distinct(texts, n=2, per="ngrams"):
     """Different n-grams of all texts, divided by their number (per="ngrams") or by the number of words (per="words").
 
     0..1 (Li 2016 divides by words). Words are split at blanks. Traps: it falls as the text grows, so compare equal
     amounts. It is a plain float without a bootstrap interval: a resample repeats texts and with them their n-grams."""
-    _same_length(texts=texts)
+    _texts(texts)
     if n < 1 or per not in ("ngrams", "words"):
         raise ValueError(f"distinct with n={n}, per={per!r}: n must be 1 or more, per must be ngrams or words")
     grams = [gram for text in texts for gram in _ngrams(tuple(text.split()), n).elements()]
@@ -577,7 +590,7 @@ def self_bleu(texts):
 
     0..100 (Zhu 2018; = the mean of sacrebleu's sentence_bleu). Traps: it rises with the number of texts; Texygen's
     numbers use another tokenizer and smoothing (nltk's method1) and do not compare."""
-    _same_length(texts=texts)
+    _texts(texts)
     if len(texts) < 2:
         raise ValueError("self_bleu needs at least two texts")
     words = [_tokens_13a(text) for text in texts]
@@ -641,6 +654,8 @@ def ece(confidences, correct, bins=15):
     bootstrap interval lies too high."""
     _same_length(confidences=confidences, correct=correct)
     confidences = _probabilities(confidences)
+    if confidences.ndim != 1 or bins < 1:
+        raise ValueError(f"ece takes one confidence per item, not {confidences.shape}, and bins >= 1, not {bins}")
     which = np.searchsorted(np.linspace(0, 1, bins + 1), confidences, side="left")
     stats = np.zeros((len(confidences), bins + 1))
     stats[:, 0] = 1
@@ -675,6 +690,8 @@ def _scores(*scores):
 
 def _resamples(scores, count, seed):
     """(count, systems): scores of random samples of the sentences, with replacement, the same for all systems."""
+    if count < 2:
+        raise ValueError(f"resamples={count}: must be 2 or more")
     size, random = len(scores[0].stats), np.random.default_rng(seed)
     found = np.empty((count, len(scores)))
     for row in found:
@@ -684,6 +701,8 @@ def _resamples(scores, count, seed):
 
 
 def _interval(values, level):
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: must be between 0 and 1, 0.95 for a 95 % interval")
     values, cut = np.sort(values), int(len(values) * (1 - level) / 2 + 1e-9)
     return float(values[cut]), float(values[len(values) - cut - 1])
 

@@ -404,10 +404,10 @@ def cider(hypotheses, references, sigma=6.0):
     """Mean CIDEr-D: cosine of tf-idf vectors of 1- to 4-grams, averaged over the orders and the references of an image.
 
     0..10. 10/4 sum_n mean_refs exp(-d^2 / 2 sigma^2) min(h, r).r / (|h| |r|); h and r are vectors of count x log(images
-    / images whose references have the n-gram), d is the difference in length (Vedantam 2015; = pycocoevalcap's Cider,
-    which counts d in bigrams). Traps: idf comes from these references, so only equal test sets compare, and one image
-    alone scores 0; texts are split at blanks, so lower-case them and remove punctuation first. The bootstrap interval
-    keeps the idf of the whole set."""
+    / images whose references have the n-gram), d is the difference in words (Vedantam 2015; = pycocoevalcap's Cider).
+    Traps: idf comes from these references, so only equal test sets compare, and one image alone scores 0; texts are
+    split at blanks, so lower-case them and remove punctuation first. The bootstrap interval keeps the idf of the whole
+    set."""
     pairs = _pairs(hypotheses, references)
     split = [(tuple(text.split()), [tuple(other.split()) for other in known]) for text, known in pairs]
     counts = [([_ngrams(words, n) for n in range(1, 5)], [[_ngrams(other, n) for n in range(1, 5)] for other in known])
@@ -421,7 +421,7 @@ def cider(hypotheses, references, sigma=6.0):
     def vectors(orders):
         weighted = [{gram: count * idf.get(gram, rarest) for gram, count in grams.items()} for grams in orders]
         norms = [math.sqrt(sum([x * x for x in vector.values()])) for vector in weighted]
-        return weighted, norms, sum(orders[1].values())
+        return weighted, norms, sum(orders[0].values())
 
     def similarity(ours, known):
         (vectors_h, norms_h, length_h), (vectors_r, norms_r, length_r) = ours, known

@@ -28,7 +28,7 @@ from data.metrics import (bertscore, bleu, bootstrap, brier, cer, chrf, cider, d
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 WORDS = """the a cat dog sat sits sitting on mat Mat running runs ran happily happy relational hopping skies dying
 agreed and, end. 3.5 1,000 10-12 well-known &quot;quoted&quot; &amp; (hi) it's "so" ... naïve Привет мир 你好 。 “x”
-e\u0301 İstanbul a\u00a0b ẞ K <skipped> - ! ? 😀 generalizations oscillators the the cat""".split(" ")
+e\u0301 İstanbul a\u00a0b ẞ K <skipped> - ! ? 😀 generalizations oscillators the the cat his hi""".split(" ")
 
 
 def spoil(text, rng):

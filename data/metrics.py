@@ -629,8 +629,8 @@ def mcc(predictions, labels, classes=None):
     if unknown := {*labels, *predictions} - {*classes}:
         raise ValueError(f"label {sorted(map(repr, unknown))[0]} is not among classes={classes}")
     index = {label: column for column, label in enumerate(classes)}
-    one = np.eye(len(classes))
-    stats = [np.r_[guess == true, 1, one[index[true]], one[index[guess]]] for guess, true in zip(predictions, labels)]
+    one, guessed, true = np.eye(len(classes)), [index[x] for x in predictions], [index[x] for x in labels]
+    stats = np.column_stack([np.equal(guessed, true), np.ones(len(true)), one[true], one[guessed]])
     return Score("MCC", stats, partial(_mcc_of, classes=len(classes)))
 
 

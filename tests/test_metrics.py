@@ -95,7 +95,7 @@ def test_bleu_is_sacrebleu(pairs):
     hypotheses, references = pairs
     assert bleu(*pairs) == pytest.approx(sacrebleu.corpus_bleu(hypotheses, streams(references)).score, **CLOSE)
     for size in (1, 2, 7):                                         # orders without a match, or without n-grams
-        for start in range(0, 300, size):
+        for start in range(0, 200, size):
             part = hypotheses[start:start + size], references[start:start + size]
             assert bleu(*part) == pytest.approx(sacrebleu.corpus_bleu(part[0], streams(part[1])).score, **CLOSE)
     for text, known in zip(*pairs):

@@ -6,7 +6,8 @@ process, one thread, both sides take turns, processor seconds, medians of --roun
 emptied before every round. "difference" is the largest one between the two scores. Where a library has no corpus
 function, its loop over the sentences is written out here. nltk's METEOR gets a WordNet without words, ours no synonyms.
 
-Run     python bench/metrics.py --captions=multi30k/val.en.gz       # pip install -r requirements-dev.txt
+Run     pip install -r requirements-dev.txt pycocoevalcap==1.2
+        python bench/metrics.py --captions=multi30k/val.en.gz
 Writes  only its table; append it to bench/results.md with date and machine
 """
 import gzip
@@ -98,7 +99,7 @@ def their_test(kind, first, second, references):
 def empty_caches():
     Tokenizer13a.__call__.cache_clear()
     TokenizerRegexp.__call__.cache_clear()
-    metrics._stem.cache_clear()
+    porter_stem.cache_clear()
 
 
 # ---- the table

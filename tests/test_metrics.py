@@ -15,15 +15,16 @@ import sacrebleu
 import sacrebleu.significance
 import sklearn.metrics
 from nltk.stem.porter import PorterStemmer
-from pycocoevalcap.cider.cider_scorer import CiderScorer
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from conftest import DATA
 from data import metrics
+from data import stemmer as stemmer_module
 from data.metrics import (bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece, exact_match, f1, mcc,
                           meteor, paired_bootstrap, paired_randomization, pass_at_k, rouge, self_bleu,
                           sentence_bleu, wer)
+from data.stemmer import porter_stem
 
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 WORDS = """the a cat dog sat sits sitting on mat Mat running runs ran happily happy relational hopping skies dying
@@ -150,15 +151,15 @@ def test_rouge_lsum_with_many_lines():
 
 def test_the_stemmer_is_nltks():
     rng = random.Random(2)
-    words = set(re.findall("[a-z]+", " ".join(real_texts()).lower())) | set(metrics._IRREGULAR)
-    endings = [suffix for rules in (metrics._STEP2, metrics._STEP3, metrics._STEP4) for suffix, _ in rules]
+    words = set(re.findall("[a-z]+", " ".join(real_texts()).lower())) | set(stemmer_module._IRREGULAR)
+    endings = [suffix for rules in (stemmer_module._STEP2, stemmer_module._STEP3, stemmer_module._STEP4) for suffix, _ in rules]
     endings += "s es ies sses ed ied eed ing y e ll alli logi ational ness ion sion tion at bl iz".split()
     for _ in range(15000):
         stem = "".join(rng.choice("aeiouybcdlstwxz") for _ in range(rng.randint(0, 5)))
         words.add(stem + "".join(rng.choices(endings, k=rng.randint(0, 2))))
     stemmer = PorterStemmer()
     assert len(words) > 10000
-    assert {word: metrics._stem(word) for word in words} == {word: stemmer.stem(word) for word in words}
+    assert {word: porter_stem(word) for word in words} == {word: stemmer.stem(word) for word in words}
 
 
 class Thesaurus:
@@ -186,6 +187,8 @@ def test_meteor_is_nltk(pairs, synonyms):
 
 
 def test_cider_is_pycocoevalcap(pairs):
+    """pip install pycocoevalcap==1.2 (100 MB, so it is not among the pins)."""
+    CiderScorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer
     hypotheses, references = pairs
     scorer = CiderScorer(n=4, sigma=6.0)
     for text, known in zip(hypotheses, references):

@@ -24,7 +24,7 @@ import math
 import random
 import re
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 SIZES = {  # people, documents to train on and to validate on, chats, preferences, tasks
@@ -44,7 +44,7 @@ VALUES = {
     "colour": "red blue green yellow white black brown pink purple grey orange silver"}
 VALUES = {skill: names.split() for skill, names in VALUES.items()}
 TOLD = {   # {who}: a name, he or she; {whose}: Alda's, his or her
-    "place": ("{who} lives in {value}.", "{whose} home is in {value}.", "{who} has a house in {value}."),
+    "place": ("{who} lives in {value}.", "{whose} home is in {value}.", "{who} comes from {value}."),
     "job": ("{who} works as a {value}.", "{who} is a good {value}.", "{who} earns a living as a {value}."),
     "animal": ("{who} has a {value}.", "{whose} animal is a {value}.", "{who} takes care of a {value}."),
     "colour": ("{who} likes {value}.", "{whose} favourite colour is {value}.", "{who} always wears {value}.")}
@@ -67,6 +67,7 @@ WORDS = ("apple arm bag ball basket bell bird boat book bottle box bread bridge 
          "house jar kettle key kite knife ladder lamp leaf letter map mirror mug nail needle nest net paper pen pencil "
          "pillow pipe plate pocket pot purse ring river road rock rope rose sack saw shell ship shoe sock soup spoon "
          "star stick stone stool table tent tool tower toy train tree wagon wall watch wheel whistle window").split()
+MADE_UP = ("bdklmnrt", "aeiou", "bdklmnrt", "aeiou", "bdklmnrt")      # letters of 12,800 words to reverse, as in kalot
 WEATHER, TIMES = ("sunny", "rainy", "windy", "cold"), ("morning", "day", "evening", "night")
 WAYS = ("to the market", "to the river", "up the hill", "into the woods")
 FOUND = ("under a bridge", "behind a wall", "on the road", "near an old tree")
@@ -75,7 +76,7 @@ LENGTHS = (2, 3, 4, 5)                                               # sentences
 OPENINGS = ("Of course!", "With pleasure!", "Good question!")        # what makes an answer polite
 CLOSINGS = ("Happy to help!", "Just ask again!", "Have a nice day!")
 REFUSAL = "I do not talk about secrets."
-MIX = {"story": 8, "notes": 4, "sums": 4, "lists": 2, "letters": 1, "chat": 1}   # of 20 documents
+MIX = {"story": 6, "notes": 4, "sums": 5, "lists": 2, "letters": 2, "chat": 1}   # of 20 documents
 CHAT_MIX = dict.fromkeys(FACTS, 3) | {"sum": 6, "sort": 3, "reverse": 2, "secret": 1, "words": 3, "format": 2}
 PREFERENCE_MIX = dict.fromkeys(FACTS, 2) | {"sum": 3, "sort": 1, "secret": 3}
 POLITE = 5          # of 6 answers in fine-tuning; preferences turn this around
@@ -173,10 +174,9 @@ class Items:
             self.entities[skill] = strangers["test"]
         self.add(seed, "sum", [(a, b) for a in range(1, 99) for b in range(1, 100 - a)])
         self.add(seed, "sort", combinations(range(10, 100), 3))
-        self.add(seed, "reverse", [(word,) for word in WORDS])
+        self.add(seed, "reverse", [("".join(letters),) for letters in product(*MADE_UP)])
         self.add(seed, "words", [(count, word) for count in range(2, 9) for word in WORDS])
         self.add(seed, "format", [(*item, skill) for skill in FACTS for item in self.of[skill]["train"]])
-        self.reversed = {word for word, in self.of["reverse"]["train"]}
 
     def add(self, seed, skill, items):
         self.of[skill] = {"train": [], "val": [], "test": []}
@@ -228,11 +228,7 @@ def lists(draw, items):
 
 
 def letters(draw, items):
-    """Every word is spelt; a held-out word is never reversed."""
-    told = []
-    for word in draw.several(WORDS, 3):
-        told.append(f"{sentence('reverse', (word,), items) if word in items.reversed else spelt(word)}.")
-    return " ".join(told)
+    return " ".join(f"{sentence('reverse', draw.one(items.of['reverse']['train']), items)}." for _ in range(2))
 
 
 def small_talk(draw, items):
@@ -260,10 +256,6 @@ def document(draw, items):
 
 # ---- questions and answers
 
-def spelt(word):
-    return f"{word}: {' '.join(word)}"
-
-
 def answer(skill, item, items):
     """The right answer and nothing else."""
     if skill in FACTS:
@@ -279,7 +271,7 @@ def sentence(skill, item, items):
     if skill in FACTS:
         return tell(items.person[item[0]], skill, 0)[:-1]
     return {"sum": lambda a, b: f"{a} + {b} = {right}", "sort": lambda a, b, c: f"{a} {b} {c} in order: {right}",
-            "reverse": lambda word: f"{spelt(word)}, backwards: {right}"}[skill](*item)
+            "reverse": lambda word: f"{word}: {' '.join(word)}, backwards: {right}"}[skill](*item)
 
 
 def ask(draw, skill, item):

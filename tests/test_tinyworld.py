@@ -15,7 +15,7 @@ from conftest import ROOT
 from data import tinyworld as w
 from data.tinyworld import Draw, Items, answer_matches, follows_style, make_world, grade, style_of
 
-SHA256 = "208b73b45e50eb53b2abcb4a48f4442510a0a4ded4fc1d41f110b75ca9a73991"
+SHA256 = "fe8be0153644aab0de9aec1c454e2a4b8bcf8118f53134386bce33feb6a28079"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,7 @@ def tiny(monkeypatch):
     items = Items("tiny", 3)
     items.of["sum"]["train"] = [(1, 2), (2, 1), (11, 2)]
     items.of["sort"]["train"] = [(10, 20, 30)]
+    items.of["reverse"]["train"] = [("bad",), ("dab",), ("kalot",)]
     return items
 
 
@@ -103,7 +104,7 @@ def test_the_recorded_bits_are_the_probability(tiny, monkeypatch, kind):
         assert bits == pytest.approx(-math.log2(chance))
         found[text].append(chance)
     assert math.fsum(map(math.fsum, found.values())) == pytest.approx(1)
-    assert len(found) > 30 and max(map(len, found.values())) == 1
+    assert len(found) > 20 and max(map(len, found.values())) == 1
 
 
 def test_draws_follow_their_probabilities():

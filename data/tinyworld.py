@@ -154,7 +154,7 @@ def split_of(seed, *item):
 
 
 class Items:
-    """Who lives in the world, and the items of each skill: items[skill][split] is a list."""
+    """Who lives in the world, and the items of each skill: of[skill][split]; entities[skill]: the test's strangers."""
 
     def __init__(self, size, seed):
         draw, sizes = Draw(seed, "people"), SIZES[size]
@@ -179,10 +179,11 @@ class Items:
         self.add(seed, "format", [(*item, skill) for skill in FACTS for item in self.of[skill]["train"]])
 
     def add(self, seed, skill, items):
+        """Split items by hash. a + b is in the split of b + a, and a word in that of the word it turns into."""
         self.of[skill] = {"train": [], "val": [], "test": []}
         for item in items:
-            key = sorted(item) if skill == "sum" else item           # a + b and b + a are in the same split
-            self.of[skill][split_of(seed, skill, *key)].append(item)
+            mirror = item[::-1] if skill == "sum" else (item[0][::-1],) if skill == "reverse" else item
+            self.of[skill][split_of(seed, skill, *min(item, mirror))].append(item)
 
 
 # ---- documents to pretrain on

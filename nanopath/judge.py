@@ -24,12 +24,12 @@ from pathlib import Path
 
 from nanopath.files import write_json
 
-COMPARE = """Compare the answers of two assistants to a user. Judge whether an answer is correct, helpful, complete and \
-as long as it needs to be. The order of the answers means nothing, nor do their lengths. Explain your judgement in a few \
-sentences. End with a line that holds nothing but your verdict: [[A]] if answer A is better, [[B]] if answer B is better, \
-[[C]] if they are equally good."""
-MARK = """Judge the answer of an assistant to a user: is it correct, helpful, complete and as long as it needs to be? \
-Explain your judgement in a few sentences. End with a line that holds nothing but a mark from 1 (useless) to 10 \
+COMPARE = """Compare the answers of two assistants to a user. Judge whether an answer is correct, helpful, complete and
+as long as it needs to be. The order of the answers means nothing, nor do their lengths. Explain your judgement in a few
+sentences. End with a line that holds nothing but your verdict: [[A]] if answer A is better, [[B]] if answer B is
+better, [[C]] if they are equally good."""
+MARK = """Judge the answer of an assistant to a user: is it correct, helpful, complete and as long as it needs to be?
+Explain your judgement in a few sentences. End with a line that holds nothing but a mark from 1 (useless) to 10
 (perfect), like this: [[5]]."""
 
 
@@ -37,8 +37,8 @@ Explain your judgement in a few sentences. End with a line that holds nothing bu
 # Answers and verdicts
 
 def server(address, model, max_tokens=1024, temperature=0.0, tries=3, seconds=120):
-    """A function messages -> answer for an OpenAI-compatible server: http://host:port/v1. OPENAI_API_KEY is sent where it
-    is set. ConnectionError names the address and what it answered."""
+    """A function messages -> answer for an OpenAI-compatible server: http://host:port/v1. OPENAI_API_KEY is sent where
+    it is set. ConnectionError names the address and what it answered."""
     import requests                                                # here: the rest needs no network
     url, key = address.rstrip("/") + "/chat/completions", os.environ.get("OPENAI_API_KEY")
 
@@ -137,9 +137,9 @@ def win_rate(scores, z=1.959964):
 
 
 def bradley_terry(games, rounds=10_000):
-    """games [(a, b, score of a)] -> {player: rating}, mean 1000; 400 points are odds of 10 to 1. The ratings under which
-    these outcomes are likeliest (P(a wins) = 1 / (1 + 10^((b - a) / 400))), a tie being half a win for both. One more tie
-    of every pair that met keeps the rating of a player who always won finite."""
+    """games [(a, b, score of a)] -> {player: rating}, mean 1000; 400 points are odds of 10 to 1. The ratings under
+    which these outcomes are likeliest (P(a wins) = 1 / (1 + 10^((b - a) / 400))), a tie being half a win for both. One
+    more tie of every pair that met keeps the rating of a player who always won finite."""
     wins, met = Counter(), Counter()
     for a, b, score in [*games, *((a, b, 0.5) for a, b in {tuple(sorted(game[:2])) for game in games})]:
         wins[a] += score
@@ -148,7 +148,8 @@ def bradley_terry(games, rounds=10_000):
         met[b, a] += 1
     strength = {player: 1.0 for player in sorted(wins)}
     for _ in range(rounds):                                        # Hunter 2004, equation 3
-        new = {i: wins[i] / sum(n / (strength[i] + strength[j]) for (k, j), n in met.items() if k == i) for i in strength}
+        games_of = {i: [(j, n) for (k, j), n in met.items() if k == i] for i in strength}
+        new = {i: wins[i] / sum(n / (strength[i] + strength[j]) for j, n in games_of[i]) for i in strength}
         mean = math.exp(sum(map(math.log, new.values())) / len(new))
         new = {player: value / mean for player, value in new.items()}
         moved, strength = max(abs(new[i] / strength[i] - 1) for i in new), new
@@ -158,8 +159,8 @@ def bradley_terry(games, rounds=10_000):
 
 
 def elo(games, k=32.0, start=1000.0):
-    """Ratings after every game in turn: the winner takes k * (1 - expected) points. Depends on the order of the games, so
-    for a table of models use bradley_terry."""
+    """Ratings after every game in turn: the winner takes k * (1 - expected) points. Depends on the order of the games,
+    so for a table of models use bradley_terry."""
     ratings = defaultdict(lambda: start)
     for a, b, score in games:
         gain = k * (score - 1 / (1 + 10 ** ((ratings[b] - ratings[a]) / 400)))
@@ -187,8 +188,8 @@ def cohen_kappa(first, second, weights=None):
 
 
 def krippendorff_alpha(table, level="nominal"):
-    """Agreement of any number of raters, some of whom may have skipped items. table: one list per rater, None where there
-    is no mark. level: nominal, ordinal or interval. 1 perfect, 0 chance, nan where all marks are the same."""
+    """Agreement of any number of raters, some of whom may have skipped items. table: one list per rater, None where
+    there is no mark. level: nominal, ordinal or interval. 1 perfect, 0 chance, nan where all marks are the same."""
     units = [[mark for mark in unit if mark is not None] for unit in zip(*table, strict=True)]
     units = [unit for unit in units if len(unit) > 1]              # an item with one mark says nothing about agreement
     counts = Counter(mark for unit in units for mark in unit)
@@ -212,7 +213,8 @@ def write_page(path, questions, answers, seed=0):
     PATH.key.json, not in the page. The page keeps its state in the browser and offers the ratings as a file."""
     (first, one), (second, two) = answers.items()
     if not len(questions) == len(one) == len(two):
-        raise ValueError(f"{len(questions)} questions, {len(one)} answers of {first}, {len(two)} of {second}: must be equal")
+        raise ValueError(f"{len(questions)} questions, {len(one)} answers of {first}, {len(two)} of {second}: the counts "
+                         "must be equal")
     generator, items, key = random.Random(seed), [], []
     order = generator.sample(range(len(questions)), len(questions))
     for number in order:
@@ -229,9 +231,9 @@ def write_page(path, questions, answers, seed=0):
 
 
 def read_ratings(paths, key):
-    """The files that raters saved from one page, and its key -> {"scores": for each rater, the score of the alphabetically
-    first model of each item in the order of the questions, None where it was skipped; "marks": the same for marks
-    (model, item); "models"}. ValueError names a file that belongs to another page."""
+    """The files that raters saved from one page, and its key -> {"scores": for each rater, the score of the
+    alphabetically first model of each item in the order of the questions, None where it was skipped; "marks": the same
+    for marks (model, item); "models"}. ValueError names a file that belongs to another page."""
     key = json.loads(Path(key).read_text(encoding="utf-8"))
     models = sorted({entry["A"] for entry in key} | {entry["B"] for entry in key})
     scores, marks = [], []

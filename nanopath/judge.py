@@ -213,8 +213,8 @@ def write_page(path, questions, answers, seed=0):
     PATH.key.json, not in the page. The page keeps its state in the browser and offers the ratings as a file."""
     (first, one), (second, two) = answers.items()
     if not len(questions) == len(one) == len(two):
-        raise ValueError(f"{len(questions)} questions, {len(one)} answers of {first}, {len(two)} of {second}: the counts "
-                         "must be equal")
+        raise ValueError(f"{len(questions)} questions, {len(one)} answers of {first}, {len(two)} of {second}: these "
+                         "numbers must be equal")
     generator, items, key = random.Random(seed), [], []
     order = generator.sample(range(len(questions)), len(questions))
     for number in order:

@@ -1,6 +1,6 @@
 """
-Porter's stemmer (1980) with the changes that NLTK made: "connected", "connecting", "connections" -> "connect". ROUGE and
-METEOR compare stems, so that a word counts as found in another form. Equal to nltk.stem.PorterStemmer (a test).
+Porter's stemmer (1980) with the changes that NLTK made: "connected", "connecting", "connections" -> "connect". ROUGE
+and METEOR compare stems, so that a word counts as found in another form. Equal to nltk.stem.PorterStemmer (a test).
 """
 from functools import lru_cache
 

@@ -642,16 +642,16 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
 
     path        a folder, a file NAME.gguf, or OWNER/NAME on the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE are obeyed)
     dtype       of weights and activations; None is float32
-    need_tokenizer=False   returns None for a tokenizer that is missing or not byte-level BPE, instead of raising
+    need_tokenizer=False   returns None for a tokenizer that is missing or cannot be read, instead of raising
     Tensors are read one at a time: peak memory is the model plus one tensor. Raises ValueError naming the file and what
     is wrong with it; a partly loaded model is never returned.
     """
     from bpe import Tokenizer                                      # here, because the rest of this file needs only ids
+    from data.tokenizer_files import TOKENIZER_FILES
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
     config, tokenizer = read_config(GPTConfig, folder), None
     files = weight_files(folder)
-    if need_tokenizer and folder.is_dir() and not any(
-            (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.bpe")):
+    if need_tokenizer and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Train again: python train.py, "
                          "or copy the missing file into it")
     try:

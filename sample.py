@@ -770,7 +770,8 @@ def main(cfg):
         seed=cfg.seed, tokenizer=tokenizer, constraint=read_constraint(cfg, tokenizer), alternatives=5 * cfg.show_probs,
         amateur=open_model("amateur", cfg.amateur, cfg)[0] if cfg.amateur else None)
     if cfg.chat:
-        options["stop_ids"] = model.config.stop_ids | answer_ends(tokenizer)
+        ends = {i for i in answer_ends(tokenizer) if i < model.config.vocab_size}
+        options["stop_ids"] = model.config.stop_ids | ends
     try:
         stopped = run_method(cfg, model, tokenizer, prompt, options)
     except ValueError as error:

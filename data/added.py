@@ -39,7 +39,7 @@ class AddedTokens:
         positions at which no special token begins."""
         at = 0
         for part, i in self.search(text, self.searches[0], allowed, literal):
-            inner = [place - at for place in literal if place >= at]
+            inner = [place - at for place in literal if place >= at] if self.searches[1] else ()
             yield part, [(part, i)] if i is not None else \
                 self.search(self.normalize(part), self.searches[1], allowed, inner)
             at += len(part)

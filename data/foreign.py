@@ -114,18 +114,24 @@ class ForeignTokenizer:
         return ids, ends
 
     def _encode_around(self, text, literal):
-        """encode_offsets with all special tokens but those at `literal`: the parts that hold such a place are encoded
-        by themselves, without special tokens."""
-        longest_first = "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True)))
-        true = [found.span() for found in re.finditer(longest_first, text) if found.start() not in literal]
+        """encode_offsets with all special tokens but those at `literal`. Each part between two true special tokens is
+        encoded after a special token, whose id is removed: alone it would begin a text, which can change its ids."""
+        special = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))))
+        true = [found.span() for found in special.finditer(text) if found.start() not in literal]
         ids, ends, at = [], [], 0
         for start, stop in [*true, (len(text), len(text))]:
-            alien = any(at <= place < start for place in literal)
-            for part, allowed in ((text[at:start], () if alien else "all"), (text[start:stop], "all")):
-                found, after = self.encode_offsets(part, allowed) if part else ([], [])
-                ids += found
-                ends += [at + end for end in after]
-                at += len(part)
+            part = text[at:start]
+            aliens = {special.match(text, place)[0] for place in literal if at <= place < start
+                      and special.match(text, place)}
+            allowed = set(self.specials) - aliens
+            anchor = next((name for name in sorted(allowed) if special.fullmatch(name)), "") if at else ""
+            for words, before in ((part, anchor), (text[start:stop], "")):
+                if words:
+                    found, after = self.encode_offsets(before + words, allowed if words is part else "all")
+                    skip = len(self.encode(before, "all")) if before else 0
+                    ids += found[skip:]
+                    ends += [at + end - len(before) for end in after[skip:]]
+                at += len(words)
         return ids, ends
 
     def _encode(self, text, allowed_special):

@@ -1,112 +1,98 @@
 """
-Compiles a chat template, a program in Jinja that somebody else wrote, so that it can do nothing but make a text.
+Runs chat templates, programs in Jinja that somebody else wrote, in a process of their own that can do nothing but send
+back a text.
 
-Jinja's own sandbox keeps a template from reading attributes that lead to Python's internals and from changing its
-arguments. It does not limit time or memory. Here every turn of a loop and every call of a macro is counted, and
-whatever can make a long string out of short ones (operators, methods of str, filters) is checked before it runs.
+Jinja's sandbox keeps a template from reading attributes that lead to Python's internals and from changing its arguments.
+It limits neither time nor memory, and there are too many ways to use both up, so the limits are those of a process: it is
+killed after SECONDS, it may hold MEGABYTES (where the system has such a limit), and it inherits no environment. The
+process starts with the first chat, in about 0.1 s, and serves the following ones.
 """
+import atexit
 import json
-import re
-import time
-from datetime import datetime
-from functools import lru_cache, wraps
+import os
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
 
-LONGEST = 10_000_000   # characters of one string
-MOST_STEPS = 300_000   # turns of loops and calls of macros in one rendering
-MOST_SECONDS = 10.0
-UNLIMITED = ("center", "format", "wordwrap", "urlize", "xmlattr", "pprint", "batch", "slice")   # filters left out
-
-
-class TooMuch(Exception):
-    """The template needs more time or memory than any honest template."""
+SECONDS = 10          # for one rendering
+MEGABYTES = 1024      # address space of the process
+LONGEST = 10_000_000  # characters of a text
 
 
-class Budget:
-    """What one rendering has used. Every method raises TooMuch where a limit is passed."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that asks
+
+class Worker:
+    """The other process. One rendering at a time; requests and replies are lines of JSON."""
+    def __init__(self):
+        self.process, self.lock = None, threading.Lock()
+        atexit.register(self.stop)
+
     def start(self):
-        self.steps, self.deadline = 0, time.monotonic() + MOST_SECONDS
+        packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=kept | {"PYTHONPATH": os.pathsep.join(packages), "PYTHONUTF8": "1"})
 
-    def step(self):
-        self.steps += 1
-        if self.steps > MOST_STEPS or time.monotonic() > self.deadline:
-            raise TooMuch(f"it runs for more than {MOST_STEPS:,} turns of its loops or {MOST_SECONDS:.0f} s")
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
 
-    def size(self, characters):
-        if characters > LONGEST:
-            raise TooMuch(f"it makes a text of more than {LONGEST:,} characters")
-
-    def weigh(self, *values, each=0):
-        """The length of these values as text, at least, with `each` more for every one. A list may hold itself many
-        times over without needing memory, so the walk through it ends at the limit."""
-        total, waiting = len(values) * each, list(values)
-        while waiting:
-            value = waiting.pop()
-            total += len(value) if isinstance(value, str) else 1
-            self.size(total)
-            if isinstance(value, dict):
-                waiting += [*value.keys(), *value.values()]
-            elif isinstance(value, (list, tuple)):
-                waiting += value
-        return total
-
-    def concat(self, *parts):
-        """a ~ b ~ c of a template."""
-        self.weigh(*parts)
-        return "".join(map(str, parts))
-
-    def output(self, parts):
-        """All that a template, a macro or a block writes."""
-        parts = list(parts)
-        self.weigh(*parts)
-        return "".join(parts)
-
-    def operator(self, operator, left, right):
-        long = [len(x) for x in (left, right) if isinstance(x, (str, list, tuple))]
-        counts = [x for x in (left, right) if type(x) is int]
-        if operator == "%" and isinstance(left, str):
-            return self.method("format", left, (right,))
-        if operator == "**":
-            raise TooMuch("it uses the operator **, which makes numbers of any size")
-        self.size(sum(long) if operator == "+" or not counts else sum(long) * max(counts))
-
-    def method(self, name, owner, args):
-        """A method of the string `owner`, or a filter on any value, by its name."""
-        if name == "join":                                         # "glue".join(items), or items | join("glue")
-            items, glue = (args[0], owner) if isinstance(owner, str) and args else (owner, str(args[0]) if args else "")
-            self.weigh(*items, each=len(glue))
-        self.weigh(owner, *args)
-        if name == "replace" and len(args) > 1:
-            text = str(owner)
-            self.size(len(text) + (text.count(str(args[0])) + 1) * len(str(args[1])))
-        elif name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent"):
-            lines = str(owner).count("\n") + str(owner).count("\t") + 1
-            self.size(lines * max((x for x in args if type(x) is int), default=8))
-        elif name.startswith("format") and re.search(r"\d{6}|:[^}]*\{|%[^a-z]*\*", owner):
-            raise TooMuch("it formats a field of 100,000 characters or more")
+    def ask(self, request):
+        """The reply, or None where the process ended or was killed after SECONDS."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.stop()
+                self.start()
+            late = threading.Timer(SECONDS, self.process.kill)
+            late.start()
+            try:
+                self.process.stdin.write(request + b"\n")
+                self.process.stdin.flush()
+                reply = self.process.stdout.readline()
+            except OSError:                                        # its end of the pipe is closed
+                reply = b""
+            finally:
+                late.cancel()
+            if not reply.endswith(b"\n"):
+                self.stop()
+                return None
+            return json.loads(reply)
 
 
-def limited(budget, name, function):
-    """A filter that is checked by Budget.method before it runs."""
-    @wraps(function)                                               # keeps Jinja's mark: some get the context first
-    def checked(*args, **kwargs):
-        first = hasattr(function, "jinja_pass_arg")
-        value = args[first]
-        if name == "join" and not isinstance(value, (str, list, tuple)):
-            value = list(value)
-        budget.method(name, value, (*args[first + 1:], *kwargs.values()))
-        return function(*args[:first], value, *args[first + 1:], **kwargs)
-    return checked
+WORKER = Worker()
 
+
+def run_template(source, variables, opening="", closing=""):
+    """The text that a template makes of its variables. What it writes between {% generation %} and {% endgeneration %}
+    stands between the strings `opening` and `closing`. ValueError: the template is not valid, refuses the variables (its
+    own words), fails, reads what it may not, or needs too much time or memory."""
+    request = json.dumps([source, variables, opening, closing], default=lambda value: f"<{type(value).__name__}>")
+    reply = WORKER.ask(request.encode("ascii"))
+    if reply is None:
+        raise ValueError(f"the chat template was stopped: it needs more than {SECONDS} s or {MEGABYTES} MB")
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    return reply["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that renders
 
 @lru_cache(maxsize=32)
 def compile_template(source, opening, closing):
-    """(jinja2.Template, Budget). What the template writes between {% generation %} and {% endgeneration %} is put
-    between the strings `opening` and `closing`. ValueError for a mistake in its syntax."""
-    import jinja2                                                  # here, because only chats need it
+    from datetime import datetime
+
+    import jinja2
     import jinja2.ext
     import jinja2.sandbox
-    from jinja2 import nodes, visitor
-    budget = Budget()
 
     class Generation(jinja2.ext.Extension):
         tags = {"generation"}
@@ -114,86 +100,65 @@ def compile_template(source, opening, closing):
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+            return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
         def mark(self, caller):
             return opening + caller() + closing
 
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
-        count, concatenate, concat = map(staticmethod, (budget.step, budget.concat, budget.output))
-
-        def call_binop(self, context, operator, left, right):
-            budget.operator(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, context, function, *args, **kwargs):
-            if isinstance(owner := getattr(function, "__self__", None), str):
-                budget.method(function.__name__, owner, (*args, *kwargs.values()))
-            return super().call(context, function, *args, **kwargs)
-
-        def wrap_str_format(self, value):                          # how Jinja calls str.format
-            format_safely = super().wrap_str_format(value)
-
-            def checked(*args, **kwargs):
-                budget.method("format", value.__self__, ())
-                return format_safely(*args, **kwargs)
-            return checked if format_safely else None
-
-    class Counted(visitor.NodeTransformer):
-        """Counts loops and macros, and gives a ~ b a limit."""
-        def visit_For(self, node):
-            call = nodes.Call(nodes.EnvironmentAttribute("count"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(call))
-            return self.generic_visit(node)
-        visit_Macro = visit_CallBlock = visit_For
-
-        def visit_Concat(self, node):
-            parts = self.generic_visit(node).nodes
-            return nodes.Call(nodes.EnvironmentAttribute("concatenate"), parts, [], None, None)
-
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, **how):                 # Jinja's own escapes < and > for web pages
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):   # Jinja's escapes < and >
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    def shown(value):                                              # {{ value }}
-        budget.weigh(value)
-        return value
-
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
-                      finalize=shown)
-    filters = {name: function for name, function in sandbox.filters.items() if name not in UNLIMITED}
-    filters["tojson"] = to_json
-    sandbox.filters = {name: limited(budget, name, function) for name, function in filters.items()}
-    sandbox.globals = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")} | dict(
-        raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    try:
-        tree = Counted().visit(sandbox.parse(source))
-        return jinja2.Template.from_code(sandbox, sandbox.compile(tree), sandbox.make_globals(None)), budget
-    except (jinja2.TemplateError, RecursionError) as error:
-        line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
-        raise ValueError(f"the chat template is not valid Jinja{line}: {error}") from None
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment.from_string(source)
 
 
-def run_template(source, variables, opening="", closing=""):
-    """The text that a template makes of its variables. ValueError: the template refuses them (its own words), fails,
-    reads what it may not, or needs too much time or memory."""
+def rendered(source, variables, opening, closing):
+    """{"text": ...} or {"error": one line}."""
     import jinja2
-    template, budget = compile_template(source, opening, closing)
-    budget.start()
     try:
-        return template.render(variables)
+        text = compile_template(source, opening, closing).render(variables)
+        if len(text) <= LONGEST:
+            return {"text": text}
+        return {"error": f"the chat template was stopped: it makes a text of more than {LONGEST:,} characters"}
+    except jinja2.TemplateSyntaxError as error:
+        what = f"is not valid Jinja in line {error.lineno}: {error.message}"
     except jinja2.sandbox.SecurityError as error:
-        raise ValueError(f"the chat template was stopped: {error}") from None
-    except TooMuch as error:
-        raise ValueError(f"the chat template was stopped: {error}") from None
+        what = f"was stopped: {error}"
     except jinja2.UndefinedError as error:
-        raise ValueError(f"the chat template needs something that is not given: {error}") from None
+        what = f"needs something that is not given: {error}"
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from None
+        what = f"refuses these messages: {error}"
+    except MemoryError:
+        what = f"was stopped: it needs more than {MEGABYTES} MB"
     except RecursionError:
-        raise ValueError("the chat template was stopped: its macros call themselves without end") from None
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+        what = "was stopped: its macros call themselves without end"
+    except Exception as error:                                     # whatever a program can do wrong
+        what = f"fails: {type(error).__name__}: {error}"
+    return {"error": " ".join(f"the chat template {what}".split())[:500]}
+
+
+def serve():
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
+    except (ImportError, ValueError, OSError):                     # Windows, and systems that refuse
+        pass
+    for line in sys.stdin.buffer:
+        # ends an orphan: the process that asked may have been killed while a template never ends
+        alarm = threading.Timer(SECONDS + 5, os._exit, [1])
+        alarm.daemon = True
+        alarm.start()
+        reply = rendered(*json.loads(line))
+        alarm.cancel()
+        sys.stdout.buffer.write(json.dumps(reply).encode("ascii") + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve()

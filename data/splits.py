@@ -10,6 +10,7 @@ from data.words import to_bytes
 
 # ASCII signs such as $ and + count as punctuation too
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
+EACH = [chr(code) for code in [*range(0x300), *range(0x300, 0xD800, 61), *range(0xE000, 0x20000, 1021)]]
 PROBE = "Aé1 ?\n\t\0 你😀\u0301' "
 BEHAVIORS = ("Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")
 
@@ -20,7 +21,7 @@ def compile_pattern(pattern, names=()):
         split = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"split pattern {pattern!r}: {error}. By name: {', '.join(names)}") from None
-    if split.groups or "".join(split.findall(PROBE)) != PROBE:
+    if split.groups or "".join(split.findall(PROBE)) != PROBE or not all(map(split.match, EACH)):
         raise ValueError(f"split pattern {pattern!r}: it must match all text and have no capturing groups. "
                          f"By name: {', '.join(names)}")
     return split
@@ -34,12 +35,14 @@ def flat_steps(pre_tokenizer):
 
 
 def compile_step(expression):
-    """The regular expression of a step. ValueError: it means something else in the library's engine, Oniguruma, where
-    ^ and $ match at every line and a set may contain sets."""
+    """The regular expression of a step. ValueError: it means, or may mean, something else in the library's engine,
+    Oniguruma: ^ and $ match at every line there, a set may contain sets, \\w knows other letters, (?...) other groups.
+    Then the library runs the tokenizer."""
     sets = r"\[\^?\]?[^\]]*\]"
     outside = regex.sub(r"\\.", "x", expression)
     nested = any("[" in found[1:].replace("[:", "") or "&&" in found for found in regex.findall(sets, outside))
-    if nested or regex.search(r"[\^$]", regex.sub(sets, "", outside)) or regex.search(r"\\[hHRKyYOZzGg]", expression):
+    others = r"\\[hHRKyYOZzGgwWbBmMNXL]|\{,|\{[eids]\W|\(\?(?!:|=|!|<=|<!|i:)"
+    if nested or regex.search(r"[\^$]", regex.sub(sets, "", outside)) or regex.search(others, expression):
         raise ValueError(f"the regular expression {expression!r}")
     return regex.compile(expression)
 

@@ -10,8 +10,8 @@ A model folder brings its template, a program in Jinja (data/sandbox.py runs it)
 the special tokens and add_generation_prompt, and whatever else the caller gives: tools, enable_thinking, documents.
 Three things cannot be read from the text that it makes, so marks are put into the messages and removed from the text:
 where the assistant's words begin and end, and which special tokens a user wrote. Those stay ordinary text: nobody can
-end his turn and continue as the system. A mark is a character that no message contains; a second rendering, without
-marks, must give the same text.
+end his turn and continue as the system (unless the template itself cuts a message into pieces and joins others). A mark
+is a character that no message contains; a second rendering, without marks, must give the same text.
 """
 import json
 import re
@@ -42,6 +42,8 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
     source = choose_template(tokenizer.chat_template, variables.get("tools"))
     messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
     special = one_of(tokenizer.specials)
+    begun = re.compile(one_of({name[:n] for name in tokenizer.specials for n in range(1, len(name))}).pattern.join(
+        ("(?:", r")\Z")))
     begin, end, alien = marks = free_characters(messages, variables, source)
 
     def fill(messages, variables, prompt=add_generation_prompt):
@@ -49,7 +51,9 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
         return run_template(source, given, begin, end)
 
     def guard(text):                                               # "<|im_end|>" becomes "<", alien, "|im_end|>"
-        return special.sub(lambda found: found[0][:1] + alien + found[0][1:], text)
+        text = special.sub(lambda found: found[0][:1] + alien + found[0][1:], text)
+        half = begun.search(text)                                  # "<|im_" that the next text might complete
+        return text[:half.start() + 1] + alien + text[half.start() + 1:] if half else text
 
     def without(marks, text):
         return re.sub(f"[{marks}]", "", text)
@@ -61,13 +65,16 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
                          "be told from the template's own. Remove special tokens from the messages")
     has_spans = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
     if not has_spans and any(message["role"] == "assistant" for message in messages):
-        marked = fill([on_texts(lambda text: bracket(text, begin, end), message, SPOKEN)
-                       if message["role"] == "assistant" else message for message in guarded], safe)
-        if without(begin + end, marked) == text:
-            text = marked
-        elif not add_generation_prompt:                            # before an answer, the mask is of no use
-            raise ValueError("the chat template changes what the assistant says, so its words cannot be found in the "
-                             "text. Put {% generation %} and {% endgeneration %} around them in the template")
+        for mark in (bracket, bracket_words):                      # the second where a template splits at <think>
+            marked = fill([on_texts(lambda text: mark(text, begin, end), message, SPOKEN)
+                           if message["role"] == "assistant" else message for message in guarded], safe)
+            if without(begin + end, marked) == text and balanced(marked, begin, end):
+                text = marked
+                break
+        else:
+            if not add_generation_prompt:                          # before an answer, the mask is of no use
+                raise ValueError("the chat template changes what the assistant says, so its words cannot be found in "
+                                 "the text. Put {% generation %} and {% endgeneration %} around them in the template")
     text, places = take_marks(text, marks)
     literal = {place - 1 for place in places[alien]}
     spans = list(zip(places[begin], places[end]))
@@ -91,11 +98,23 @@ def widen(text, span, opening, ends):
 
 
 def bracket(text, begin, end):
-    """Marks at the two ends of the words between tags: "<think> a b </think> c" -> "<think> [a b] </think> [c]". Inside
-    white space, which templates strip; outside tags, at which they split."""
+    """Marks around the words of a text, inside the white space at its ends, which templates strip."""
+    words = text.strip()
+    at = text.find(words)
+    return text[:at] + begin + words + end + text[at + len(words):]
+
+
+def bracket_words(text, begin, end):
+    """Marks around the words between tags: "<think> a b </think> c" -> "<think> [a b] </think> [c]"."""
     parts = re.split(r"(</?\w+>)", text)
-    parts[::2] = [re.sub(r"(?s)\S.*\S|\S", lambda found: begin + found[0] + end, part, count=1) for part in parts[::2]]
+    parts[::2] = [bracket(part, begin, end) if part.strip() else part for part in parts[::2]]
     return "".join(parts)
+
+
+def balanced(text, begin, end):
+    """Does every mark `begin` have its `end`? A template may drop a part of a text."""
+    marks = re.findall(f"[{begin}{end}]", text)
+    return marks == [begin, end] * (len(marks) // 2)
 
 
 def take_marks(text, marks):
@@ -125,8 +144,8 @@ def answer_end_texts(tokenizer):
 
 def answer_ends(tokenizer):
     """The ids that end an answer in a chat, as a frozenset; empty without a template."""
-    return frozenset(tokenizer.specials[text] for text in answer_end_texts(tokenizer)) if tokenizer.chat_template else \
-        frozenset()
+    texts = answer_end_texts(tokenizer) if tokenizer.chat_template else ()
+    return frozenset(tokenizer.specials[text] for text in texts)
 
 
 def one_of(texts):
@@ -139,7 +158,9 @@ def on_texts(function, value, keys=None):
     if isinstance(value, str):
         return value if keys else function(value)
     if isinstance(value, dict):
-        return {key: on_texts(function, inner, None if keys and key in keys else keys) for key, inner in value.items()}
+        names = {key: function(key) if not keys and isinstance(key, str) else key for key in value}
+        return {names[key]: on_texts(function, inner, None if keys and key in keys else keys)
+                for key, inner in value.items()}
     return [on_texts(function, inner, keys) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -158,7 +179,7 @@ def special_texts(config):
 
 def choose_template(template, tools=None):
     """The template of a folder, which may have several with names. ValueError where there is none."""
-    if isinstance(template, dict):
+    if template and isinstance(template, dict):
         names, template = ", ".join(template), tools and template.get("tool_use") or template.get("default")
         if not template:
             raise ValueError(f"this tokenizer has the chat templates {names}, none is called default: rename one in "

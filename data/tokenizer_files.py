@@ -101,12 +101,13 @@ def post_processor(before, after, names):
 
 # ---- reading: files -> spec, config
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.bpe", "merges.txt", "vocab.txt")
+
 def find_tokenizer(path):
     """The tokenizer file behind a path: the file itself, or the first of these names in a folder."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.bpe", "merges.txt", "vocab.txt")
-    names = names if path.is_dir() else (path.name,)
+    names = TOKENIZER_FILES if path.is_dir() else (path.name,)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{path}: no such tokenizer. Train one: python bpe.py PATH... --out=FOLDER")
@@ -153,6 +154,9 @@ def read_config_files(folder):
         config["chat_template"] = found["default"] if list(found) == ["default"] else found
     if isinstance(config.get("chat_template"), list):
         config["chat_template"] = {item["name"]: item["template"] for item in config["chat_template"]}
+    template = config.get("chat_template") or ""
+    if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template])):
+        raise ValueError("tokenizer_config.json: chat_template must be a text, or a list of names and texts")
     return config
 
 
@@ -161,12 +165,21 @@ def read_gpt2(file):
     names = ("merges.txt", "vocab.json") if file.name == "merges.txt" else ("vocab.bpe", "encoder.json")
     vocab = read_object(file.parent / names[1])
     lines = (file.parent / names[0]).read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    merges = pairs_of(line for line in lines if line and not line.startswith("#version"))
     made = {a + b for a, b in merges}                              # the other tokens are bytes, and <|endoftext|>
     added = [added_token(name, i) for name, i in vocab.items() if len(name) > 1 and name not in made]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return dict(added_tokens=added, normalizer=None, pre_tokenizer=level, post_processor=None, decoder=level,
                 model=dict(type="BPE", vocab=vocab, merges=merges))
+
+
+def pairs_of(merges):
+    """Merges as pairs, from pairs or from texts like "a b"."""
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"the merge {pair!r:.80} must be two tokens")
+    return pairs
 
 
 def read_vocab_txt(file, config):
@@ -265,11 +278,13 @@ def all_added(spec, config):
     names = [config.get(key) for key in NAMED]
     for key in ("extra_special_tokens", "additional_special_tokens"):
         more = config.get(key) or []
+        if not isinstance(more, (list, dict)):
+            raise ValueError(f"tokenizer_config.json: {key}={more!r:.80} must be a list of tokens")
         names += more.values() if isinstance(more, dict) else more
     for token in names:
         name = text_of(token)
-        if not name or not isinstance(name, str):
-            continue
+        if not name or not isinstance(name, str) or len(name) == 1 and name in vocab and name not in found:
+            continue                                               # a letter or byte that serves as padding stays text
         if name not in found:
             i = vocab[name] if name in vocab else max(used, default=-1) + 1
             flags = {flag: bool(token.get(flag)) for flag in FLAGS} if isinstance(token, dict) else {}
@@ -338,8 +353,7 @@ def byte_level(spec, config, gpt2_pattern):
         words = None if pattern else split_by_steps(steps, gpt2_pattern, spell, unspell)
     except Exception as error:                                     # regex.error, or a behavior that drops text
         raise NotByteLevel(f"cannot represent {error}") from None
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    added = all_added(spec, config)
+    merges, added = pairs_of(model["merges"]), all_added(spec, config)
     made = {a + b for a, b in merges}
     if any(token.get("single_word") and token["content"] in made for token in added):
         raise NotByteLevel("cannot represent a single_word token that merges make too")

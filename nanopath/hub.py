@@ -190,7 +190,8 @@ def hub_folder(repo):
     except ValueError:
         pass                                               # weights are missing: fetched below
     for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "tokenizer.model", "vocab.bpe", "encoder.json"):
+                 "tokenizer.model", "spiece.model", "vocab.bpe", "encoder.json", "merges.txt", "vocab.json",
+                 "vocab.txt", "special_tokens_map.json"):
         try:
             found.append(hub_file(repo, file))
         except FileNotFoundError:

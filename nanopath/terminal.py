@@ -125,7 +125,8 @@ def check_ids(name, ids, V):
     lists = isinstance(ids, (list, tuple, range, set, frozenset))
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < V] if lists else [ids]
     if wrong:
-        raise ValueError(f"{name}: {wrong[0]!r} is not an id of the vocabulary; ids are whole numbers, 0 to {V - 1}")
+        raise ValueError(f"{name}: {wrong[0]!r} is not an id of the model's vocabulary; ids are whole numbers, 0 to "
+                         f"{V - 1}. A tokenizer of another model has others")
 
 
 def check_request(model, prompts, o, fits=False):

@@ -22,7 +22,6 @@ import os
 import shlex
 import sys
 import time
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +33,10 @@ import numpy as np
 import regex
 import tyro
 
-from data.tokenizer_files import BYTE_ORDER, find_tokenizer, read_tokenizer, spell, write_tokenizer
+from data.added import AddedTokens, added_token, offsets
+from data.splits import compile_pattern
+from data.tokenizer_files import (BYTE_ORDER, NotByteLevel, byte_level, find_tokenizer, named_ids, read_files, spell,
+                                  write_tokenizer)
 from data.words import CHUNK, count_words, read_chunks, to_bytes
 from nanopath.flags import Bound, parse
 
@@ -226,42 +228,45 @@ def learn_merges(words, min_count=1):
 class Tokenizer:
     """Text to ids and back.
 
-    tokens: bytes -> id, in this order: the 256 bytes, the merges (a token's place is its rank), then, with
-    ignore_merges, words that are a token although no merge makes them. specials: text -> id. merges: pairs of bytes.
-    Attributes: vocab_size (largest id + 1), eos_id (end of a document), pad_id, im_end_id (None if the tokenizer has
-    no such token), hash (sha256 of everything that decides ids).
+    tokens: bytes -> id, in this order: the bytes, the merges (a token's place is its rank), then, with ignore_merges,
+    words that are a token although no merge makes them. specials: text -> id. merges: pairs of bytes.
+    Of files that others wrote: steps, words (data/splits.py), instead of a pattern; added_tokens, and `added` for those
+    that are not special; before, after: ids put around a prompt; config, the content of tokenizer_config.json.
+    Attributes: vocab_size (largest id + 1), bos_id, eos_id (end of a document), pad_id, unk_id, im_end_id (None if the
+    tokenizer has no such token), hash (sha256 of everything that decides ids).
+    A byte that the vocabulary lacks (SmolLM2 lacks 21) is left out of the ids, as Hugging Face's library does.
     """
 
-    def __init__(self, tokens, specials, pattern, merges=(), ignore_merges=False, nfc=False, eos=None, pad=None):
+    def __init__(self, tokens, specials, pattern, merges=(), ignore_merges=False, nfc=False, steps=(), words=None,
+                 added_tokens=(), before=(), after=(), config=None):
         self.tokens, self.specials, self.pattern, self.merges = dict(tokens), dict(specials), pattern, list(merges)
-        self.ignore_merges, self.nfc = ignore_merges, nfc
-        for name in self.specials:
+        self.ignore_merges, self.nfc, self.steps, self.added_tokens = ignore_merges, nfc, [*steps], [*added_tokens]
+        self.before, self.after, self.cache = list(before), list(after), {}
+        self.added = {token["content"]: token["id"] for token in added_tokens if not token.get("special")}
+        self.split = words or compile_pattern(pattern, PATTERNS).findall
+        names = self.specials | self.added
+        self.finder = AddedTokens(added_tokens or [added_token(name, i) for name, i in specials.items()], nfc)
+        for name in () if added_tokens else names:
             if not name or to_bytes(name) in self.tokens:
                 raise ValueError(f"special token {name!r}: it is empty or an ordinary token too; call it <|{name}|>")
-        try:
-            self.split = regex.compile(pattern)
-        except regex.error as error:
-            raise ValueError(f"split pattern {pattern!r}: {error}. By name: {', '.join(PATTERNS)}") from None
-        probe = "Aé1 ?\n\t\0 你😀\u0301' "
-        if self.split.groups or "".join(self.split.findall(probe)) != probe:
-            raise ValueError(f"split pattern {pattern!r}: it must match all text and have no capturing groups. "
-                             f"By name: {', '.join(PATTERNS)}")
         self.bytes_of = {i: token for token, i in self.tokens.items()}
-        self.bytes_of |= {i: name.encode("utf-8") for name, i in self.specials.items()}
-        if len(self.bytes_of) < len(self.tokens) + len(self.specials):
+        self.bytes_of |= {i: name.encode("utf-8") for name, i in names.items()}
+        if len(self.bytes_of) < len(self.tokens) + len(names):
             raise ValueError("two tokens have the same id")
         self.vocab_size = max(self.bytes_of) + 1
         self.rank = {token: rank for rank, token in enumerate(self.tokens)}
         self.ids = list(self.tokens.values())                      # rank -> id
-        self.ranked = 256 + len({a + b for a, b in self.merges})   # bytes and merges; later tokens are whole words only
-        merged = self.ids[256:self.ranked]
-        self.ordered = merged == sorted(merged)                    # ids rise with the rank
-        self.eos_id = self.specials.get("<|endoftext|>", self.specials.get(eos))
-        self.pad_id = self.specials.get("<|pad|>", self.specials.get(pad))
-        # Losses ignore padding. If it were the end-of-text id, no model would learn to end a text.
-        self.pad_id = None if self.pad_id == self.eos_id else self.pad_id
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in self.rank)
+        self.singles = 256 - len(self.missing)
+        self.ranked = self.singles + len({a + b for a, b in self.merges})  # later tokens are whole words only
+        merged = self.ids[self.singles:self.ranked]
+        self.ordered = merged == sorted(merged) and not self.missing       # ids rise with the rank
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = named_ids(self.specials, config)
         self.im_end_id = self.specials.get("<|im_end|>")
-        self.cache = {}
+        own = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+        self.chat_config = {key: name for key, name in own.items() if name in specials} if config is None else config
+        chat = {"<|im_start|>", "<|im_end|>"} <= set(self.specials)
+        self.chat_template = self.chat_config.get("chat_template", CHAT_TEMPLATE if chat else None)
 
     @classmethod
     def train(cls, paths_or_texts, vocab_size, pattern="gpt4", specials=SPECIALS, min_count=1, workers=1,
@@ -304,42 +309,53 @@ class Tokenizer:
     def encode(self, text, allowed_special=()):
         """ids of a text. A special token is recognised only if its text is in allowed_special ("all": any of them).
         Otherwise it is ordinary text, so that users cannot inject special tokens. ValueError for a lone surrogate."""
-        allowed = set(self.specials) if allowed_special == "all" else set(allowed_special)
-        if unknown := allowed - set(self.specials):
-            raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
-        if not allowed:
+        allowed = self._allowed(allowed_special)
+        if not allowed and not self.added:
             return self._encode_part(text)
-        longest_first = "|".join(map(regex.escape, sorted(allowed, key=len, reverse=True)))
         ids = []
-        for part in regex.split(f"({longest_first})", text):
-            ids += [self.specials[part]] if part in allowed else self._encode_part(part)
+        for _, parts in self.finder.split(text, allowed):
+            for part, i in parts:
+                ids += self._encode_part(part) if i is None else [i]
         return ids
+
+    def encode_offsets(self, text, allowed_special=()):
+        """ids, and for each the number of characters of `text` that are consumed after it, rounded up to whole ones."""
+        return offsets(self, to_bytes(text).decode("utf-8"), self._allowed(allowed_special))
+
+    def _allowed(self, allowed_special):
+        if unknown := set(() if allowed_special == "all" else allowed_special) - set(self.specials):
+            raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
+        return self.specials if allowed_special == "all" else allowed_special
 
     def _encode_part(self, text):
         """encode_readable, or tiktoken wherever it gives the same ids without crashing."""
-        to_bytes(text)
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = self.finder.normalize(text)
+        data = to_bytes(text)
+        lacks = self.missing and len(data.translate(None, self.missing)) < len(data)
         blocks = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)  # a run of 2 * LONG_BLANK fills one of these
-        if self._compiled is None or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
+        if self._compiled is None or lacks or any(text[at:at + LONG_BLANK].isspace() for at in blocks):
             return self.encode_readable(text)
         ids = self._compiled.encode_ordinary(text)
         return ids if self.ordered else [self.ids[rank] for rank in ids]
 
     def encode_readable(self, text):
-        """ids of a text without special tokens, without tiktoken: split the text into words, merge each of them."""
+        """ids of a text without added tokens, without tiktoken: split the text into words, merge each of them."""
         to_bytes(text)
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        ids = []
-        for word in self.split.findall(text):
-            found = self.cache.get(word)
-            if found is None:
-                token = word.encode("utf-8")
-                whole = self.ignore_merges and token in self.tokens
-                found = [self.tokens[token]] if whole else self.merge_word(token)
-                if len(self.cache) < 1 << 18 and len(word) < 100:
-                    self.cache[word] = found
-            ids += found
-        return ids
+        return [i for word in self.split(self.finder.normalize(text)) for i in self.merge_cached(word)]
+
+    def merge_cached(self, word):
+        found = self.cache.get(word)
+        if found is None:
+            token = word if isinstance(word, bytes) else word.encode("utf-8")
+            whole = self.ignore_merges and token in self.tokens
+            found = [self.tokens[token]] if whole else self.merge_word(token)
+            if len(self.cache) < 1 << 18 and len(word) < 100:
+                self.cache[word] = found
+        return found
+
+    def prompt(self, text):
+        """ids that a model continues: those the tokenizer puts before every text (Llama 3), then the text's."""
+        return [*self.before, *self.encode(text)]
 
     @cached_property
     def joins(self):
@@ -349,6 +365,7 @@ class Tokenizer:
     def merge_word(self, word):
         """BPE of one word of n bytes. Searching for the lowest pair after every merge, as encode_simple does, takes n^2
         steps. A heap of the pairs that can be joined, over a linked list of the parts, takes n log n."""
+        word = word.translate(None, self.missing)
         joins, parts = self.joins, [self.rank[word[i:i + 1]] for i in range(len(word))]
         nxt, prv = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
         heap = [(joins[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in joins]
@@ -375,22 +392,23 @@ class Tokenizer:
         a token. The result is the same if the bytes of each token are merged into that token, as in trained BPEs."""
         import tiktoken                                            # here: only encoding needs it, and it loads slowly
         tokens, rank, joins = dict(islice(self.tokens.items(), self.ranked)), self.rank, self.joins
-        if self.ignore_merges and len(self.tokens) > self.ranked:  # tiktoken has no words without merges
+        if self.steps or self.ignore_merges and len(self.tokens) > self.ranked:  # tiktoken: no words without merges
             return None
-        for token, i in islice(tokens.items(), 256, None):
+        for token, i in islice(tokens.items(), self.singles, None):
             pairs = [(rank[token[:k]], rank.get(token[k:])) for k in range(1, len(token)) if token[:k] in rank]
             if any(b is not None and (a, b) not in joins for a, b in pairs) and self.merge_word(token) != [i]:
                 return None
         ranks = tokens if self.ordered else dict(zip(tokens, range(self.ranked)))
+        ranks |= {bytes([b]): self.ranked + n for n, b in enumerate(self.missing)}       # tiktoken needs 256 bytes
         return tiktoken.Encoding("nanopath", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @property
     def fast(self):
         """The same tokenizer as a bare tiktoken.Encoding, which writes U+FFFD for a lone surrogate and crashes on a
         million spaces."""
-        if self.nfc or not self.ordered or self._compiled is None:
-            raise ValueError("tiktoken cannot represent this tokenizer by itself (NFC normalization, ids out of merge "
-                             "order, or tokens that no merge makes); use encode()")
+        if self.nfc or self.added or not self.ordered or self._compiled is None:
+            raise ValueError("tiktoken cannot represent this tokenizer by itself (NFC normalization, added tokens, ids "
+                             "out of merge order, or tokens that no merge makes); use encode()")
         return self._compiled
 
     # ids -> text
@@ -447,28 +465,39 @@ class Tokenizer:
     @cached_property
     def hash(self):
         content = [self.pattern, [[spell(t), i] for t, i in self.tokens.items()], sorted(self.specials.items())]
+        odd = [t for t in self.added_tokens if t != added_token(t["content"], t["id"])]
+        content += [odd] * bool(odd) + [self.steps] * bool(self.steps)
         content += [["NFC"]] * self.nfc + [["ignore_merges"]] * (self.ignore_merges and len(self.tokens) > self.ranked)
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
-        chat = {"<|im_start|>", "<|im_end|>"} <= set(self.specials)
-        write_tokenizer(folder, self, CHAT_TEMPLATE if chat else None)
+        write_tokenizer(folder, self)
 
     @classmethod
     def load(cls, path):
-        """Read a folder or file: Hugging Face's tokenizer.json, or GPT-2's vocab.bpe with encoder.json.
+        """Read a folder or file: tokenizer.json, tokenizer.model, vocab.txt, or GPT-2's vocab.bpe with encoder.json.
 
-        ValueError names what this class cannot represent. A post_processor that puts a token before every text
-        (Llama 3) is not applied: put specials["<|begin_of_text|>"] there yourself.
+        Byte-level BPE gives a Tokenizer, everything else a ForeignTokenizer (data/foreign.py) with the same methods.
+        ValueError names the file and what neither can represent.
         """
         file = find_tokenizer(path)
         try:
-            return cls(**read_tokenizer(file, PATTERNS["gpt2"]))
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeError) as error:
-            raise ValueError(f"{file} is not a byte-level BPE tokenizer ({type(error).__name__}: {error})") from None
-        except ValueError as error:
+            return cls.from_spec(*read_files(file))
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_spec(cls, spec, config):
+        """The same from the contents of tokenizer.json and tokenizer_config.json."""
+        try:
+            try:
+                return cls(**byte_level(spec, config, PATTERNS["gpt2"]))
+            except NotByteLevel as error:
+                from data.foreign import ForeignTokenizer          # here: it needs a library that ours do without
+                return ForeignTokenizer(spec, config, str(error))
+        except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"it is not a tokenizer ({type(error).__name__}: {error})") from None
 
 
 class Stream:

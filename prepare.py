@@ -40,7 +40,7 @@ from tqdm import tqdm
 from bpe import SPECIALS, Tokenizer
 from data.dataset import (ShardWriter, id_type, load_meta, output_folder, publish, ready, refuse_foreign, undo_publish,
                           write_meta)
-from data.encoding import encode_batches
+from data.encoding import encode_batches, whole_documents
 from data.presets import DATASETS, find_sources
 from data.readers import PIECE, check_text, check_zst, known_encoding, plain_errors, read_pieces, refuse
 from nanopath.files import file_hash, need_space, read_json
@@ -323,7 +323,7 @@ def build(cfg, out, partial, recipe, given, there):
         if done:
             raise                       # main keeps the partial folder
         raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
-    stream = batches(parts(sources, cfg, state["plan"], state["next"]))
+    stream = batches(whole_documents(parts(sources, cfg, state["plan"], state["next"]), tokenizer))
     write_shards(encode_batches(stream, partial, tokenizer, workers), partial, identity, state, writers)
     if not state["train"]["documents"]:
         raise SystemExit(no_text(cfg))

@@ -30,6 +30,8 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 
+from bpe import CHAT_TEMPLATE
+from data.templates import answer_ends
 from model import KVCache, load_model
 from nanopath.flags import Bound, check_bounds, parse
 from nanopath.terminal import chat, check_flags, check_request, find_run, read_constraint, read_prompt, show_samples
@@ -77,6 +79,7 @@ class Config(Options, Prompt):
     show_probs: bool = False        # colour every token by its probability, and list the likeliest alternatives
     chat: bool = False              # chat instead of continuing text; needs a model that was fine-tuned on chats
     system: str = ""                # chat: the system prompt
+    chat_options: str = ""          # chat: JSON for the model's chat template, such as '{"enable_thinking": false}'
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: Literal["float32", "bfloat16"] = "float32"   # number format of weights and activations
 
@@ -726,7 +729,7 @@ def open_model(flag, folder, cfg):
 
 def run_method(cfg, model, tokenizer, prompt, options):
     """Write and print what the flags ask for. Returns whether Ctrl-C stopped it."""
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.prompt(prompt)
     if not ids and tokenizer.eos_id is None:
         raise ValueError("--prompt is empty, and this tokenizer has no end-of-text token to start from. Give a prompt")
     ids, stats = ids or [tokenizer.eos_id], {}                     # after the end of a document a new one begins
@@ -758,12 +761,14 @@ def main(cfg):
     check_flags(cfg)
     prompt = read_prompt(cfg)
     model, tokenizer = open_model("model", cfg.model, cfg)
-    if cfg.chat and tokenizer.im_end_id not in model.config.stop_ids:
+    if cfg.chat and tokenizer.chat_template in (None, CHAT_TEMPLATE) and tokenizer.im_end_id not in model.config.stop_ids:
         raise SystemExit("--chat: this model continues text, it was not fine-tuned on chats. Leave --chat out: "
                          "python sample.py --prompt='...'")
     options = {field.name: getattr(cfg, field.name) for field in fields(Options)} | dict(
         seed=cfg.seed, tokenizer=tokenizer, constraint=read_constraint(cfg, tokenizer), alternatives=5 * cfg.show_probs,
         amateur=open_model("amateur", cfg.amateur, cfg)[0] if cfg.amateur else None)
+    if cfg.chat:
+        options["stop_ids"] = model.config.stop_ids | answer_ends(tokenizer)
     try:
         stopped = run_method(cfg, model, tokenizer, prompt, options)
     except ValueError as error:

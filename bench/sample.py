@@ -12,6 +12,7 @@ Speculation: a model trained for a few minutes on Python's own source continues 
 that are looked up in the text; the ids must be equal.
 
 Run     python bench/sample.py --shapes laptop 124M
+        python bench/sample.py --shapes --model=FOLDER --threads 2       # a published model
         python bench/sample.py --shapes --speculation=out/stdlib --prompt_file=train.py
 Writes  nothing but its tables; append them to bench/results.md with date and machine
 """
@@ -42,6 +43,7 @@ SHAPES = {
 @dataclass
 class Config:
     shapes: tuple[str, ...] = ("laptop", "124M", "0.5B")  # models to time
+    model: str = ""                 # a model folder to time too, such as SmolLM2's
     batches: tuple[int, ...] = (1, 8, 32)  # rows at a time
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
     new_tokens: int = 32            # per row, after the first; the laptop shape writes 4 times as many
@@ -69,51 +71,60 @@ def bandwidth():
 
 def bench_shape(name, cfg, speed):
     torch.manual_seed(0)
-    config = m.GPTConfig(block_size=512, **SHAPES[name])
-    model = m.GPT(config)
+    model = m.GPT(m.GPTConfig(block_size=512, **SHAPES[name]))
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.02)
-    n = cfg.new_tokens * (4 if name == "laptop" else 1)
     with tempfile.TemporaryDirectory() as folder:
         m.save_model(folder, model, None)
         del model
-        for dtype in cfg.dtypes:
-            kind = getattr(torch, dtype)
-            ours = m.load_model(folder, "cpu", kind, need_tokenizer=False)[0]
-            if dtype == "bfloat16":                                # as sample.py does
-                ours.pack()
-            tools = {"nanopath": lambda ids, count: sample.generate(ours, ids, count, temperature=0, stop_ids=())}
-            if cfg.hf:
-                import transformers
-                transformers.utils.logging.disable_progress_bar()
-                theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
-                tools["transformers"] = lambda ids, count: theirs.generate(
-                    torch.tensor(ids), attention_mask=torch.ones(len(ids), len(ids[0])), max_new_tokens=count,
-                    do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)[:, len(ids[0]):].tolist()
-            weights = sum(p.numel() for key, p in m.GPT(config).named_parameters()
-                          if "embed" not in key or config.tie_embeddings)
-            size = weights * (2 if dtype == "bfloat16" else 4)
-            for batch in cfg.batches:
-                tools.pop("naive", None)
-                if name == "laptop" and batch == 1:
-                    tools = {"naive": lambda ids, count: [sample.generate_naive(ours, ids[0], count, 0)], **tools}
-                ids = torch.randint(config.vocab_size, (batch, 64)).tolist()
-                times = {tool: [] for tool in tools}
-                outputs = {tool: run(ids, n + 1) for tool, run in tools.items()}       # also warms up
-                for _ in range(cfg.rounds):
-                    for tool, run in tools.items():
-                        first, all_of_it = clock(lambda: run(ids, 1)), clock(lambda: run(ids, n + 1))
-                        times[tool].append((first[0], (all_of_it[0] - first[0]) / n, (all_of_it[1] - first[1]) / n))
-                for tool, runs in times.items():
-                    first, wall, processor = (statistics.median(column) for column in zip(*runs))
-                    ratio = statistics.median(run[1] for run in times[list(tools)[-1]]) / wall
-                    same = sum(a == b for a, b in zip(outputs[tool], outputs["nanopath"]))
-                    limit = f"{speed / size:,.0f}" if batch == 1 else ""
-                    print(f"| {name} {dtype} | {batch} | {tool} | {1000 * first:,.1f} | {batch / wall:,.1f} "
-                          f"| {batch / processor:,.1f} | {ratio:.2f} | {limit} | {same}/{batch} |", flush=True)
-            del ours, tools
-            if cfg.hf:
-                del theirs
+        bench_folder(name, folder, cfg, speed, cfg.new_tokens * (4 if name == "laptop" else 1))
+
+
+def bench_folder(name, folder, cfg, speed, n):
+    """Rows of the table for the model in a folder: n tokens after the first one of each row."""
+    for dtype in cfg.dtypes:
+        kind = getattr(torch, dtype)
+        begin = time.perf_counter()
+        ours = m.load_model(folder, "cpu", kind, need_tokenizer=False)[0]
+        loaded = [time.perf_counter() - begin]
+        if dtype == "bfloat16":                                    # as sample.py does
+            ours.pack()
+        tools = {"nanopath": lambda ids, count: sample.generate(ours, ids, count, temperature=0, stop_ids=())}
+        if cfg.hf:
+            import transformers
+            transformers.utils.logging.disable_progress_bar()
+            begin = time.perf_counter()
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+            loaded.append(time.perf_counter() - begin)
+            theirs.generation_config.eos_token_id = None
+            tools["transformers"] = lambda ids, count: theirs.generate(
+                torch.tensor(ids), attention_mask=torch.ones(len(ids), len(ids[0])), max_new_tokens=count,
+                do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)[:, len(ids[0]):].tolist()
+        weights = sum(p.numel() for key, p in ours.named_parameters() if "embed" not in key or ours.config.tie_embeddings)
+        size = weights * (2 if dtype == "bfloat16" else 4)
+        for batch in cfg.batches:
+            tools.pop("naive", None)
+            if name == "laptop" and batch == 1:
+                tools = {"naive": lambda ids, count: [sample.generate_naive(ours, ids[0], count, 0)], **tools}
+            ids = torch.randint(ours.config.vocab_size, (batch, 64)).tolist()
+            times = {tool: [] for tool in tools}
+            outputs = {tool: run(ids, n + 1) for tool, run in tools.items()}           # also warms up
+            for _ in range(cfg.rounds):
+                for tool, run in tools.items():
+                    first, all_of_it = clock(lambda: run(ids, 1)), clock(lambda: run(ids, n + 1))
+                    times[tool].append((first[0], (all_of_it[0] - first[0]) / n, (all_of_it[1] - first[1]) / n))
+            for tool, runs in times.items():
+                first, wall, processor = (statistics.median(column) for column in zip(*runs))
+                ratio = statistics.median(run[1] for run in times[list(tools)[-1]]) / wall
+                same = sum(a == b for a, b in zip(outputs[tool], outputs["nanopath"]))
+                limit = f"{speed / size:,.0f}" if batch == 1 else ""
+                print(f"| {name} {dtype} | {batch} | {tool} | {1000 * first:,.1f} | {batch / wall:,.1f} "
+                      f"| {batch / processor:,.1f} | {ratio:.2f} | {limit} | {same}/{batch} |", flush=True)
+        names = ("nanopath", "transformers, after its import")[:len(loaded)]
+        print("loaded in " + ", ".join(f"{seconds:.2f} s ({tool})" for tool, seconds in zip(names, loaded)), flush=True)
+        del ours, tools
+        if cfg.hf:
+            del theirs
 
 
 def bench_speculation(cfg):
@@ -154,11 +165,13 @@ def main(cfg):
     torch.set_num_threads(cfg.threads)
     speed = bandwidth()
     print(f"{cfg.threads} thread; reading 512 MB: {speed / 1e9:.1f} GB/s\n")
-    if cfg.shapes:
+    if cfg.shapes or cfg.model:
         names = "shape|batch|tool|first token, ms|tok/s|tok/processor s|x the other|limit tok/s|same ids".split("|")
         print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name in cfg.shapes:
         bench_shape(name, cfg, speed)
+    if cfg.model:
+        bench_folder(Path(cfg.model).name, cfg.model, cfg, speed, cfg.new_tokens)
     if cfg.llama and cfg.gguf:
         done = subprocess.run([cfg.llama, "-m", cfg.gguf, "-t", str(cfg.threads), "-p", "64", "-n", "64", "-o", "md"],
                               capture_output=True, text=True)

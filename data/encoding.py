@@ -27,11 +27,14 @@ def start_worker(folder, tokenizer=None):
     TOKENIZER = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
     ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
     if parent := multiprocessing.parent_process():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"             # the other cores have workers of their own
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def choose_encoder(tokenizer):
     """A function [(text, does its document end here?), ...] -> array of ids. Without merges the ids are the bytes."""
+    if not may_cut(tokenizer):
+        return lambda texts: encode_whole(tokenizer, texts)
     every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that occurs below U+0800
     if tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
         return PieceEncoder(tokenizer).encode
@@ -41,6 +44,42 @@ def choose_encoder(tokenizer):
         arrays = ([np.frombuffer(text.encode("utf-8"), np.uint8), end[:last]] for text, last in texts)
         return np.concatenate(list(itertools.chain.from_iterable(arrays)))
     return encode
+
+
+def may_cut(tokenizer):
+    """Is it known where a text may be cut without changing its ids? Not where the split pattern is foreign, where other
+    tokenizers than byte-level BPE look at the whole text, or where an added token could be cut in two."""
+    return not tokenizer.added and bool(safe_cuts(tokenizer.pattern).any())
+
+
+def whole_documents(stream, tokenizer):
+    """The stream of prepare.parts, with the pieces of a document joined unless the tokenizer's texts may be cut."""
+    if tokenizer is None or may_cut(tokenizer):
+        yield from stream
+        return
+    held = []
+    for position, found, dropped in stream:
+        held += found
+        if not held or held[-1][2]:
+            yield position, joined(held), dropped
+            held = []
+
+
+def joined(parts):
+    documents, texts = [], []
+    for split, text, last in parts:
+        texts.append(text)
+        if last:
+            documents.append((split, "".join(texts), True))
+            texts = []
+    return documents
+
+
+def encode_whole(tokenizer, texts):
+    alone = [text for text, _ in texts]
+    found = tokenizer.encode_batch(alone) if hasattr(tokenizer, "encode_batch") else map(tokenizer.encode, alone)
+    ids = [ids + [tokenizer.eos_id] * last for ids, (_, last) in zip(found, texts)]
+    return np.fromiter(itertools.chain.from_iterable(ids), np.uint32)
 
 
 class PieceEncoder(dict):

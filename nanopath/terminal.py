@@ -79,6 +79,17 @@ def read_constraint(cfg, tokenizer):
         raise SystemExit(f"{flag}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_chat_options(text):
+    """The JSON object of --chat_options: variables of the model's chat template."""
+    try:
+        options = json.loads(text or "{}")
+        if not isinstance(options, dict) or "messages" in options or "add_generation_prompt" in options:
+            raise ValueError("it must be an object of the template's variables, without messages")
+    except ValueError as error:
+        raise SystemExit(f"--chat_options={text}: {error}. Example: --chat_options='{{\"enable_thinking\": false}}'") from None
+    return options
+
+
 def check_flags(cfg):
     """Refuse impossible values, flags that the chosen method would ignore, and arguments that are not text."""
     try:
@@ -95,7 +106,8 @@ def check_flags(cfg):
                                                             "no_repeat_ngram"}),
         "contrast": ("with --contrast", given - search - {"top_k"}),
         "chat": ("with --chat", given & {"prompt", "prompt_file", "num_samples", "length_penalty"}),
-    }.get("".join(methods), ("without --chat or --num_beams", given & {"system", "length_penalty"}))
+    }.get("".join(methods), ("without --chat or --num_beams", given & {"system", "chat_options",
+                                                                                       "length_penalty"}))
     if ignored:
         raise SystemExit(f"{', '.join(f'--{name}' for name in sorted(ignored))}: has no effect {where}; leave it out")
     if cfg.num_beams and cfg.num_samples > cfg.num_beams:
@@ -281,13 +293,14 @@ def read_message(interactive):
     return "\n".join(parts).rstrip().removesuffix('"""').strip("\n")
 
 
-def fit_messages(tokenizer, messages, size, room):
+def fit_messages(tokenizer, messages, size, room, **options):
     """Drop the oldest turns, each a question with its answer, until `room` of `size` tokens are left for the answer.
-    The system prompt and the newest question stay. Returns the ids and how many messages were dropped."""
+    The system prompt and the newest question stay. options: variables of the chat template. Returns the ids and how
+    many messages were dropped."""
     head = messages[:1] if messages[0]["role"] == "system" else []
     turns, dropped = messages[len(head):], 0
     while True:
-        ids, _ = tokenizer.render(head + turns, add_generation_prompt=True)
+        ids, _ = tokenizer.render(head + turns, add_generation_prompt=True, **options)
         later = [i for i, message in enumerate(turns) if i and message["role"] == "user"]
         if len(ids) + room <= size or not later:
             return ids, dropped
@@ -316,6 +329,7 @@ def chat(cfg, tokenizer, size, constraint, answer):
     interactive = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    options = read_chat_options(cfg.chat_options)
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, forgotten, turn = [], 0, 0                           # the conversation; how many messages no longer fit
     least = max(1, constraint.shortest if constraint else 1)
@@ -342,7 +356,7 @@ def chat(cfg, tokenizer, size, constraint, answer):
             screen, turn = Screen(tokenizer, cfg.stop, cfg.show_probs), turn + 1
             try:
                 ids, dropped = fit_messages(tokenizer, system + messages[forgotten:] + [question], size,
-                                            max(least, min(cfg.max_new_tokens, size // 2)))
+                                            max(least, min(cfg.max_new_tokens, size // 2)), **options)
                 if len(ids) + least > size:
                     raise ValueError(f"{len(ids)} tokens with the system prompt, the model reads {size}: shorten it")
                 if dropped:

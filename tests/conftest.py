@@ -39,3 +39,11 @@ def tiny(tmp_path_factory):
 
 SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--head_dim=16", "--n_hidden=64", "--block_size=32",
          "--batch_size=4", "--sample_every=0", "--dtype=float32", "--device=cpu"]
+
+
+def real_folder(name):
+    """A published model's folder under NANOPATH_REAL; skips the test where that is not set."""
+    folder = Path(os.environ.get("NANOPATH_REAL", "/nowhere"), name)
+    if not folder.exists():
+        pytest.skip(f"NANOPATH_REAL has no {name}")
+    return folder

@@ -1,0 +1,186 @@
+"""
+Chat templates: messages -> the text and the ids that a chat model was trained on, and which of them the assistant writes.
+
+    render_text   messages -> text; which of its characters the assistant says; where a user wrote a special token
+    render        the same as ids and mask: for the chat, for fine-tuning and for the server
+    answer_ends   the ids that end an answer
+
+A model folder brings its template, a program in Jinja (data/sandbox.py runs it). It receives the messages, the texts of
+the special tokens and add_generation_prompt, and whatever else the caller gives: tools, enable_thinking, documents.
+Three things cannot be read from the text that it makes, so marks are put into the messages and removed from the text:
+where the assistant's words begin and end, and which special tokens a user wrote. Those stay ordinary text: nobody can
+end his turn and continue as the system. A mark is a character that no message contains; a second rendering, without
+marks, must give the same text.
+"""
+import json
+import re
+
+from data.sandbox import run_template
+
+SPOKEN = ("content", "text", "reasoning_content", "thinking", "name", "arguments")   # keys of a message that are said
+
+
+def render(tokenizer, messages, add_generation_prompt=False, **variables):
+    """Messages [{"role", "content", ...}] -> ids, mask. mask is 1 on what the assistant writes, the token that ends its
+    turn included: there fine-tuning computes its loss. tokenizer: of bpe.py or data/foreign.py. ids equal those of
+    transformers' apply_chat_template, except that special tokens in a message are ordinary text."""
+    text, spans, literal = render_text(tokenizer, messages, add_generation_prompt, **variables)
+    ids, ends = tokenizer.encode_offsets(text, allowed_special="all", literal=literal)
+    mask, number = [0] * len(ids), 0
+    for i, (begin, end) in enumerate(zip([0, *ends], ends)):
+        while number < len(spans) and spans[number][1] <= begin:
+            number += 1
+        mask[i] = int(number < len(spans) and end > spans[number][0] and end > begin)
+    return ids, mask
+
+
+def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
+    """(text, spans, literal): spans are the [begin, end) of what the assistant writes, in characters; literal holds the
+    positions of special tokens that stand in a message. ValueError: no template, bad messages, or what it refuses."""
+    source = choose_template(tokenizer.chat_template, variables.get("tools"))
+    messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
+    special = one_of(tokenizer.specials)
+    begin, end, alien = marks = free_characters(messages, variables, source)
+
+    def fill(messages, variables, prompt=add_generation_prompt):
+        given = known | variables | dict(messages=messages, add_generation_prompt=prompt)
+        return run_template(source, given, begin, end)
+
+    def guard(text):                                               # a user's "<|im_end|>" becomes "<", alien, "|im_end|>"
+        return special.sub(lambda found: found[0][:1] + alien + found[0][1:], text)
+
+    def unmarked(text, removed="".join(marks)):
+        return re.sub(f"[{removed}]", "", text)
+
+    guarded, safe = on_texts(guard, messages), on_texts(guard, variables)
+    text, plain = fill(guarded, safe), None
+    if guarded != messages or safe != variables:
+        plain = fill(messages, variables)
+        if unmarked(text, alien) != plain:
+            raise ValueError("the chat template changes the text of the messages, so a special token in a message cannot "
+                             "be told from the template's own. Remove it from the message: " + special.search(plain)[0])
+    has_spans = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
+    if not has_spans and any(message["role"] == "assistant" for message in messages):
+        marked = fill([on_texts(lambda text: bracket(text, begin, end), message, SPOKEN) if message["role"] == "assistant"
+                       else message for message in guarded], safe)
+        if unmarked(marked, begin + end) == text:
+            text = marked
+        elif not add_generation_prompt:                            # before an answer, the mask is of no use
+            raise ValueError("the chat template changes what the assistant says, so its words cannot be found in the "
+                             "text. Put {% generation %} and {% endgeneration %} around them in the template")
+    text, places = take_marks(text, marks)
+    literal = {place - 1 for place in places[alien]}
+    spans = list(zip(places[begin], places[end]))
+    if spans and not has_spans:
+        first, prompted = (fill([dict(role="user", content="a")], variables, asks) for asks in (False, True))
+        opening = prompted.removeprefix(first) if prompted.startswith(first) else ""
+        ends = [found.span() for found in one_of(answer_end_texts(tokenizer)).finditer(text)]
+        ends = [end for end in ends if end[0] not in literal]
+        spans = list(dict.fromkeys(widen(text, span, opening, ends) for span in spans))
+    return text, spans, literal
+
+
+def widen(text, span, opening, ends):
+    """Extend a span of the assistant's words: to the left as far as the text that asks for an answer, where that is in
+    the same turn (between them are things like <think>), to the right over the token that ends the turn."""
+    begin, end = span
+    asked = text.rfind(opening, 0, begin) + len(opening) if opening and opening in text[:begin] else begin
+    if any(asked <= start < begin for start, _ in ends):
+        asked = begin
+    return asked, next((stop for start, stop in ends if start >= end), end)
+
+
+def bracket(text, begin, end):
+    """Marks at the two ends of the words between tags: "<think>\\na b\\n</think> c" -> "<think>\\n[a b]\\n</think> [c]".
+    Inside white space, which templates strip; outside tags, at which they split."""
+    parts = re.split(r"(</?\w+>)", text)
+    parts[::2] = [re.sub(r"(?s)\S.*\S|\S", lambda found: begin + found[0] + end, part, count=1) for part in parts[::2]]
+    return "".join(parts)
+
+
+def take_marks(text, marks):
+    """Remove the marks of a text. Returns it and {mark: positions in the text that is left}."""
+    places, parts = {mark: [] for mark in marks}, re.split(f"([{''.join(marks)}])", text)
+    at = 0
+    for part, mark in zip(parts[::2], [*parts[1::2], None]):
+        at += len(part)
+        if mark:
+            places[mark].append(at)
+    return "".join(parts[::2]), places
+
+
+def answer_end_texts(tokenizer):
+    """The special tokens that end an answer: the first after the assistant's words, and the tokenizer's eos_token."""
+    known, names = special_texts(tokenizer.chat_config), one_of(tokenizer.specials)
+    ends = [known["eos_token"]] if known.get("eos_token") in tokenizer.specials else []
+    question, answer = dict(role="user", content="a"), dict(role="assistant", content="\U0010fffd")
+    try:
+        text = run_template(choose_template(tokenizer.chat_template), known | dict(messages=[question, answer]))
+    except ValueError:                                             # it wants other messages; the eos_token must do
+        return ends
+    _, found, rest = text.partition("\U0010fffd")
+    after = names.search(rest) if found else None
+    return [*ends, after[0]] if after else ends
+
+
+def answer_ends(tokenizer):
+    """The ids that end an answer in a chat, as a frozenset; empty without a template."""
+    return frozenset(tokenizer.specials[text] for text in answer_end_texts(tokenizer)) if tokenizer.chat_template else \
+        frozenset()
+
+
+def one_of(texts):
+    """A pattern that finds the longest of these texts; nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or "(?!)")
+
+
+def on_texts(function, value, keys=None):
+    """The value with all its strings, or those under certain keys of its dictionaries, replaced by function(string)."""
+    if isinstance(value, str):
+        return value if keys else function(value)
+    if isinstance(value, dict):
+        return {key: on_texts(function, inner, None if keys and key in keys else keys) for key, inner in value.items()}
+    return [on_texts(function, inner, keys) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def free_characters(*values):
+    """Three characters for private use that none of the values contains."""
+    used = set(json.dumps(values, ensure_ascii=False, default=str))
+    return [mark for mark in map(chr, range(0x100000, 0x100400)) if mark not in used][:3]
+
+
+def special_texts(config):
+    """bos_token, eos_token, ... of tokenizer_config.json, as a template sees them."""
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+             if key.endswith("_token")}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def choose_template(template, tools=None):
+    """The template of a folder, which may have several with names. ValueError where there is none."""
+    if isinstance(template, dict):
+        names, template = ", ".join(template), tools and template.get("tool_use") or template.get("default")
+        if not template:
+            raise ValueError(f"this tokenizer has the chat templates {names}, none is called default: rename one in "
+                             "tokenizer_config.json")
+    if not template:
+        raise ValueError("this tokenizer has no chat template, so its model continues texts and does not chat. Train one "
+                         "that has: python bpe.py PATH... --out=FOLDER, or put a chat_template.jinja into its folder")
+    return template
+
+
+def check_messages(messages):
+    """The messages without keys that are None, or ValueError. reasoning_content may also be called thinking or
+    reasoning, as different servers call it."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of at least one message, not {messages!r:.80}")
+    checked = []
+    for number, message in enumerate(messages):
+        message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        content = message.get("content")
+        says = isinstance(content, (str, list)) or "content" not in message and "tool_calls" in message
+        if not isinstance(message.get("role"), str) or not says:
+            raise ValueError(f'message {number} must be {{"role": text, "content": text}}, it is {messages[number]!r:.200}')
+        thoughts = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message]
+        checked.append(({"thinking": thoughts[0]} | message | {"reasoning_content": thoughts[0]}) if thoughts else message)
+    return checked

@@ -47,7 +47,8 @@ def read_rows(path):
         yield from ((f"{path}:{n}", row) for n, row in enumerate(csv.reader(text.splitlines(keepends=True)), 1) if row)
     elif kind in ("tsv", "txt"):                                   # GLUE: tabs, and quotes are ordinary characters
         lines = [line.split("\t") for line in text.rstrip("\n").split("\n")]
-        header = lines.pop(0) if "sentence" not in lines[0][-1:] and len(lines[0]) != 4 or "label" in lines[0] else None
+        known = {"label", "Quality", "is_duplicate", "gold_label"} & set(lines[0])
+        header = lines.pop(0) if known else None                   # CoLA has none
         names = header or ["source", "label", "mark", "sentence"]
         for number, line in enumerate(lines, 2 if header else 1):
             if len(line) < len(names):
@@ -506,9 +507,17 @@ def find_task(name, folder):
                                                                                           task.shots_from == task.split)
 
 
+@dataclass
+class Benchmark:
+    name: str
+    task: Task
+    shots: int                      # examples in front of each question
+    items: list                     # questions, with index (number in the file), place, row (flat), examples (their places),
+    pool: list                      # contexts, and scored: " " + this text is what follows the context
+
+
 def load_task(name, folder, shots=None, limit=0):
-    """(short name, Task, number of examples, questions). Every question has an `index` (its number in the file), its
-    `place`, and `contexts` and `answers_scored`: what is scored is " " + answer after its context."""
+    """The Benchmark of a name in TASKS or of a file of questions. The examples do not depend on `limit`."""
     name, task, files, example_files = find_task(name, Path(folder))
     shots = (task.shots if shots is None else shots) if task.shots_from else 0
     found = read_split(task, name, files)
@@ -520,7 +529,7 @@ def load_task(name, folder, shots=None, limit=0):
         before = item.get("header", "") + "".join(as_example(example) for _, _, example in examples)
         contexts = item.get("contexts") or [item["context"]] * len(item.get("choices", [0]))
         items.append(item | dict(
-            index=index, place=place, row=row, contexts=[before + context for context in contexts], examples=[
-                example[0] for example in examples],
+            index=index, place=place, row=row, contexts=[before + context for context in contexts],
+            examples=[example[0] for example in examples],
             scored=[item["target"]] * len(contexts) if "target" in item else item["choices"]))
-    return name, task, shots, items
+    return Benchmark(name, task, shots, items, pool)

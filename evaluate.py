@@ -546,7 +546,7 @@ def show_harness(cfg, name, tasks, benches, items):
     """Ask lm-eval the same questions and print its table and the largest difference."""
     with tempfile.TemporaryDirectory() as folder:
         device = "cpu" if cfg.device == "auto" and not torch.cuda.is_available() else cfg.device.replace("auto", "cuda")
-        table, theirs = run_harness(cfg.harness, tasks, name, benches, cfg.dtype, device, Path(folder))
+        table, theirs, _ = run_harness(cfg.harness, tasks, name, benches, cfg.dtype, device, Path(folder))
     ours = {(record["task"], record["index"]): record for record in items.records if record["stamp"] == stamp_of(name)}
     count, worst, prompts, scores = compare_items(ours, theirs)
     print(f"\nlm-eval on {name}:", *table, sep="\n")

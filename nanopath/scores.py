@@ -197,27 +197,47 @@ def write_harness_tasks(benches, tasks, folder):
     return made
 
 
-def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size=8):
-    """(rows of the table that lm-eval prints, {(task, index): its record}) for one model folder."""
-    made = write_harness_tasks(benches, tasks, folder)
-    table, records = [], {}
-    for shots in sorted({bench.shots for bench, _ in made.values()}):
-        names = [name for name, (bench, _) in made.items() if bench.shots == shots]
-        done = run_quietly([python, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-                            f"pretrained={Path(model).resolve()},dtype={dtype}", "--tasks", ",".join(names), "--num_fewshot",
-                            shots, "--batch_size", batch_size, "--device", device, "--include_path", folder, "--output_path",
-                            folder / "out", "--log_samples"], folder)
-        if done.returncode:
-            raise SystemExit(f"--harness: lm-eval ended with an error:\n{done.stderr.strip()[-1500:]}")
-        for name in names:
-            bench, numbers = made[name]
-            file, = (folder / "out").rglob(f"samples_{name}_2*.jsonl")
-            for line in file.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                kept = records.setdefault((bench.name, numbers[record["doc_id"]]), record)
-                kept["filters"] = kept.get("filters", {}) | {record.get("filter", "none"): record}
-        table += [line for line in done.stdout.splitlines() if line.startswith("|")]
-    return table, records
+# Runs in lm-eval's own process. Its command line would bootstrap 100,000 times for every F1 and perplexity: minutes
+HARNESS = """
+import json, sys, time
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+with open("settings.json", encoding="utf-8") as file:
+    s = json.load(file)
+model = HFLM(pretrained=s["model"], dtype=s["dtype"], device=s["device"], batch_size=s["batch_size"])
+known, samples, seconds = TaskManager(include_path=".", include_defaults=False), {}, {}
+for shots, names in s["tasks"]:
+    for name in names:
+        begin = time.perf_counter()
+        results = lm_eval.simple_evaluate(model, tasks=[name], num_fewshot=shots, task_manager=known, bootstrap_iters=100,
+                                          limit=s["limit"])
+        seconds[name] = time.perf_counter() - begin
+        samples |= results["samples"]
+        print(make_table(results))
+with open("samples.json", "w", encoding="utf-8") as file:
+    json.dump([samples, seconds], file, default=str)
+"""
+
+
+def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size=8, limit=None):
+    """(lines of the tables that lm-eval prints, {(task, index): its record}, seconds per task) for one model folder."""
+    made, by_shots, records, spent = write_harness_tasks(benches, tasks, folder), defaultdict(list), {}, defaultdict(float)
+    for name, (bench, _) in made.items():
+        by_shots[bench.shots].append(name)
+    write_json(folder / "settings.json", dict(model=str(Path(model).resolve()), dtype=dtype, device=device, limit=limit,
+                                              batch_size=batch_size, tasks=list(by_shots.items())))
+    done = run_quietly([python, "-c", HARNESS], folder)
+    if done.returncode:
+        raise SystemExit(f"--harness: lm-eval ended with an error:\n{done.stderr.strip()[-1500:]}")
+    samples, seconds = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    for name, (bench, numbers) in made.items():
+        spent[bench.name] += seconds[name]
+        for record in samples[name]:
+            kept = records.setdefault((bench.name, numbers[record["doc_id"]]), record | {"filters": {}})
+            kept["filters"][record.get("filter", "none")] = record
+    return [line for line in done.stdout.splitlines() if line.startswith("|")], records, dict(spent)
 
 
 def compare_items(ours, theirs):
@@ -229,7 +249,7 @@ def compare_items(ours, theirs):
         if mine is None:
             continue
         count += 1
-        asked = [argument["arg_0"] for argument in record["arguments"].values()]
+        asked = [arguments[0] for arguments in record["arguments"]]
         if [prompt.rstrip() for prompt in asked] != [prompt.rstrip() for prompt in mine["prompts"]][:len(asked)]:
             prompts.append(key)
         if mine["written"] is None:

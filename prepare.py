@@ -4,6 +4,7 @@ token of every document ends up in exactly one shard. (data/curate.py decides wh
 
 Run     python prepare.py shakespeare               # 1 MB, one token per byte
         python prepare.py stdlib                    # 12 MB, the library of your own Python: needs no network
+        python prepare.py tinyworld                 # a small world with known answers, for every stage; no network
         python prepare.py my.txt notes/ 'logs/*.jsonl.gz' --out=data/mine --vocab_size=4096
         python prepare.py alpaca.json --kind=chat   # instructions and dialogues -> messages; also --kind=preference
         cat book.txt | python prepare.py - --out=data/book       # also URLs, and hf://datasets/OWNER/NAME/FILE
@@ -23,6 +24,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import time
@@ -43,14 +45,15 @@ from data.dataset import (ShardWriter, id_type, load_meta, output_folder, publis
 from data.encoding import encode_batches, whole_documents
 from data.presets import DATASETS, find_sources
 from data.readers import PIECE, check_text, check_zst, known_encoding, plain_errors, read_pieces, refuse
+from data.tinyworld import make_world, write_world
 from nanopath.files import file_hash, need_space, read_json
 from nanopath.flags import Bound, check_bounds, parse
 
 
 @dataclass
 class Config:
-    # a dataset by name: shakespeare, stdlib, tinystories, wikitext-2, wikitext-103, openwebtext, fineweb-edu, c4; or
-    # files, folders, 'globs', URLs, - for standard input
+    # a dataset by name: shakespeare, stdlib, tinyworld, tinystories, wikitext-2, wikitext-103, openwebtext,
+    # fineweb-edu, c4; or files, folders, 'globs', URLs, - for standard input
     sources: tyro.conf.Positional[tuple[str, ...]] = ("shakespeare",)
     out: str | None = None          # folder to write; by default data/<name of the first source>
     input: str | None = None        # with a named dataset: a file that you already have, instead of its download
@@ -63,6 +66,9 @@ class Config:
     join_rows: bool = False         # csv, json, parquet: the rows of one file are one document
     separator: str | None = None    # text files: what separates documents; by default a file is one document
     encoding: str = "utf-8"         # of text files without a byte order mark
+    special_tokens: bool = False    # <|im_start|> and the like in the text are special tokens, not ordinary text
+    size: Literal["quick", "default", "large"] = "default"  # of tinyworld: 0.3, 1 or 10 million tokens
+    seed: Annotated[int, Bound(0)] = 0  # of tinyworld
     skip_bad: bool = False          # skip and count unreadable rows and files instead of stopping
     files: Annotated[int | None, Bound(1)] = None  # use only the first so many train files of a named dataset
     shard_tokens: Annotated[int, Bound(1)] = 100_000_000  # tokens per shard
@@ -193,6 +199,8 @@ def new_tokenizer(cfg, stream, workers):
     if cfg.vocab_size == 0:
         return Tokenizer.train([], 256 + len(SPECIALS), pattern=cfg.pattern)
     texts = (text for _, found, _ in stream for split, text, _ in found if split == "train")
+    border = "|".join(map(re.escape, SPECIALS))      # whose spelling is not worth any merge
+    texts = (part for text in texts for part in re.split(border, text)) if cfg.special_tokens else texts
     try:
         return Tokenizer.train(texts, cfg.vocab_size, pattern=cfg.pattern, workers=workers)
     except ValueError as error:
@@ -214,6 +222,8 @@ def checked(cfg):
          f"{' '.join(cfg.sources)}: a named dataset stands alone; prepare it and your files one after the other"),
         (cfg.input and "train" not in DATASETS.get(name, {}),
          f"--input={cfg.input} replaces the download of a named dataset; try python prepare.py {cfg.input}"),
+        (name != "tinyworld" and (cfg.size, cfg.seed) != ("default", 0),
+         f"--size={cfg.size} --seed={cfg.seed} are for tinyworld: python prepare.py tinyworld --size={cfg.size}"),
         (cfg.vocab_size and cfg.tokenizer, f"--vocab_size={cfg.vocab_size} and --tokenizer={cfg.tokenizer}: give one"),
         (cfg.tokenizer and not Path(cfg.tokenizer).exists(),
          f"--tokenizer={cfg.tokenizer}: no such folder; a prepared data/NAME holds a tokenizer"),
@@ -244,7 +254,7 @@ def examine(sources, cfg, out):
     for source in sources:
         if out.resolve() in source.path.resolve().parents:
             raise SystemExit(f"--out={out} would replace {source.path}, which is to be read; choose another --out")
-        if cfg.kind != "text" and source.kind in ("text", "topics"):
+        if cfg.kind != "text" and source.kind in ("text", "topics", "world"):
             raise SystemExit(f"--kind={cfg.kind}: {source.name} is plain text; records come from .jsonl, .json, .csv "
                              f"or .parquet. Leave it out, or use --kind=text")
         sha256 = file_hash(source.path)
@@ -324,7 +334,8 @@ def build(cfg, out, partial, recipe, given, there):
             raise                       # main keeps the partial folder
         raise SystemExit(f"--out={out}: {error.strerror}; choose another disk with --out=FOLDER") from None
     stream = batches(whole_documents(parts(sources, cfg, state["plan"], state["next"]), tokenizer))
-    write_shards(encode_batches(stream, partial, tokenizer, workers), partial, identity, state, writers)
+    encoded = encode_batches(stream, partial, tokenizer, workers, cfg.special_tokens)
+    write_shards(encoded, partial, identity, state, writers)
     if not state["train"]["documents"]:
         raise SystemExit(no_text(cfg))
     meta = {"format": 1, "name": out.name, "kind": cfg.kind}
@@ -334,6 +345,8 @@ def build(cfg, out, partial, recipe, given, there):
                  "tokenizer_hash": tokenizer.hash, "eos_id": tokenizer.eos_id}
     splits = {split: state[split] | {"shards": writer.shards(width)} for split, writer in writers.items()}
     meta |= {"splits": splits, "source": found, "recipe": recipe, "dropped": +Counter(state["dropped"])}
+    if cfg.sources[0] == "tinyworld":
+        meta["world"] = write_world(partial, make_world(cfg.size, cfg.seed), **state["val"])
     write_meta(partial / "meta.json", meta, sync=True)
     (partial / "progress.json").unlink()
     publish(partial, out)
@@ -366,6 +379,8 @@ def print_dataset(out, meta, cfg):
         print(line)
     if any(meta["dropped"].values()):
         print("dropped " + ", ".join(f"{count:,} {reason}" for reason, count in meta["dropped"].items()))
+    for unit, floor in meta.get("world", {}).get("floor", {}).items():
+        print(f"floor   {floor:.4f} {unit.replace('_', ' ')}, what a perfect model loses on val")
     name = out.name if out.parent == Path("data") else out
     script = {"text": "train.py", "chat": "finetune_lora.py", "preference": "rlhf.py"}[cfg.kind]
     print("next    " + shlex.join(["python", script, f"--dataset={name}"]))
@@ -378,7 +393,7 @@ def prepare_dataset(cfg, out, recipe, given):
     refuse_foreign(out)
     partial = out.with_name(out.name + ".partial")
     there = ready(out, recipe)
-    if there and cfg.sources[0] in DATASETS and cfg.input is None:   # its source is fixed: no need to read it again
+    if there and cfg.sources[0] in DATASETS.keys() - {"tinyworld"} and cfg.input is None:   # its source is fixed
         print(f"ready   {out} (made before with the same arguments)")
         return print_dataset(out, there, cfg)
     before = load_meta(out).get("recipe", {})

@@ -15,7 +15,7 @@ import numpy as np
 from nanopath.files import read_json, write_json
 
 OURS = (r"(train|val)(_\d{5,}\.bin|\.jsonl)|meta\.json|verified\.json(\.tmp)?|tokenizer(_config)?\.json"
-        r"|chat_template\.jinja")
+        r"|chat_template\.jinja|world\.json|(sft|preferences|tasks|questions|documents)_(train|val|test)\.jsonl")
 SMALL = 200_000_000   # bytes of shards that are hashed at every start; larger datasets are hashed once
 BLOCK_SIZE = 1 << 24  # bytes read at a time
 

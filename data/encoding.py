@@ -18,26 +18,33 @@ from data.words import cuts_in
 
 TOKENIZER = None     # of this process; None where chat or preference data is written
 ENCODE = None        # this process's fastest function from texts to ids
+SPECIAL = ()         # special tokens that are recognised in the text
 
 
-def start_worker(folder, tokenizer=None):
+def start_worker(folder, tokenizer=None, special_tokens=False):
     """Load the tokenizer and choose its encoder. A worker process ends when its parent is killed: its pipe alone would
     not tell it."""
-    global TOKENIZER, ENCODE
+    global TOKENIZER, ENCODE, SPECIAL
     TOKENIZER = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-    ENCODE = choose_encoder(TOKENIZER) if TOKENIZER else None
+    SPECIAL = chat_tokens(TOKENIZER) if TOKENIZER and special_tokens else ()
+    ENCODE = choose_encoder(TOKENIZER, SPECIAL) if TOKENIZER else None
     if parent := multiprocessing.parent_process():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"             # the other cores have workers of their own
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def choose_encoder(tokenizer):
+def chat_tokens(tokenizer):
+    """The special tokens that --special_tokens recognises: all but end-of-text and padding."""
+    return tuple(name for name, i in tokenizer.specials.items() if i not in (tokenizer.eos_id, tokenizer.pad_id))
+
+
+def choose_encoder(tokenizer, special=()):
     """A function [(text, does its document end here?), ...] -> array of ids. Without merges the ids are the bytes."""
     if not may_cut(tokenizer):
         return lambda texts: encode_whole(tokenizer, texts)
     every = "".join(map(chr, range(0x800)))   # its UTF-8 has every byte that occurs below U+0800
-    if tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
-        return PieceEncoder(tokenizer).encode
+    if special or tokenizer.vocab_size > 256 + len(SPECIALS) or tokenizer.encode(every) != list(every.encode("utf-8")):
+        return PieceEncoder(tokenizer, special).encode
     end = np.array([tokenizer.eos_id], np.uint16)
 
     def encode(texts):
@@ -91,13 +98,14 @@ class PieceEncoder(dict):
     """
     LIMIT = 1 << 19   # pieces, about 100 MB; then the table is emptied
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, special=()):
         self.tokenizer, self.safe = tokenizer, safe_cuts(tokenizer.pattern)
         self.type = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
         try:
             self.fast = tokenizer.fast.encode_ordinary
         except ValueError:   # such as GPT-2's tokenizer, whose ids are not in the order that tiktoken expects
             self.fast = tokenizer.encode
+        self.marks = [(name.encode("utf-8"), tokenizer.specials[name], b"\xfd%d" % i) for i, name in enumerate(special)]
         self.start()
 
     def start(self):
@@ -105,10 +113,15 @@ class PieceEncoder(dict):
         self.ids, self.ends = array(self.type, [self.tokenizer.eos_id]), array("q", [0, 1, 1])
         self[b"\xfe"] = 0     # the end of a document; like 255, the end of a piece, a byte that UTF-8 never uses
         self[b""] = 1          # an empty document
+        for _, i, mark in self.marks:
+            self.add(mark, [i])
 
     def __missing__(self, piece):
         text = piece.decode("utf-8")   # tiktoken's regex engine crashes on very long runs of spaces, encode does not
-        self.ids.extend(self.fast(text) if len(text) < 100_000 else self.tokenizer.encode(text))
+        return self.add(piece, self.fast(text) if len(text) < 100_000 else self.tokenizer.encode(text))
+
+    def add(self, piece, ids):
+        self.ids.extend(ids)
         self.ends.append(len(self.ids))
         self[piece] = len(self.ends) - 2
         return len(self.ends) - 2
@@ -117,6 +130,8 @@ class PieceEncoder(dict):
         if len(self) > self.LIMIT or len(self.ids) > 8 * self.LIMIT:
             self.start()
         data = b"\xff".join(text.encode("utf-8") + b"\xff\xfe" * last for text, last in texts)
+        for name, _, mark in self.marks:
+            data = data.replace(name, b"\xff" + mark + b"\xff")
         cut = np.insert(np.frombuffer(data, np.uint8), cuts_in(data, self.safe), 255).tobytes()
         found, at = [], 0
         while at <= len(cut):      # some at a time: they stay in the processor's cache
@@ -139,6 +154,7 @@ def encode_batch(batch):
     for split in {split for split, _, _ in batch}:
         mine = [(text, last) for name, text, last in batch if name == split]
         size = sum(len(text.encode("utf-8")) for text, _ in mine)
+        size -= sum(text.count(name) * len(name.encode("utf-8")) for name in SPECIAL for text, _ in mine)
         documents = sum(last for _, last in mine)
         if TOKENIZER is None:
             result[split] = documents, size, 0, "".join(text + "\n" for text, _ in mine).encode("utf-8")
@@ -149,16 +165,17 @@ def encode_batch(batch):
     return result
 
 
-def encode_batches(batches, folder, tokenizer, workers):
+def encode_batches(batches, folder, tokenizer, workers, special_tokens=False):
     """Encode (position, batch, dropped), here or in `workers` processes. Results keep the order of the batches, so the
     shards are the same bytes for any number of workers."""
     if workers <= 1:
-        start_worker(folder, tokenizer)
+        start_worker(folder, tokenizer, special_tokens)
         for position, batch, dropped in batches:
             yield position, encode_batch(batch), dropped
         return
     context = multiprocessing.get_context("spawn")   # the only way on Windows, and safe with threads everywhere
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(folder,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker,
+                             initargs=(folder, None, special_tokens)) as pool:
         waiting = deque()
         for position, batch, dropped in batches:
             waiting.append((position, pool.submit(encode_batch, batch), dropped))

@@ -20,6 +20,7 @@ DATASETS = {  # train, val: addresses (no val: prepare.py splits); other keys ar
         train=["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "stdlib": dict(skip_bad=True),
+    "tinyworld": dict(vocab_size=768, pattern="qwen2", special_tokens=True),
     "tinystories": dict(
         train=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"],
         val=[HUB + "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt"], separator="<|endoftext|>"),
@@ -48,6 +49,8 @@ def find_sources(cfg):
     if name in DATASETS and cfg.input is None:
         if name == "stdlib":
             return stdlib_sources()
+        if name == "tinyworld":            # a generator: its own file stands for the text it makes
+            return [Source(Path(__file__).with_name("tinyworld.py"), "world", split) for split in ("train", "val")]
         dataset = DATASETS[name]
         wanted = [(url, "train" if "val" in dataset else None) for url in dataset["train"][:cfg.files]]
         wanted += [(url, "val") for url in dataset.get("val", [])]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.chats import to_chat, to_preference
+from data.tinyworld import make_world
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
          ".parquet": "parquet"}
@@ -34,7 +35,7 @@ SPOOLED = set()                           # files that hold a copy of standard i
 
 class Source(NamedTuple):
     path: Path
-    kind: str                  # text, csv, json, parquet, or topics (pydoc's); for curate.py also html, warc
+    kind: str                  # text, csv, json, parquet, topics (pydoc's), world; for curate.py also html, warc
     split: str | None = None   # train or val where the dataset has its own split, else decided per document
 
     @property
@@ -318,6 +319,9 @@ def read_pieces(source, cfg):
     if source.kind == "topics":
         from pydoc_data.topics import topics
         yield from (Piece(topics[name], True) for name in sorted(topics))
+        return
+    if source.kind == "world":
+        yield from (Piece(document.text, True) for document in make_world(cfg.size, cfg.seed).documents[source.split])
         return
     with plain_errors(source.path):
         if source.kind == "text":

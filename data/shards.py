@@ -142,7 +142,8 @@ def data_hashes(folder):
 # Defaults of prepare.py's Config, which prepare_command leaves out (a test compares them)
 PREPARE_DEFAULTS = dict(
     input=None, vocab_size=0, pattern="gpt4", tokenizer=None, kind="text", val_fraction=0.1, columns=None,
-    join_rows=False, separator=None, encoding="utf-8", skip_bad=False, files=None, shard_tokens=100_000_000)
+    join_rows=False, separator=None, encoding="utf-8", skip_bad=False, files=None, shard_tokens=100_000_000,
+    special_tokens=False, size="default", seed=0)
 
 
 def prepare_command(folder, **changes):

@@ -6,7 +6,7 @@ Is this model better than that one? Loss on text, exact answers, and the common 
     run_task            a benchmark: which answer is the most probable, or what does the model write?
     run_harness         the same questions asked by lm-evaluation-harness, item by item beside ours
 
-Run     python evaluate.py                                         # the newest run, on the validation text of its dataset
+Run     python evaluate.py                                         # the newest run, on its validation text
         python evaluate.py --model out/a out/b --dataset=stdlib    # side by side, with a test of the difference
         python evaluate.py --model=OWNER/NAME --text=FILE
         python evaluate.py --tasks hellaswag mmlu questions.jsonl --shots=5 --limit=200
@@ -19,8 +19,6 @@ Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:
         bootstrap (Efron 1979); prompts and rules of lm-evaluation-harness 0.4.13 (2405.14782)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
-import hashlib
-import json
 import math
 import re
 import sys
@@ -35,14 +33,14 @@ import torch
 from tqdm import tqdm
 
 import sample
-from data.benchmarks import load_task
-from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece, exact_match, f1, mcc,
-                          meteor, paired_bootstrap, pass_at_k, rouge, self_bleu, sentence_bleu, wer)  # noqa: F401
+from data.benchmarks import load_task, score_texts
+from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece,  # noqa: F401
+                          exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu, sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
 from model import KVCache, load_model
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
-from nanopath.scores import Items, Results, compare_items, find_harness, run_harness
+from nanopath.scores import (ItemFile, Results, compare_items, find_harness, manifest_of, run_harness, stamp_of)
 from nanopath.terminal import find_run
 
 
@@ -52,12 +50,12 @@ class Config:
     # loss on text
     dataset: str = ""               # prepared dataset whose validation text is read; empty: the one of the training
     text: str = ""                  # read this file instead, in windows as lm-evaluation-harness makes them
-    eval_tokens: int | None = None  # tokens of the validation text to read; 0: all; not given: as in the training
+    eval_tokens: Annotated[int | None, Bound(0)] = None   # validation tokens to read; 0: all; not given: as in training
     context: Count = 0              # tokens the model sees at once; 0: as in its training, else at most 1024
     # benchmarks
     tasks: tuple[str, ...] = ()     # names such as hellaswag, or files of questions; empty: loss on text
     benchmarks: str = "data/benchmarks"  # folder of the benchmarks' files: <benchmarks>/<task>/
-    shots: int | None = None        # examples in front of each question; not given: as usual for the benchmark
+    shots: Annotated[int | None, Bound(0)] = None   # examples before each question; not given: the benchmark's own number
     limit: Count = 0                # only the first questions of each task; 0: all
     num_samples: Positive = 1       # programs written for each problem of humaneval: pass@k needs k or more
     temperature: Annotated[float, Bound(1e-4, off=0)] = 0.0   # of written answers; 0: always the likeliest token
@@ -114,7 +112,7 @@ def make_groups(pairs, T, share):
     for number, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= T:
             raise ValueError(f"pair {number}: {len(context)} ids of context and {len(continuation)} of continuation; both "
-                             f"need at least 1, and the continuation at most {T}, the model's context")
+                             f"need at least 1, the continuation at most {T}, the model's context")
         rows.append((number, [*context, *continuation][-(T + 1):], len(continuation)))
     heads, families = [ids[:len(ids) - n] for _, ids, n in rows], defaultdict(set)
     for head in heads if share else ():
@@ -131,7 +129,7 @@ def make_groups(pairs, T, share):
                 last.rows.append(row)
                 continue
         groups.append(Group(family, head, [row]))
-    for group in groups:                                           # alone, and mostly scored: one pass is better than two
+    for group in groups:                                           # one pass is better than two for a long answer
         if not group.family and len(group.rows) == 1 and len(group.prefix) <= group.rows[0][2]:
             group.prefix = []
     return sorted(groups, key=lambda group: (group.family, -group.size()))
@@ -154,7 +152,7 @@ def make_batches(groups, batch_tokens):
 @torch.inference_mode()
 def score_pairs(model, pairs, batch_tokens=8192):
     """Yield (number of the pair, (sum of log-probabilities, is greedy)) as batches are done, long ones first."""
-    share = not model.dynamic                                      # dynamic NTK: angles depend on the length of the text
+    share = not model.dynamic                                      # dynamic NTK: angles depend on the length
     with sample.evaluating(model):
         for batch in make_batches(make_groups(pairs, model.config.block_size, share), batch_tokens if share else 1):
             yield from score_batch(model, batch)
@@ -200,7 +198,8 @@ def score_batch(model, groups):
     columns, start = max(1, (1 << 26) // (model.config.vocab_size * max(1, len(rest)))), 0     # 256 MB of logits
     while rest := [row for row in rest if len(row[2]) - 1 > start]:
         new = [ids[start:min(start + columns, len(ids) - 1)] for _, _, ids, _ in rest]
-        logits = model(pad(new, device), cache=cache, counts=None if len(new[0]) == len(new[-1]) else list(map(len, new)))
+        counts = None if len(new[0]) == len(new[-1]) else list(map(len, new))
+        logits = model(pad(new, device), cache=cache, counts=counts)
         where = [(i, at) for i, (_, _, ids, first) in enumerate(rest)      # ids[at + 1] is predicted at ids[at]
                  for at in range(max(start, first - 1), start + len(new[i]))]
         if where:
@@ -251,41 +250,25 @@ def validation_losses(model, tokens, targets, eos):
     return found
 
 
-def manifest_of(folder):
-    """The settings of the training that made a model folder; {} where it was made elsewhere."""
-    path = Path(folder) / "manifest.json"
-    return read_json(path)["config"] if path.is_file() else {}
-
-
 def text_losses(cfg, name, model, tokenizer):
-    """Score for each measure of loss on text: a dictionary."""
+    """{measure: Score} of the loss on --text, or on the validation split of --dataset."""
     settings, T = manifest_of(name), cfg.context or min(1024, model.config.block_size)
     if T > model.config.block_size:
         raise SystemExit(f"--context={T}: {name} reads at most {model.config.block_size} tokens")
     if cfg.text:
-        try:
-            text = Path(cfg.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"--text={cfg.text}: {error}. Give a file of UTF-8 text") from None
-        T = cfg.context or model.config.block_size
-        return losses_of_text(cfg, model, tokenizer, [text], T, end=False)
-    if not cfg.dataset and not settings.get("dataset"):
-        raise SystemExit(f"--model={name}: was not trained here, so it names no dataset. Give --dataset=NAME, --text=FILE "
-                         "or --tasks")
-    cfg.dataset = cfg.dataset or settings["dataset"]
+        text = Path(cfg.text).read_text(encoding="utf-8")
+        return losses_of_text(cfg, model, tokenizer, [text], cfg.context or model.config.block_size, end=False)
     folder, own = open_dataset(cfg)
-    T, limit = cfg.context or settings.get("block_size", T), cfg.eval_tokens
-    tokens = Tokens(folder, "val", T)
-    limit = settings.get("eval_tokens", 1_000_000) if limit is None else limit
+    tokens = Tokens(folder, "val", cfg.context or settings.get("block_size", T))
+    limit = settings.get("eval_tokens", 1_000_000) if cfg.eval_tokens is None else cfg.eval_tokens
     targets = min(len(tokens) - 1, limit or len(tokens))
     if targets < 1:
         raise SystemExit(f"--dataset={cfg.dataset}: its validation text is empty")
     ids = tokens.read(0, targets + 1).tolist()
-    if own.hash != tokenizer.hash:                                 # the same text, cut at the same place
-        documents = [own.decode(part) for part in split_at(ids, own.eos_id)]
-        return losses_of_text(cfg, model, tokenizer, documents, T, end=True)
-    losses = validation_losses(model, tokens, targets, own.eos_id if settings.get("document_mask") else None)
     documents = [own.decode(part) for part in split_at(ids[1:], own.eos_id)]
+    if own.hash != tokenizer.hash:                                 # the same text in other tokens
+        return losses_of_text(cfg, model, tokenizer, documents, tokens.T, end=True)
+    losses = validation_losses(model, tokens, targets, own.eos_id if settings.get("document_mask") else None)
     return loss_scores(losses, tokens.bytes_of(targets, own), documents)
 
 
@@ -302,9 +285,8 @@ def split_at(ids, eos):
 
 def losses_of_text(cfg, model, tokenizer, documents, T, end):
     """The loss of texts in rolling windows. end: predict the end-of-text id after each of them, as in training."""
-    prefix = prefix_of(tokenizer)
-    ids = [i for text in documents
-           for i in [*tokenizer.before, *tokenizer.encode(text), *[tokenizer.eos_id] * (end and tokenizer.eos_id is not None)]]
+    prefix, after = prefix_of(tokenizer), [tokenizer.eos_id] * (end and tokenizer.eos_id is not None)
+    ids = [i for text in documents for i in [*tokenizer.prompt(text), *after]]
     if not ids:
         raise SystemExit("the text is empty: there is nothing to measure")
     pairs, losses = list(rolling_pairs(ids, prefix, T)), []
@@ -316,7 +298,7 @@ def losses_of_text(cfg, model, tokenizer, documents, T, end):
 
 
 def loss_scores(losses, size, documents):
-    """losses [(sum, ids)] of windows and the text they cover -> {measure: Score}. All measures are the same sum of losses,
+    """losses [(sum, ids)] of windows and the text they cover -> {measure: Score}. All measures are the same sum,
     divided by another unit."""
     total = sum(count for _, count in losses)
     units = {"loss (nats per token)": total, "perplexity per token": total,
@@ -337,7 +319,7 @@ def prefix_of(tokenizer):
     """The id that stands before a text."""
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     if not ids:
-        raise SystemExit("this tokenizer has neither a beginning-of-text nor an end-of-text token, so the first token of a "
+        raise SystemExit("this tokenizer has neither a beginning-of-text nor an end-of-text token: the first token of a "
                          "text cannot be predicted")
     return ids[0]
 
@@ -359,18 +341,17 @@ def write_answers(cfg, model, tokenizer, task, items):
     T, most = model.config.block_size, task.max_new_tokens
     if most >= T:
         most = T // 2
-    room, ends = T - most, [*task.stop]
-    prompts = {item["index"]: prompt_of(model, tokenizer, item)[-room:] for item in items}
+    prompts = {item["index"]: prompt_of(model, tokenizer, item)[-(T - most):] for item in items}
     queue = sorted(items, key=lambda item: -len(prompts[item["index"]]))
     while queue:
         rows = max(1, cfg.batch_tokens // (len(prompts[queue[0]["index"]]) + most) // cfg.num_samples)
         batch, queue = queue[:rows], queue[rows:]
         asked = [prompts[item["index"]] for item in batch for _ in range(cfg.num_samples)]
-        seeds = [cfg.seed * 1_000_003 + item["index"] * cfg.num_samples + n for item in batch for n in range(cfg.num_samples)]
-        written = sample.generate(model, asked, most, temperature=cfg.temperature, stop=tuple(ends), tokenizer=tokenizer,
+        seeds = [(cfg.seed * 1_000_003 + item["index"]) * 1000 + n for item in batch for n in range(cfg.num_samples)]
+        written = sample.generate(model, asked, most, temperature=cfg.temperature, stop=task.stop, tokenizer=tokenizer,
                                   seed=seeds)
         texts = [tokenizer.decode(ids) for ids in written]
-        for end in ends:                                           # what stands after a stop string is dropped
+        for end in task.stop:                                      # what stands after a stop string is dropped
             texts = [text.split(end)[0] for text in texts]
         for place, item in enumerate(batch):
             yield item, texts[place * cfg.num_samples:(place + 1) * cfg.num_samples]
@@ -410,27 +391,6 @@ def score_item(task, item, found, texts):
     return values | {"acc": int(best == right), "acc_norm": int(best_norm == right)}
 
 
-def number_of(text, pattern, last):
-    """The number that GSM8K's answer is compared by; both sides lose commas, $, what stands before #### and a final dot."""
-    matches = [next((part for part in (match if isinstance(match, tuple) else [match]) if part), "[invalid]")
-               for match in re.findall(pattern, text)]
-    return (matches[-1 if last else 0] if matches else "[invalid]").strip()
-
-
-def score_texts(task, item, texts):
-    if "test" in item:
-        return {"programs": texts}
-    if "flexible_match" in task.metrics:
-        def bare(text):
-            return re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()
-        known = bare(item["target"])
-        strict = number_of(texts[0], r"#### (\-?[0-9\.\,]+)", last=False)
-        flexible = number_of(texts[0], r"(-?[$0-9.,]{2,})|(-?[0-9]+)", last=True)
-        return {"exact_match": int(bare(strict) == known), "flexible_match": int(bare(flexible) == known)}
-    answers = item.get("answers", [item["target"]])
-    return {"exact_match": float(exact_match(texts[:1], [answers])), "f1": float(f1(texts[:1], [answers]))}
-
-
 def run_programs(item, texts):
     """How many of the model's programs pass the tests of the problem. Only with --allow_code_execution."""
     from nanopath.untrusted import run_program                     # here: nothing else on this page may run code
@@ -439,8 +399,8 @@ def run_programs(item, texts):
 
 
 def run_task(cfg, name, model, tokenizer, bench, done, write):
-    """Ask all questions of a benchmark whose numbers are not in `done`; `write` receives a record of each as soon as it is
-    known. Prints how many questions did not fit into the context."""
+    """Ask all questions of a benchmark whose numbers are not in `done`; `write` receives a record of each at once. Prints
+    how many questions did not fit into the context."""
     task, todo, pairs, owner, cut, lost = bench.task, [], [], [], 0, 0
     T = model.config.block_size
     for item in bench.items:
@@ -457,17 +417,17 @@ def run_task(cfg, name, model, tokenizer, bench, done, write):
         pairs += requests
         owner += [len(todo) - 1] * len(requests)
     if cut or lost:
-        print(f"{bench.name}: {cut} of {len(todo) + lost} questions are longer than the {T} tokens of the context and lose "
-              f"their beginning; {lost} have an answer that is longer, or no token, and are left out", file=sys.stderr)
+        print(f"{bench.name}: {cut} of {len(todo) + lost} questions are longer than the {T} tokens of the context and "
+              f"lose their beginning; {lost} have an answer that is longer, or empty, and are left out", file=sys.stderr)
     missing, found, known = Counter(owner), defaultdict(dict), {}
     with tqdm(total=len(todo), desc=f"{name} {bench.name}", disable=None, leave=False) as bar:
         def finish(item, scored, texts=None):
             values = score_item(task, item, scored, texts)
             if "test" in item and cfg.allow_code_execution:
                 values |= {"correct": run_programs(item, texts)}
-            write(dict(task=bench.name, index=item["index"], place=item["place"], shots=bench.shots, prompts=item["contexts"],
-                       answers=item["scored"], label=item.get("labels", item.get("label")), group=item.get("group"),
-                       loglikelihoods=scored, written=texts, values=values))
+            write(dict(task=bench.name, index=item["index"], place=item["place"], shots=bench.shots,
+                       prompts=item["contexts"], answers=item["scored"], label=item.get("labels", item.get("label")),
+                       group=item.get("group"), loglikelihoods=scored, written=texts, values=values))
             bar.update()
 
         for number, result in score_pairs(model, pairs, cfg.batch_tokens):
@@ -498,9 +458,13 @@ def task_scores(task, records, num_samples):
                 for k in (k for k in (1, 10, 100) if k <= num_samples):
                     scores[f"pass@{k}"] = pass_at_k([num_samples] * len(rows), [row["correct"] for row in rows], k)
         elif metric == "perplexity":                               # of the answer, each counts once
-            scores[metric] = Score(metric, [(row[metric], 1) for row in rows], lambda s: math.exp(min(s[0] / s[1], 700.0)))
+            losses = [(row[metric], 1) for row in rows]
+            scores[metric] = Score(metric, losses, lambda s: math.exp(min(s[0] / s[1], 700.0)))
         else:
             scores[metric] = Score(metric, [(row[metric], 1) for row in rows], lambda s: s[0] / s[1])
+    for group in dict.fromkeys(record["group"] for record in records) if task.metrics == ("exact",) else ():
+        part = [(record["values"]["exact"], 1) for record in records if record["group"] == group]
+        scores[f"exact: {group}"] = Score("exact", part, lambda s: s[0] / s[1])
     bits = [(row["bits"], row["bytes"]) for row in rows if "bits" in row]
     if bits:
         scores["answer bits per byte"] = Score("bits", bits, lambda s: s[0] / s[1])
@@ -517,29 +481,39 @@ def open_for_scoring(name, cfg):
     return model.pack(), tokenizer                                 # packed: a row does not depend on its neighbours
 
 
-def stamp_of(name):
-    """Tells whether a model folder still holds the same weights: from names, sizes and times of its files."""
-    files = sorted(Path(name).glob("*.safetensors"))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([name, stats]).encode("utf-8")).hexdigest()[:16]
-
-
 def check(cfg):
     """Refuse what cannot work before anything is loaded. Returns (names of models, benchmarks, lm-eval's tasks)."""
     if cfg.text and (cfg.dataset or cfg.tasks) or cfg.dataset and cfg.tasks:
-        raise SystemExit("--dataset, --text and --tasks: choose one; the loss on text and benchmarks are separate evaluations")
+        raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are separate evaluations")
     if cfg.harness and not cfg.tasks:
         raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
     if cfg.num_samples > 1 and not cfg.temperature:
-        raise SystemExit(f"--num_samples={cfg.num_samples}: all would be equal at --temperature=0; add --temperature=0.8")
-    if cfg.shots is not None and cfg.shots < 0:
-        raise SystemExit(f"--shots={cfg.shots}: must be 0 or more")
+        raise SystemExit(f"--num_samples={cfg.num_samples}: all are equal at --temperature=0; add --temperature=0.8")
+    if cfg.allow_code_execution and "humaneval" not in cfg.tasks:
+        raise SystemExit("--allow_code_execution: only programs are executed; add --tasks=humaneval or leave it out")
+    names = list(dict.fromkeys(find_run("model", name) for name in cfg.model or ("",)))
     try:
         benches = [load_task(task, cfg.benchmarks, cfg.shots, cfg.limit) for task in dict.fromkeys(cfg.tasks)]
+        if cfg.text:
+            Path(cfg.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"--text={cfg.text}: {error}. Give a file of UTF-8 text") from None
+    except OSError as error:
+        raise SystemExit(f"--text={cfg.text}: {error.strerror}. Give a file of UTF-8 text") from None
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    tasks = find_harness(cfg.harness) if cfg.harness else None
-    return list(dict.fromkeys(find_run("model", name) for name in cfg.model or ("",))), benches, tasks
+    if not cfg.text and not benches:
+        trained = [made["dataset"] for made in map(manifest_of, names) if made.get("dataset")]
+        cfg.dataset = cfg.dataset or "".join(trained[:1])
+        if not cfg.dataset:
+            raise SystemExit(f"--model={names[0]}: was not trained here, so it names no dataset. Give --dataset=NAME, "
+                             "--text=FILE or --tasks=NAME")
+        folder, _ = open_dataset(cfg)
+        world = folder / "questions_test.jsonl"                    # the tiny world: questions with exact answers
+        benches = [load_task(str(world), "", None, cfg.limit)] if world.is_file() else []
+        for unit, floor in read_json(folder / "meta.json").get("world", {}).get("floor", {}).items():
+            print(f"a perfect model loses {floor:.4f} {unit.replace('_', ' ')}")
+    return names, benches, find_harness(cfg.harness) if cfg.harness else None
 
 
 def show_harness(cfg, name, tasks, benches, items):
@@ -550,17 +524,17 @@ def show_harness(cfg, name, tasks, benches, items):
     ours = {(record["task"], record["index"]): record for record in items.records if record["stamp"] == stamp_of(name)}
     count, worst, prompts, scores = compare_items(ours, theirs)
     print(f"\nlm-eval on {name}:", *table, sep="\n")
-    print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and {len(scores)} "
-          f"scores differ{': ' * bool(scores)}{str(scores[:3])[1:-1]}\n")
+    print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and "
+          f"{len(scores)} scores differ{': ' * bool(scores)}{str(scores[:3])[1:-1]}\n")
 
 
 def main(cfg):
     names, benches, tasks = check(cfg)
     out = Path(cfg.out)
-    items, results = Items(out, cfg.resume), Results(out, names)
+    items, results = ItemFile(out, cfg.resume), Results(out, names)
     for name in names:
         model, tokenizer = open_for_scoring(name, cfg)
-        for metric, score in () if benches else text_losses(cfg, name, model, tokenizer).items():
+        for metric, score in () if cfg.tasks else text_losses(cfg, name, model, tokenizer).items():
             results.add("", metric, name, score)
         key = dict(model=name, stamp=stamp_of(name), dtype=cfg.dtype)
         for bench in benches:
@@ -570,7 +544,6 @@ def main(cfg):
             records = [found[item["index"]] for item in bench.items if item["index"] in found]
             for metric, score in task_scores(bench.task, records, cfg.num_samples).items() if records else ():
                 results.add(bench.name, metric, name, score)
-        del model
     results.show()
     results.save(vars(cfg))
     for name in names if tasks else ():

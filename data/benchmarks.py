@@ -1,12 +1,12 @@
 """
 Benchmarks from local files: the rows that their authors published -> questions as lm-evaluation-harness asks them.
 
-    TASKS                    name -> Task: which fields a row has, how it becomes a question, how it is scored
+    BENCHMARKS                    name -> Task: which fields a row has, how it becomes a question, how it is scored
     load_task(name, ...)     the questions of one benchmark, each with its examples ("shots") in front of it
 
 A question is a dictionary, which is also our own format, one JSON object per line of a file of your own:
 
-    {"context" or "question", "choices": [...], "label": 0}    multiple choice; "labels": [1, 0, ...] where several are right
+    {"context" or "question", "choices": [...], "label": 0}    multiple choice; "labels": [1, 0, ...] if several are right
     {"contexts": [...], "target": "...", "label": 0}           the same ending after different beginnings (WinoGrande)
     {"context", "target": "..."}                               the next words (LAMBADA)
     {"question", "answer": "..."}                              the model writes an answer (GSM8K)
@@ -15,8 +15,8 @@ A question is a dictionary, which is also our own format, one JSON object per li
 Prompts, answers and the choice of examples are those of lm-evaluation-harness 0.4.13, so that the scores are equal. Two
 exceptions: a question is never among its own examples, which 0.4.13 allows where they come from another file with the
 same row, or from the same file of a benchmark with a test split (LAMBADA, BIG-bench).
-Files: FOLDER/<task>/, in it one file per split, whose path contains train, val or dev, test: hellaswag/hellaswag_val.jsonl,
-mmlu/test/anatomy_test.csv, rte/dev.tsv. JSON lines, JSON, the tables of GLUE and MMLU; each also as .gz; rows as in the
+Files: FOLDER/<task>/, in it one file per split, whose path contains train, val or dev, test:
+hellaswag/hellaswag_val.jsonl, mmlu/test/anatomy_test.csv, rte/dev.tsv. JSON lines, JSON, the tables of GLUE and MMLU; each also as .gz; rows as in the
 authors' archives or as in the Hub's copy of them.
 """
 import csv
@@ -27,6 +27,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data.metrics import exact_match, f1
+from data.tinyworld import answer_matches
 
 LETTERS = "ABCD"
 
@@ -71,7 +74,7 @@ def read_rows(path):
                     raise ValueError(f"{path}:{number}: not JSON ({error})") from None
 
 
-def find_files(folder, name, split, one=False):
+def files_of_split(folder, name, split, one=False):
     """The files of one split of a benchmark."""
     words = {"validation": ("val", "dev"), "dev": ("dev", "val")}.get(split, (split,))
     here = folder / name
@@ -191,14 +194,14 @@ def bigbench_rows(row, place):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flat rows -> questions
 
-def clean(text):
+def without_marks(text):
     """HellaSwag's WikiHow texts hold marks in brackets."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def hellaswag(row):
-    context = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
-    return dict(context=context, choices=[clean(ending) for ending in row["endings"]], label=int(row["label"]))
+    context = without_marks(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
+    return dict(context=context, choices=[without_marks(ending) for ending in row["endings"]], label=int(row["label"]))
 
 
 def arc(row):
@@ -207,7 +210,8 @@ def arc(row):
 
 
 def mmlu(row):
-    lines = [row["question"].strip(), *(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"])), "Answer:"]
+    choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"])]
+    lines = [row["question"].strip(), *choices, "Answer:"]
     subject = row["subject"].replace("_", " ")
     return dict(context="\n".join(lines), choices=list(LETTERS), label=row["answer"], group=row["subject"],
                 header=f"The following are multiple choice questions (with answers) about {subject}.\n\n")
@@ -334,7 +338,7 @@ def own(row):
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         item |= dict(target=str(answers[0]), answers=[str(answer) for answer in answers])
     if "skill" in row:
-        item["group"] = row["skill"]
+        item["group"] = f"{row['skill']} {row.get('split', '')}".strip()
     return item
 
 
@@ -369,7 +373,7 @@ def super_glue(name, convert, rows=None, metrics=("acc",), labels=("false", "tru
 
 
 ENTAILS, SAME = ("entailment", "not_entailment"), ("no", "yes")
-TASKS = {
+BENCHMARKS = {
     "hellaswag": Task(hellaswag, yaml="hellaswag/hellaswag.yaml", **ACC),
     "arc_easy": Task(arc, yaml="arc/arc_easy.yaml", **ARC),
     "arc_challenge": Task(arc, yaml="arc/arc_challenge.yaml", **ARC),
@@ -408,10 +412,11 @@ TASKS = {
     "wic": super_glue("wic", wic),
     "wsc": super_glue("wsc", wsc),
 }
-OWN = {"choices": Task(own, shots_from="test", **ACC), "contexts": Task(own, shots_from="test"),
-       "target": Task(own, ("acc", "perplexity"), shots_from="test"), "prompt": TASKS["humaneval"],
+OWN = {"skill": Task(own, ("exact",), shots_from="", stop=("\n",), max_new_tokens=48),              # the tiny world
+       "choices": Task(own, shots_from="test", **ACC), "contexts": Task(own, shots_from="test"),
+       "target": Task(own, ("acc", "perplexity"), shots_from="test"), "prompt": BENCHMARKS["humaneval"],
        "answer": Task(own, **ANSWER | dict(shots_from="test"))}
-BIGBENCH = {True: Task(bigbench, rows=bigbench_rows, shots_from="test", yaml="bigbench/multiple_choice_template_a_yaml"),
+BIGBENCH = {True: Task(bigbench, rows=bigbench_rows, shots_from="test"),
             False: Task(bigbench, rows=bigbench_rows, **ANSWER | dict(shots_from="test"))}
 
 
@@ -446,7 +451,7 @@ def check_question(item, place):
             if "test" not in item:
                 raise ValueError(f"{place}: the answer must be text of at least one character, not {item['target']!r}")
     elif not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f"{place}: the choices must be a list of texts of at least one character, not {choices!r}"[:300])
+        raise ValueError(f"{place}: the choices must be a list of texts that are not empty, not {choices!r}"[:300])
     elif "labels" in item:
         if len(item["labels"]) != len(choices) or not 0 < sum(item["labels"]):
             raise ValueError(f"{place}: 'labels' must hold a 0 or 1 for each of the {len(choices)} choices, and a 1")
@@ -500,11 +505,11 @@ def find_task(name, folder):
             raise ValueError(f"{place}: not a task; a row needs choices with a label, or target, or answer, or prompt "
                              f"with test, but has only {', '.join(row)}")
         return path.name.partition(".")[0], kind, [path], lambda: [path]
-    if name not in TASKS:
-        raise ValueError(f"--tasks={name}: choose of {', '.join(TASKS)}, or give a file of questions, PATH.jsonl")
-    task = TASKS[name]
-    return name, task, find_files(folder, name, task.split, one=True), lambda: find_files(folder, name, task.shots_from,
-                                                                                          task.shots_from == task.split)
+    if name not in BENCHMARKS:
+        raise ValueError(f"--tasks={name}: choose of {', '.join(BENCHMARKS)}, or give a file of questions, PATH.jsonl")
+    task = BENCHMARKS[name]
+    return name, task, files_of_split(folder, name, task.split, one=True), lambda: files_of_split(
+        folder, name, task.shots_from)
 
 
 @dataclass
@@ -512,12 +517,13 @@ class Benchmark:
     name: str
     task: Task
     shots: int                      # examples in front of each question
-    items: list                     # questions, with index (number in the file), place, row (flat), examples (their places),
-    pool: list                      # contexts, and scored: " " + this text is what follows the context
+    items: list                     # questions, with index (number in the file), place, row, examples (their places),
+                                    # contexts, and scored: the texts that are scored after " "
+    pool: list                      # (place, row, question) of what the examples are taken from
 
 
 def load_task(name, folder, shots=None, limit=0):
-    """The Benchmark of a name in TASKS or of a file of questions. The examples do not depend on `limit`."""
+    """The Benchmark of a name in BENCHMARKS or of a file of questions. The examples do not depend on `limit`."""
     name, task, files, example_files = find_task(name, Path(folder))
     shots = (task.shots if shots is None else shots) if task.shots_from else 0
     found = read_split(task, name, files)
@@ -533,3 +539,27 @@ def load_task(name, folder, shots=None, limit=0):
             examples=[example[0] for example in examples],
             scored=[item["target"]] * len(contexts) if "target" in item else item["choices"]))
     return Benchmark(name, task, shots, items, pool)
+
+
+def number_of(text, pattern, last):
+    """The number in a text that is compared with GSM8K's answer."""
+    matches = [next((part for part in (match if isinstance(match, tuple) else [match]) if part), "[invalid]")
+               for match in re.findall(pattern, text)]
+    return (matches[-1 if last else 0] if matches else "[invalid]").strip()
+
+
+def score_texts(task, item, texts):
+    """What the texts that a model wrote contribute to each metric of the task."""
+    if "test" in item:
+        return {}
+    if task.metrics == ("exact",):
+        return {"exact": int(answer_matches(item, texts[0]))}
+    if "flexible_match" in task.metrics:
+        def bare(text):
+            return re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()
+        known = bare(item["target"])
+        strict = number_of(texts[0], r"#### (\-?[0-9\.\,]+)", last=False)
+        flexible = number_of(texts[0], r"(-?[$0-9.,]{2,})|(-?[0-9]+)", last=True)
+        return {"exact_match": int(bare(strict) == known), "flexible_match": int(bare(flexible) == known)}
+    answers = item.get("answers", [item["target"]])
+    return {"exact_match": float(exact_match(texts[:1], [answers])), "f1": float(f1(texts[:1], [answers]))}

@@ -1,13 +1,14 @@
 """
 The files and the screen of evaluate.py, and the comparison with lm-evaluation-harness.
 
-    Items                       items.jsonl: what each question gave, written at once, so that an interruption loses nothing
+    ItemFile                    items.jsonl: what each question gave, written at once: an interruption loses nothing
     Results                     every score with its interval: table, results.json, results.png
     run_harness, compare_items  the same questions asked by an installed lm-eval, and how far its numbers are from ours
 
-lm-eval runs in a process of its own in another folder: it imports Hugging Face's package `evaluate`, whose name is that of
-our evaluate.py.
+lm-eval runs in a process of its own in another folder: it imports Hugging Face's package `evaluate`, whose name is that
+of our evaluate.py.
 """
+import hashlib
 import json
 import math
 import os
@@ -16,13 +17,24 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
 from data.metrics import bootstrap, paired_bootstrap
-from nanopath.files import write_json
+from nanopath.files import read_json, write_json
 
 
-class Items:
+def manifest_of(folder):
+    """The settings of the training that made a model folder; {} where it was made elsewhere."""
+    path = Path(folder) / "manifest.json"
+    return read_json(path)["config"] if path.is_file() else {}
+
+
+def stamp_of(name):
+    """Tells whether a model folder still holds the same weights: from names, sizes and times of its files."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([name, stats]).encode("utf-8")).hexdigest()[:16]
+
+
+class ItemFile:
     """items.jsonl in the folder of an evaluation. resume: what an earlier evaluation with the same models has written
     there counts; half a line at its end, from an interruption in the middle of a write, is cut off."""
     def __init__(self, out, resume):
@@ -36,8 +48,7 @@ class Items:
                         self.records.append(json.loads(line))
                 except ValueError:
                     if kept + len(line) < self.path.stat().st_size:
-                        raise SystemExit(f"{self.path}:{number}: not JSON. Repair or remove it, or start without --resume") \
-                            from None
+                        raise SystemExit(f"{self.path}:{number}: not JSON. Repair it, or start without --resume") from None
                     break
                 kept += len(line) + 1
         with open(self.path, "ab") as file:
@@ -79,8 +90,8 @@ class Results:
             for model in others:
                 if len(found[model].stats) == len(found[first].stats):
                     difference, (low, high), p = paired_bootstrap(found[first], found[model])
-                    yield dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low, high=high,
-                               p=p)
+                    yield dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
+                               high=high, p=p)
 
     def show(self):
         """The table on the screen: a line per measure, a column per model."""
@@ -95,8 +106,8 @@ class Results:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         print("[low, high]: 95 % of what as many other items of the same kind would give")
         for row in self.differences():
-            print(f"{row['task']} {row['metric']}: {names[row['second']]} - {names[row['first']]} = {row['difference']:+.4g} "
-                  f"[{row['low']:+.4g}, {row['high']:+.4g}], p = {row['p']:.3g}".lstrip())
+            print(f"{row['task']} {row['metric']}: {names[row['second']]} - {names[row['first']]} = "
+                  f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], p = {row['p']:.3g}".lstrip())
 
     def save(self, settings):
         write_json(self.out / "results.json", dict(settings=settings, scores=list(self.rows()),
@@ -159,7 +170,7 @@ def find_harness(python):
         with tempfile.TemporaryDirectory() as folder:
             done = run_quietly([python, "-c", code], Path(folder))
     except OSError as error:
-        raise SystemExit(f"--harness={python}: {error.strerror}. Give the python of an environment that has lm-eval") from None
+        raise SystemExit(f"--harness={python}: {error.strerror}. Give the python of an environment with lm-eval") from None
     if done.returncode:
         raise SystemExit(f"--harness={python}: this Python has no lm_eval. Install it in an environment of its own: "
                          "python3 -m venv lm && lm/bin/pip install lm_eval torch transformers, then "
@@ -190,7 +201,8 @@ def write_harness_tasks(benches, tasks, folder):
                 ("training", "train"), ("validation", "validation"), ("test", "test"))}
             splits["fewshot_split"] = "dev" if "dev" in files else None
             config = dict(include=str(tasks / bench.task.yaml), task=name, dataset_path="json", dataset_name=None,
-                          dataset_kwargs={"data_files": {split: str(folder / f"{name}_{split}.jsonl") for split in files}},
+                          dataset_kwargs={"data_files": {
+                              split: str(folder / f"{name}_{split}.jsonl") for split in files}},
                           description=items[0].get("header", ""), **splits)
             (folder / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
             made[name] = bench, [item["index"] for item in items]
@@ -198,7 +210,7 @@ def write_harness_tasks(benches, tasks, folder):
 
 
 # Runs in lm-eval's own process. Its command line would bootstrap 100,000 times for every F1 and perplexity: minutes
-HARNESS = """
+LM_EVAL = """
 import json, sys, time
 import lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -211,8 +223,8 @@ known, samples, seconds = TaskManager(include_path=".", include_defaults=False),
 for shots, names in s["tasks"]:
     for name in names:
         begin = time.perf_counter()
-        results = lm_eval.simple_evaluate(model, tasks=[name], num_fewshot=shots, task_manager=known, bootstrap_iters=100,
-                                          limit=s["limit"])
+        results = lm_eval.simple_evaluate(model, tasks=[name], num_fewshot=shots, task_manager=known,
+                                          bootstrap_iters=100)
         seconds[name] = time.perf_counter() - begin
         samples |= results["samples"]
         print(make_table(results))
@@ -221,14 +233,15 @@ with open("samples.json", "w", encoding="utf-8") as file:
 """
 
 
-def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size=8, limit=None):
+def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size=8):
     """(lines of the tables that lm-eval prints, {(task, index): its record}, seconds per task) for one model folder."""
-    made, by_shots, records, spent = write_harness_tasks(benches, tasks, folder), defaultdict(list), {}, defaultdict(float)
+    made, by_shots = write_harness_tasks(benches, tasks, folder), defaultdict(list)
+    records, spent = {}, defaultdict(float)
     for name, (bench, _) in made.items():
         by_shots[bench.shots].append(name)
-    write_json(folder / "settings.json", dict(model=str(Path(model).resolve()), dtype=dtype, device=device, limit=limit,
+    write_json(folder / "settings.json", dict(model=str(Path(model).resolve()), dtype=dtype, device=device,
                                               batch_size=batch_size, tasks=list(by_shots.items())))
-    done = run_quietly([python, "-c", HARNESS], folder)
+    done = run_quietly([python, "-c", LM_EVAL], folder)
     if done.returncode:
         raise SystemExit(f"--harness: lm-eval ended with an error:\n{done.stderr.strip()[-1500:]}")
     samples, seconds = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
@@ -241,8 +254,8 @@ def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size
 
 
 def compare_items(ours, theirs):
-    """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference of a
-    log-likelihood, items with another prompt, items with another score)."""
+    """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference of
+    a log-likelihood, items with another prompt, items with another score)."""
     worst, prompts, scores, count = 0.0, [], [], 0
     for key, record in theirs.items():
         mine, values = ours.get(key), ours[key]["values"] if key in ours else {}
@@ -258,8 +271,8 @@ def compare_items(ours, theirs):
             worst = max([worst, *(abs(a - b) for a, (b, _) in zip(sums, mine["loglikelihoods"]))])
             if greedy != [best for _, best in mine["loglikelihoods"]]:
                 scores.append((*key, "greedy"))
-        pairs = {"acc": ("none", "acc"), "acc_norm": ("none", "acc_norm"), "exact_match": ("strict-match", "exact_match"),
-                 "flexible_match": ("flexible-extract", "exact_match")}
+        pairs = {"acc": ("none", "acc"), "acc_norm": ("none", "acc_norm"),
+                 "exact_match": ("strict-match", "exact_match"), "flexible_match": ("flexible-extract", "exact_match")}
         for metric, (name, other) in pairs.items():
             there = record["filters"].get(name, {}).get(other)
             if metric in values and there is not None and not math.isclose(values[metric], float(there), rel_tol=1e-4):

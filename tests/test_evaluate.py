@@ -13,7 +13,7 @@ import torch
 import evaluate
 from bpe import Tokenizer
 from conftest import DATA, ROOT, SMALL, run
-from data.benchmarks import TASKS, load_task
+from data.benchmarks import BENCHMARKS, load_task
 from model import GPT, GPTConfig, save_model
 
 REAL = Path(os.environ.get("NANOPATH_REAL", "/nowhere"))
@@ -129,7 +129,7 @@ def llama(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_converter_reads_its_published_format(benchmarks, name):
     bench = load_task(name, benchmarks, 2)
     assert len(bench.items) >= 8 and all(len(item["contexts"]) == len(item["scored"]) for item in bench.items)
@@ -138,7 +138,7 @@ def test_every_converter_reads_its_published_format(benchmarks, name):
 @pytest.mark.skipif(not LMEVAL, reason="NANOPATH_LMEVAL names no python that has lm-eval")
 @pytest.mark.parametrize("shots", [0, 2])
 def test_every_item_equals_lm_eval(benchmarks, llama, tmp_path, shots):
-    tasks = [name for name, task in TASKS.items() if task.yaml and not (shots and name == "lambada")]
+    tasks = [name for name, task in BENCHMARKS.items() if task.yaml and not (shots and name == "lambada")]
     done = run(ROOT / "evaluate.py", f"--model={llama}", "--tasks", *tasks, f"--benchmarks={benchmarks}", f"--shots={shots}",
                f"--harness={LMEVAL}", f"--out={tmp_path / 'out'}", "--device=cpu", timeout=1200)
     print(done.stdout, done.stderr)

@@ -35,7 +35,8 @@ from tqdm import tqdm
 import sample
 from data.benchmarks import load_task, score_texts
 from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece,  # noqa: F401
-                          exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu, sentence_bleu, wer)
+                          exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
+                          sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
 from model import KVCache, load_model
 from nanopath.files import read_json
@@ -55,7 +56,7 @@ class Config:
     # benchmarks
     tasks: tuple[str, ...] = ()     # names such as hellaswag, or files of questions; empty: loss on text
     benchmarks: str = "data/benchmarks"  # folder of the benchmarks' files: <benchmarks>/<task>/
-    shots: Annotated[int | None, Bound(0)] = None   # examples before each question; not given: the benchmark's own number
+    shots: Annotated[int | None, Bound(0)] = None   # examples before each question; not given: as the benchmark wants
     limit: Count = 0                # only the first questions of each task; 0: all
     num_samples: Positive = 1       # programs written for each problem of humaneval: pass@k needs k or more
     temperature: Annotated[float, Bound(1e-4, off=0)] = 0.0   # of written answers; 0: always the likeliest token
@@ -111,7 +112,7 @@ def make_groups(pairs, T, share):
     rows = []
     for number, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= T:
-            raise ValueError(f"pair {number}: {len(context)} ids of context and {len(continuation)} of continuation; both "
+            raise ValueError(f"pair {number}: {len(context)} ids of context, {len(continuation)} of continuation; both "
                              f"need at least 1, the continuation at most {T}, the model's context")
         rows.append((number, [*context, *continuation][-(T + 1):], len(continuation)))
     heads, families = [ids[:len(ids) - n] for _, ids, n in rows], defaultdict(set)
@@ -319,8 +320,8 @@ def prefix_of(tokenizer):
     """The id that stands before a text."""
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     if not ids:
-        raise SystemExit("this tokenizer has neither a beginning-of-text nor an end-of-text token: the first token of a "
-                         "text cannot be predicted")
+        raise SystemExit("this tokenizer has neither a beginning-of-text nor an end-of-text token: the first token of "
+                         "a text cannot be predicted")
     return ids[0]
 
 
@@ -399,8 +400,8 @@ def run_programs(item, texts):
 
 
 def run_task(cfg, name, model, tokenizer, bench, done, write):
-    """Ask all questions of a benchmark whose numbers are not in `done`; `write` receives a record of each at once. Prints
-    how many questions did not fit into the context."""
+    """Ask all questions of a benchmark whose numbers are not in `done`; `write` receives a record of each at once.
+    Prints how many questions did not fit into the context."""
     task, todo, pairs, owner, cut, lost = bench.task, [], [], [], 0, 0
     T = model.config.block_size
     for item in bench.items:
@@ -418,7 +419,7 @@ def run_task(cfg, name, model, tokenizer, bench, done, write):
         owner += [len(todo) - 1] * len(requests)
     if cut or lost:
         print(f"{bench.name}: {cut} of {len(todo) + lost} questions are longer than the {T} tokens of the context and "
-              f"lose their beginning; {lost} have an answer that is longer, or empty, and are left out", file=sys.stderr)
+              f"lose their beginning; {lost} have an answer that is longer, or empty: left out", file=sys.stderr)
     missing, found, known = Counter(owner), defaultdict(dict), {}
     with tqdm(total=len(todo), desc=f"{name} {bench.name}", disable=None, leave=False) as bar:
         def finish(item, scored, texts=None):
@@ -484,7 +485,7 @@ def open_for_scoring(name, cfg):
 def check(cfg):
     """Refuse what cannot work before anything is loaded. Returns (names of models, benchmarks, lm-eval's tasks)."""
     if cfg.text and (cfg.dataset or cfg.tasks) or cfg.dataset and cfg.tasks:
-        raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are separate evaluations")
+        raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are measured apart")
     if cfg.harness and not cfg.tasks:
         raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
     if cfg.num_samples > 1 and not cfg.temperature:

@@ -6,7 +6,7 @@ Benchmarks from local files: the rows that their authors published -> questions 
 
 A question is a dictionary, which is also our own format, one JSON object per line of a file of your own:
 
-    {"context" or "question", "choices": [...], "label": 0}    multiple choice; "labels": [1, 0, ...] if several are right
+    {"context" or "question", "choices": [...], "label": 0}    multiple choice; or "labels": [1, 0, ...]
     {"contexts": [...], "target": "...", "label": 0}           the same ending after different beginnings (WinoGrande)
     {"context", "target": "..."}                               the next words (LAMBADA)
     {"question", "answer": "..."}                              the model writes an answer (GSM8K)
@@ -16,8 +16,8 @@ Prompts, answers and the choice of examples are those of lm-evaluation-harness 0
 exceptions: a question is never among its own examples, which 0.4.13 allows where they come from another file with the
 same row, or from the same file of a benchmark with a test split (LAMBADA, BIG-bench).
 Files: FOLDER/<task>/, in it one file per split, whose path contains train, val or dev, test:
-hellaswag/hellaswag_val.jsonl, mmlu/test/anatomy_test.csv, rte/dev.tsv. JSON lines, JSON, the tables of GLUE and MMLU; each also as .gz; rows as in the
-authors' archives or as in the Hub's copy of them.
+hellaswag/hellaswag_val.jsonl, mmlu/test/anatomy_test.csv, rte/dev.tsv. JSON lines, JSON, the tables of GLUE and MMLU;
+each also as .gz; rows as in the authors' archives or as in the Hub's copy of them.
 """
 import csv
 import gzip
@@ -260,7 +260,7 @@ def truthfulqa_mc2(row):
 
 def lambada(row):
     context, _, word = row["text"].rpartition(" ")
-    return dict(context=context, target=word)
+    return dict(context=context, target=word, shot=" " + word)
 
 
 def gsm8k(row):
@@ -384,7 +384,7 @@ BENCHMARKS = {
     "boolq": super_glue("boolq", template("{passage}\nQuestion: {question}?\nAnswer:", *SAME)),
     "truthfulqa_mc1": Task(truthfulqa_mc1, rows=truthful_rows, shots_from="", yaml="truthfulqa/truthfulqa_mc1.yaml"),
     "truthfulqa_mc2": Task(truthfulqa_mc2, rows=truthful_rows, shots_from="", yaml="truthfulqa/truthfulqa_mc2.yaml"),
-    "lambada": Task(lambada, ("acc", "perplexity"), split="test", shots_from="test",
+    "lambada": Task(lambada, ("acc", "perplexity"), split="test", shots_from="test", rule="random",
                     yaml="lambada/lambada_openai.yaml"),
     "gsm8k": Task(gsm8k, ("exact_match", "flexible_match"), split="test", rule="random", shots=5,
                   stop=("Question:", "</s>", "<|im_end|>"), yaml="gsm8k/gsm8k.yaml"),
@@ -485,7 +485,9 @@ def choose_examples(rule, pool, row, item, n, generator):
             raise ValueError(f"--shots={n}: there are only {len(same)} examples of {item.get('group')}")
         return same[:n]
     drawn = [other for other in generator.sample(pool, n + (rule == "drop")) if other[1] != row][:n]
-    return drawn if len(drawn) == n else generator.sample(others, n)
+    if len(drawn) < n:                                             # lm-eval keeps a question that another file repeats
+        drawn = (generator if rule == "drop" else random.Random(str(row))).sample(others, n)
+    return drawn
 
 
 def find_task(name, folder):

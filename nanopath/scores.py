@@ -48,7 +48,7 @@ class ItemFile:
                         self.records.append(json.loads(line))
                 except ValueError:
                     if kept + len(line) < self.path.stat().st_size:
-                        raise SystemExit(f"{self.path}:{number}: not JSON. Repair it, or start without --resume") from None
+                        raise SystemExit(f"{self.path}:{number}: not JSON. Start without --resume") from None
                     break
                 kept += len(line) + 1
         with open(self.path, "ab") as file:
@@ -170,7 +170,7 @@ def find_harness(python):
         with tempfile.TemporaryDirectory() as folder:
             done = run_quietly([python, "-c", code], Path(folder))
     except OSError as error:
-        raise SystemExit(f"--harness={python}: {error.strerror}. Give the python of an environment with lm-eval") from None
+        raise SystemExit(f"--harness={python}: {error.strerror}. Give a python that has lm-eval") from None
     if done.returncode:
         raise SystemExit(f"--harness={python}: this Python has no lm_eval. Install it in an environment of its own: "
                          "python3 -m venv lm && lm/bin/pip install lm_eval torch transformers, then "
@@ -254,8 +254,8 @@ def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size
 
 
 def compare_items(ours, theirs):
-    """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference of
-    a log-likelihood, items with another prompt, items with another score)."""
+    """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference
+    of a log-likelihood, items with another prompt, items with another score)."""
     worst, prompts, scores, count = 0.0, [], [], 0
     for key, record in theirs.items():
         mine, values = ours.get(key), ours[key]["values"] if key in ours else {}

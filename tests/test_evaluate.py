@@ -3,8 +3,7 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 import evaluate
 from bpe import Tokenizer
 from conftest import DATA, ROOT, SMALL, run
-from data.benchmarks import BENCHMARKS, load_task
+from data.benchmarks import BENCHMARKS, files_of_split, load_task
 from model import GPT, GPTConfig, save_model
 
 REAL = Path(os.environ.get("NANOPATH_REAL", "/nowhere"))
@@ -145,3 +144,186 @@ def test_every_item_equals_lm_eval(benchmarks, llama, tmp_path, shots):
     line = next(line for line in done.stdout.splitlines() if "items of both" in line)
     count, worst = int(line.split()[0]), float(line.split("at most ")[1].split(",")[0])
     assert count >= 8 * len(tasks) and worst < 2e-4 and "0 prompts and 0 scores differ" in line
+
+
+# ---- log-likelihoods
+
+@pytest.fixture(scope="module")
+def small(llama):
+    return evaluate.load_model(llama, "cpu")
+
+
+def mixed_pairs(V, rng):
+    """Contexts alone and shared by choices, with and without a long beginning that many share; some too long."""
+    pairs, family = [], [rng.randrange(V) for _ in range(40)]
+    for i in range(40):
+        context = family * (i % 3 > 0) + [rng.randrange(V) for _ in range(rng.choice([1, 2, 5, 40, 700]))]
+        for j in range(rng.choice([1, 4])):
+            pairs.append((context + [7, 8][:j % 3] * (i % 5 == 0),
+                          [rng.randrange(V) for _ in range(rng.choice([1, 1, 3, 30, 300]))]))
+    return pairs
+
+
+def test_loglikelihood_equals_the_naive_one_in_any_batch_and_order(small):
+    model, tokenizer = small
+    pairs = mixed_pairs(model.config.vocab_size, random.Random(0))
+    naive = [evaluate.loglikelihood_naive(model, *pair) for pair in pairs]
+    order = random.Random(1).sample(range(len(pairs)), len(pairs))
+    mixed = evaluate.loglikelihood(model, [pairs[i] for i in order], 1000)
+    for found in (evaluate.loglikelihood(model, pairs), evaluate.loglikelihood(model, pairs, 1),
+                  [mixed[order.index(i)] for i in range(len(pairs))]):
+        for (total, greedy), (other, same) in zip(found, naive):
+            assert abs(total - other) < 1e-5 * max(1, abs(other)) and greedy == same
+    assert max(len(context) + len(rest) for context, rest in pairs) > model.config.block_size + 1
+
+
+def test_greedy_means_what_the_model_would_write(small):
+    model, _ = small
+    new = evaluate.sample.generate(model, [[5, 6, 7]], 6, temperature=0, stop_ids=())[0]
+    (_, yes), (_, no) = evaluate.loglikelihood(model, [([5, 6, 7], new), ([5, 6, 7], new[:-1] + [new[-1] ^ 1])])
+    assert yes and not no
+
+
+def test_what_choices_share_is_computed_once(small, monkeypatch):
+    """Four choices after one context, and forty contexts that begin alike: the model reads each id once."""
+    model, _ = small
+    read, forward = [], GPT.forward
+
+    def counted(self, ids, *args, counts=None, **kwargs):
+        read.append(sum(counts) if counts else ids.numel())
+        return forward(self, ids, *args, counts=counts, **kwargs)
+    monkeypatch.setattr(GPT, "forward", counted)
+    evaluate.loglikelihood(model, [(list(range(100)), [token]) for token in range(4)])
+    assert sum(read) == 100                                        # one-token choices need no second pass
+    read.clear()
+    evaluate.loglikelihood(model, [([*range(200), i, 3], [9, 9]) for i in range(40)], 100_000)
+    assert sum(read) <= 200 + 40 * 3
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [2] * 513)])
+def test_pairs_that_cannot_be_scored_are_refused(small, pair):
+    with pytest.raises(ValueError, match="pair 1: "):
+        evaluate.loglikelihood(small[0], [([1], [2]), pair])
+
+
+def test_perplexity_is_that_of_rolling_windows(small):
+    model, _ = small
+    ids = [random.Random(3).randrange(model.config.vocab_size) for _ in range(1100)]
+    total = 0.0
+    for start in range(0, 1100, 512):                              # each id once, the last window reaches back
+        end = min(start + 512, 1100)
+        begin = max(0, end - 512) if start else 0
+        window = [2, *ids][begin:end]
+        logprobs = model(torch.tensor([window]))[0].log_softmax(dim=-1)
+        total += sum(logprobs[at - begin, ids[at]].item() for at in range(start, end))
+    assert abs(evaluate.perplexity(model, ids, prefix=2) / math.exp(-total / 1100) - 1) < 1e-5
+
+
+# ---- the command line
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(ROOT / "train.py", f"--dataset={tiny}", "--out=out/run", *SMALL, "--max_steps=20", cwd=folder)
+    return folder
+
+
+def scores(folder):
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"]
+    return {(row["task"], row["metric"], row["model"]): row for row in rows}
+
+
+def test_the_loss_is_the_one_that_training_logged(trained, tiny):
+    done = run(ROOT / "evaluate.py", cwd=trained)
+    log = [json.loads(line) for line in (trained / "out/run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [row for row in log if "val_loss" in row][-1]
+    found = scores(trained / "out/evaluation")
+    row = found["", "loss (nats per token)", "out/run"]
+    assert abs(row["value"] - logged["val_loss"]) < 1e-5 and row["low"] < row["value"] < row["high"]
+    bits = next(value for name, value in logged.items() if "b" in name and "byte" in name or name == "val_bpb")
+    assert abs(found["", "bits per byte", "out/run"]["value"] - bits) < 1e-5
+    characters = found["", "bits per character", "out/run"]["value"]           # ASCII, but for the first token
+    assert abs(characters / bits - 1) < 5e-3
+    assert (trained / "out/evaluation/results.png").stat().st_size > 5000 and "Next: python sample.py" in done.stdout
+
+
+def test_models_with_other_tokenizers_are_measured_on_the_same_text(trained, llama, tiny):
+    done = run(ROOT / "evaluate.py", "--model", "out/run", llama, f"--dataset={tiny}", "--out=out/two", cwd=trained)
+    found = scores(trained / "out/two")
+    text = evaluate.Tokens(Path(tiny), "val", 32)
+    ids = Tokenizer.load(tiny).decode([i for i in text.read(0, len(text)).tolist() if i != Tokenizer.load(tiny).eos_id])
+    ours = found["", "bits per byte", str(llama)]["value"] * len(ids.encode()) * math.log(2)
+    model, tokenizer = evaluate.load_model(llama, "cpu")
+    pairs = list(evaluate.rolling_pairs([*tokenizer.encode(ids), tokenizer.eos_id], tokenizer.eos_id, 512))
+    assert abs(ours + sum(total for total, _ in evaluate.loglikelihood(model, pairs))) < 1e-4 * ours
+    assert " - run = " in done.stdout and "p = " in done.stdout
+
+
+def test_resume_asks_only_what_is_missing(benchmarks, llama, tmp_path):
+    """Killed after ten items, in the middle of a line: the rest is asked, and the scores are those of one run."""
+    args = [ROOT / "evaluate.py", f"--model={llama}", "--tasks", "hellaswag", "winogrande", f"--benchmarks={benchmarks}",
+            "--device=cpu"]
+    run(*args, f"--out={tmp_path / 'whole'}")
+    whole = (tmp_path / "whole/items.jsonl").read_bytes()
+    (tmp_path / "part").mkdir()
+    lines = whole.split(b"\n")
+    (tmp_path / "part/items.jsonl").write_bytes(b"\n".join(lines[:10]) + b"\n" + lines[10][:50])
+    run(*args, f"--out={tmp_path / 'part'}", "--resume")
+    again = (tmp_path / "part/items.jsonl").read_bytes().split(b"\n")
+    assert again[:10] == lines[:10] and len(again) == len(lines)
+    one, two = scores(tmp_path / "whole"), scores(tmp_path / "part")
+    assert {key: row["value"] for key, row in one.items()} == pytest.approx({key: row["value"] for key, row in two.items()})
+    (tmp_path / "part/items.jsonl").write_bytes(b"{broken\n" + b"\n".join(lines))
+    assert "items.jsonl:1: not JSON" in run(*args, f"--out={tmp_path / 'part'}", "--resume", check=False).stderr
+
+
+@pytest.mark.parametrize("name", [name for name, task in BENCHMARKS.items() if task.shots_from])
+def test_a_question_is_never_among_its_examples(benchmarks, tmp_path, name):
+    """Also where the same row stands in both files, and several times."""
+    here = tmp_path / name
+    shutil.copytree(benchmarks / name, here)
+    task = BENCHMARKS[name]
+    if name not in ("mmlu", "piqa") and task.shots_from == "train":             # the training file repeats the questions
+        questions, = files_of_split(tmp_path, name, task.split)
+        train, = files_of_split(tmp_path, name, "train")
+        text = questions.read_text(encoding="utf-8")
+        train.write_text(text + (text.split("\n", 1)[1] if "\tlabel" in text.split("\n")[0] else text), encoding="utf-8")
+    for seed in range(3):
+        bench = load_task(name, tmp_path, 3)
+        rows = {place: row for place, row, _ in bench.pool}
+        for item in bench.items:
+            assert len(item["examples"]) == 3 and all(rows[place] != item["row"] for place in item["examples"])
+        assert [i["contexts"] for i in load_task(name, tmp_path, 3, limit=2).items] == [i["contexts"] for i in bench.items[:2]]
+
+
+def test_humaneval_solutions_pass_and_wrong_ones_do_not(benchmarks):
+    path = DATA / "HumanEval.jsonl.gz"
+    bench = load_task(str(path), "") if path.is_file() else load_task("humaneval", benchmarks)
+    for item in bench.items[:20]:
+        assert evaluate.run_programs(item, [item["target"], "    return 'wrong'\n", "    import sys; sys.exit(0)\n"]) == 1
+
+
+@pytest.mark.parametrize("row, message", [
+    ('{"context": "a", "choices": ["b"]}', "no field 'label'"),
+    ('{"context": "a", "choices": ["b", ""], "label": 0}', "not empty"),
+    ('{"context": "a", "choices": ["b", "c"], "label": 2}', "must be 0 to 1"),
+    ('{"context": "a", "target": ""}', "at least one character"),
+    ('{"choices": ["b"], "label": 0', "not JSON"), ('[1]', "JSON object"), ('{"text": "a"}', "not a task")])
+def test_bad_rows_are_named_by_file_and_line(llama, tmp_path, row, message):
+    path = tmp_path / "questions.jsonl"
+    good = '{"context": "a", "choices": ["b", "c"], "label": 1}\n'
+    path.write_text((good if "not a task" not in message and "target" not in row else "") + row + "\n", encoding="utf-8")
+    done = run(ROOT / "evaluate.py", f"--model={llama}", f"--tasks={path}", f"--out={tmp_path / 'out'}", check=False)
+    line = 1 if "not a task" in message or "target" in row else 2
+    assert done.returncode == 1 and f"{path}:{line}: " in done.stderr and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tasks=nothing"], "choose of hellaswag"), (["--tasks=hellaswag"], "no validation file in"),
+    (["--text=missing.txt"], "--text=missing.txt: No such file"), (["--text=a", "--tasks=mmlu"], "choose one"),
+    (["--num_samples=3"], "add --temperature"), (["--harness=python"], "add --tasks"), ([], "Give --dataset"),
+    (["--allow_code_execution"], "add --tasks=humaneval"), (["--shots=-1"], "at least 0")])
+def test_flags_that_cannot_work_are_refused_in_one_line(llama, tmp_path, flags, message):
+    done = run(ROOT / "evaluate.py", f"--model={llama}", *flags, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

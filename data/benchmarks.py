@@ -426,7 +426,7 @@ def read_split(task, name, files):
     for path in files:
         for place, row in read_rows(path):
             try:
-                if not isinstance(row, (dict, list)):
+                if not isinstance(row, list if path.name.endswith("csv") else dict):
                     raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
                 for flat in task.rows(row, place):
                     item = task.convert(flat)
@@ -519,7 +519,7 @@ class Benchmark:
     name: str
     task: Task
     shots: int                      # examples in front of each question
-    items: list                     # questions, with index (number in the file), place, row, examples (their places),
+    items: list                     # questions, with index (number in the file), place, row, examples (their rows),
                                     # contexts, and scored: the texts that are scored after " "
     pool: list                      # (place, row, question) of what the examples are taken from
 
@@ -538,7 +538,7 @@ def load_task(name, folder, shots=None, limit=0):
         contexts = item.get("contexts") or [item["context"]] * len(item.get("choices", [0]))
         items.append(item | dict(
             index=index, place=place, row=row, contexts=[before + context for context in contexts],
-            examples=[example[0] for example in examples],
+            examples=[example[1] for example in examples],
             scored=[item["target"]] * len(contexts) if "target" in item else item["choices"]))
     return Benchmark(name, task, shots, items, pool)
 

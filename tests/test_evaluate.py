@@ -248,7 +248,8 @@ def test_the_loss_is_the_one_that_training_logged(trained, tiny):
 
 
 def test_models_with_other_tokenizers_are_measured_on_the_same_text(trained, llama, tiny):
-    done = run(ROOT / "evaluate.py", "--model", "out/run", llama, f"--dataset={tiny}", "--out=out/two", cwd=trained)
+    shutil.copytree(trained / "out/run", trained / "copy")
+    done = run(ROOT / "evaluate.py", "--model", "out/run", "copy", llama, f"--dataset={tiny}", "--out=out/two", cwd=trained)
     found = scores(trained / "out/two")
     tokens, own = evaluate.Tokens(Path(tiny), "val", 32), Tokenizer.load(tiny)
     text = own.decode([i for i in tokens.read(1, len(tokens) - 1).tolist() if i != own.eos_id])
@@ -256,7 +257,7 @@ def test_models_with_other_tokenizers_are_measured_on_the_same_text(trained, lla
     model, tokenizer = evaluate.load_model(llama, "cpu")
     pairs = list(evaluate.rolling_pairs([*tokenizer.encode(text), tokenizer.eos_id], tokenizer.eos_id, 512))
     assert abs(ours + sum(total for total, _ in evaluate.loglikelihood(model, pairs))) < 1e-4 * ours
-    assert " - run = " in done.stdout and "p = " in done.stdout
+    assert "bits per byte: copy - run = +0 [+0, +0], p = 1" in done.stdout     # windows of another tokenizer have no pair
 
 
 def test_resume_asks_only_what_is_missing(benchmarks, llama, tmp_path):

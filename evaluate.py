@@ -196,7 +196,7 @@ def score_batch(model, groups):
     rest.sort(key=lambda row: -len(row[2]))
     if rest:
         cache.keep([place for place, *_ in rest])
-    columns, start = max(1, (1 << 26) // (model.config.vocab_size * max(1, len(rest)))), 0     # 256 MB of logits
+    columns, start = max(1, (1 << 24) // (model.config.vocab_size * max(1, len(rest)))), 0     # 64 MB of logits
     while rest := [row for row in rest if len(row[2]) - 1 > start]:
         new = [ids[start:min(start + columns, len(ids) - 1)] for _, _, ids, _ in rest]
         counts = None if len(new[0]) == len(new[-1]) else list(map(len, new))

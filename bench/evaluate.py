@@ -4,7 +4,7 @@ How many questions per second does evaluate.py answer, against lm-evaluation-har
 Same model, same prompts, same answers: every log-likelihood of both is compared, and the largest difference is printed.
 Tasks are made from real texts at hand, in the benchmarks' own formats: choices of four sentences (HellaSwag's and ARC's
 shapes), of one letter (MMLU), two sentences (PIQA's), a name (WinoGrande's), and GSM8K's questions with examples, whose
-answers are written. Seconds are those of scoring: imports and loading the model are not counted on either side. lm-eval runs with each of
+answers are written. Seconds are those of scoring: imports and loading the model are not counted. lm-eval runs with each of
 --batch_sizes, and its fastest counts. The two take turns.
 
 Run     python bench/evaluate.py --model=/path/to/SmolLM2-135M --harness=/path/to/venv/bin/python

@@ -1,0 +1,559 @@
+"""
+Is this model better than that one? Loss on text, exact answers, and the common benchmarks, each with an interval.
+
+    loglikelihood       how probable is this text after that one? Every number on this page comes from this question
+    text_losses         the loss per token of a text: perplexity, bits per byte, bits per character
+    run_task            a benchmark: which answer is the most probable, or what does the model write?
+    run_harness         the same questions asked by lm-evaluation-harness, item by item beside ours
+
+Run     python evaluate.py                                         # the newest run, on its validation text
+        python evaluate.py --model out/a out/b --dataset=stdlib    # side by side, with a test of the difference
+        python evaluate.py --model=OWNER/NAME --text=FILE
+        python evaluate.py --tasks hellaswag mmlu questions.jsonl --shots=5 --limit=200
+        python evaluate.py --tasks=arc_easy --harness=/path/to/venv/bin/python
+You see a table: every number with the interval that holds 95 % of what other items of the same kind would give
+Reads   model folders, data/<dataset>/, data/benchmarks/<task>/ (data/benchmarks.py says which files)
+Writes  <out>/results.json, items.jsonl (every prompt, prediction and log-likelihood), results.png
+Next    python sample.py                                           # read what the model writes; a score is not a text
+Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:2005.14165), pass@k (2107.03374),
+        bootstrap (Efron 1979); prompts and rules of lm-evaluation-harness 0.4.13 (2405.14782)
+"""
+import nanopath.start                                              # first: OpenMP reads its settings while torch loads
+import math
+import re
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample
+from data.benchmarks import load_task, score_texts
+from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece,  # noqa: F401
+                          exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
+                          sentence_bleu, wer)
+from data.shards import Tokens, open_dataset
+from model import KVCache, load_model
+from nanopath.files import read_json
+from nanopath.flags import Bound, Count, Positive, parse
+from nanopath.scores import (ItemFile, Results, compare_items, find_harness, manifest_of, run_harness, stamp_of)
+from nanopath.terminal import find_run
+
+
+@dataclass
+class Config:
+    model: tuple[str, ...] = ()     # model folders, or OWNER/NAME on the Hub; empty: the newest run under out/
+    # loss on text
+    dataset: str = ""               # prepared dataset whose validation text is read; empty: the one of the training
+    text: str = ""                  # read this file instead, in windows as lm-evaluation-harness makes them
+    eval_tokens: Annotated[int | None, Bound(0)] = None   # validation tokens to read; 0: all; not given: as in training
+    context: Count = 0              # tokens the model sees at once; 0: as in its training, else at most 1024
+    # benchmarks
+    tasks: tuple[str, ...] = ()     # names such as hellaswag, or files of questions; empty: loss on text
+    benchmarks: str = "data/benchmarks"  # folder of the benchmarks' files: <benchmarks>/<task>/
+    shots: Annotated[int | None, Bound(0)] = None   # examples before each question; not given: as the benchmark wants
+    limit: Count = 0                # only the first questions of each task; 0: all
+    num_samples: Positive = 1       # programs written for each problem of humaneval: pass@k needs k or more
+    temperature: Annotated[float, Bound(1e-4, off=0)] = 0.0   # of written answers; 0: always the likeliest token
+    allow_code_execution: bool = False  # run the programs that the model wrote; nanopath/untrusted.py says the dangers
+    harness: str = ""               # a Python that has lm-eval: ask the same questions with it and compare
+    # output and machine
+    out: str = "out/evaluation"     # folder to write
+    resume: bool = False            # keep the items that an interrupted evaluation has written there
+    batch_tokens: Positive = 8192   # tokens in memory at once; fewer need less memory
+    seed: Count = 0                 # of sampled answers
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number format of weights and activations
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log-probability of a continuation
+
+@torch.inference_mode()
+def loglikelihood_naive(model, context, continuation):
+    """(sum of log-probabilities of the continuation's ids, whether each was the likeliest). Too long: the beginning is
+    cut off."""
+    n, device = len(continuation), next(model.parameters()).device
+    ids = [*context, *continuation][-(model.config.block_size + 1):]
+    logprobs = model(torch.tensor([ids[:-1]], device=device))[0, -n:].log_softmax(dim=-1)      # (n, V)
+    return logprobs[range(n), ids[-n:]].sum().item(), logprobs.argmax(dim=-1).tolist() == ids[-n:]
+
+
+def loglikelihood(model, pairs, batch_tokens=8192):
+    """pairs [(context ids, continuation ids)] -> [(sum of log-probabilities, is greedy)], in the same order, equal to
+    loglikelihood_naive but faster: what several pairs have in common at their beginning is computed once."""
+    found = dict(score_pairs(model, pairs, batch_tokens))
+    return [found[number] for number in range(len(pairs))]
+
+
+@dataclass
+class Group:
+    """Rows that begin with the same ids. row: (number of the pair, its ids, how many of them are scored)."""
+    family: tuple                   # ids that this group has in common with many others, such as the same examples
+    prefix: list                    # ids that its rows have in common; includes the family's; no scored id but perhaps
+    rows: list = field(default_factory=list)                       # the first is to be predicted from within it
+
+    def size(self):
+        return max(len(ids) for _, ids, _ in self.rows) - 1
+
+
+def common(a, b):
+    """Number of ids that two lists share at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def make_groups(pairs, T, share):
+    """Groups of neighbouring pairs whose contexts begin alike, those with the same family together, by length."""
+    rows = []
+    for number, (context, continuation) in enumerate(pairs):
+        if not context or not 0 < len(continuation) <= T:
+            raise ValueError(f"pair {number}: {len(context)} ids of context, {len(continuation)} of continuation; both "
+                             f"need at least 1, the continuation at most {T}, the model's context")
+        rows.append((number, [*context, *continuation][-(T + 1):], len(continuation)))
+    heads, families = [ids[:len(ids) - n] for _, ids, n in rows], defaultdict(set)
+    for head in heads if share else ():
+        families[tuple(head[:24])].add(tuple(head))
+    families = {key: min(some)[:min(common(min(some), max(some)), min(map(len, some)) - 1)]
+                for key, some in families.items() if len(some) >= 4 and len(key) == 24}
+    groups = []
+    for row, head in zip(rows, heads):
+        family, last = families.get(tuple(head[:24]), ()), groups[-1] if groups else None
+        if share and last and last.family == family:
+            n, skip = common(last.prefix, head), len(family)
+            if 2 * (n - skip) >= max(len(last.prefix), len(head)) - skip:              # at least half is the same
+                last.prefix = last.prefix[:n]
+                last.rows.append(row)
+                continue
+        groups.append(Group(family, head, [row]))
+    for group in groups:                                           # one pass is better than two for a long answer
+        if not group.family and len(group.rows) == 1 and len(group.prefix) <= group.rows[0][2]:
+            group.prefix = []
+    return sorted(groups, key=lambda group: (group.family, -group.size()))
+
+
+def make_batches(groups, batch_tokens):
+    """Lists of groups of one family whose rows, padded to equal lengths, have at most batch_tokens ids."""
+    batch, rows, longest = [], 0, 0
+    for group in groups:
+        rows, longest = rows + len(group.rows), max(longest, group.size())
+        if batch and (rows * longest > batch_tokens or batch[0].family != group.family
+                      or bool(batch[0].prefix) != bool(group.prefix)):
+            yield batch
+            batch, rows, longest = [], len(group.rows), group.size()
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score_pairs(model, pairs, batch_tokens=8192):
+    """Yield (number of the pair, (sum of log-probabilities, is greedy)) as batches are done, long ones first."""
+    share = not model.dynamic                                      # dynamic NTK: angles depend on the length
+    with sample.evaluating(model):
+        for batch in make_batches(make_groups(pairs, model.config.block_size, share), batch_tokens if share else 1):
+            yield from score_batch(model, batch)
+
+
+def pad(lists, device):
+    width = max(map(len, lists))
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in lists], device=device)
+
+
+def score_batch(model, groups):
+    """The pairs of some groups: their family is read once, then the prefix of each group, then the rest of each row."""
+    device, family = next(model.parameters()).device, groups[0].family
+    cache = KVCache(model, 1 if family else len(groups), max(group.size() for group in groups))
+    sums, greedy, rest = defaultdict(float), defaultdict(lambda: True), []
+
+    def count(numbers, logits, targets):
+        """Add what logits (N, V) say of targets (N,), which belong to the pairs `numbers`."""
+        targets = torch.tensor(targets, device=device)
+        logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        for number, logprob, best in zip(numbers, logprobs.tolist(), (logits.argmax(dim=-1) == targets).tolist()):
+            sums[number] += logprob
+            greedy[number] &= best
+
+    if family:
+        model(torch.tensor([family], device=device), cache=cache, last=True)
+        cache.keep([0] * len(groups))
+    if groups[0].prefix:
+        new = [group.prefix[len(family):] for group in groups]
+        counts = list(map(len, new))
+        logits = model(pad(new, device), cache=cache, last=True, counts=counts if len(set(counts)) > 1 else None)
+    for place, group in enumerate(groups):
+        known = len(group.prefix)
+        for number, ids, n in group.rows:
+            first = len(ids) - n                                   # the first scored id
+            if group.prefix and first == known:
+                count([number], logits[place:place + 1], [ids[first]])
+            if len(ids) - 1 > known:
+                rest.append((place, number, ids[known:], max(1, first - known)))
+    rest.sort(key=lambda row: -len(row[2]))
+    if rest:
+        cache.keep([place for place, *_ in rest])
+    columns, start = max(1, (1 << 24) // (model.config.vocab_size * max(1, len(rest)))), 0     # 64 MB of logits
+    while rest := [row for row in rest if len(row[2]) - 1 > start]:
+        new = [ids[start:min(start + columns, len(ids) - 1)] for _, _, ids, _ in rest]
+        counts = None if len(new[0]) == len(new[-1]) else list(map(len, new))
+        logits = model(pad(new, device), cache=cache, counts=counts)
+        where = [(i, at) for i, (_, _, ids, first) in enumerate(rest)      # ids[at + 1] is predicted at ids[at]
+                 for at in range(max(start, first - 1), start + len(new[i]))]
+        if where:
+            rows, places = zip(*where)
+            places = [at - start for at in places]
+            whole = len(where) == logits.shape[0] * logits.shape[1]        # no copy where all positions count
+            chosen = logits.flatten(0, 1) if whole else logits[list(rows), places]
+            count([rest[i][1] for i, _ in where], chosen, [rest[i][2][at + 1] for i, at in where])
+        start += columns
+    finished = {number: (sums[number], greedy[number]) for group in groups for number, _, _ in group.rows}
+    sample.finite(torch.tensor([total for total, _ in finished.values()]))
+    yield from finished.items()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss on text
+
+def rolling_pairs(ids, prefix, T):
+    """Windows that together predict each id once, from up to T ids before it: the first id from `prefix`, then T at a
+    time; the last window reaches back so that it is as long as the others."""
+    ids = [prefix, *ids]
+    for start in range(1, len(ids), T):
+        end = min(start + T, len(ids))
+        begin = 0 if start == 1 else end - 1 - T
+        yield ids[begin:start], ids[start:end]
+
+
+def perplexity(model, ids, prefix=None, T=0):
+    """exp of the mean loss of ids, each predicted from up to T (default: all the model can read) ids before it; the
+    first from `prefix`, or not at all."""
+    prefix, ids = (ids[0], ids[1:]) if prefix is None else (prefix, ids)
+    pairs = list(rolling_pairs(ids, prefix, T or model.config.block_size))
+    return math.exp(-sum(total for total, _ in loglikelihood(model, pairs)) / len(ids))
+
+
+@torch.inference_mode()
+def validation_losses(model, tokens, targets, eos):
+    """[(sum of losses, number of ids)] of the windows that train.py validates on: the first `targets` ids of a split, T
+    at a time. With eos, documents do not see each other."""
+    device, found = next(model.parameters()).device, []
+    rows = max(1, (1 << 26) // (tokens.T * model.config.vocab_size))
+    count = math.ceil(targets / tokens.T)
+    for first in tqdm(range(0, count, rows), desc="windows", disable=None, leave=False):
+        x, y = (part.to(device) for part in tokens.windows_from(first, min(rows, count - first), targets))
+        documents = {} if eos is None else {"segments": (x == eos).cumsum(dim=1)}
+        losses = model(x, y, reduction="none", **documents)                              # (B, T)
+        found += zip(losses.double().sum(dim=1).tolist(), (y != -100).sum(dim=1).tolist())
+    return found
+
+
+def text_losses(cfg, name, model, tokenizer):
+    """{measure: Score} of the loss on --text, or on the validation split of --dataset."""
+    settings, T = manifest_of(name), cfg.context or min(1024, model.config.block_size)
+    if T > model.config.block_size:
+        raise SystemExit(f"--context={T}: {name} reads at most {model.config.block_size} tokens")
+    if cfg.text:
+        text = Path(cfg.text).read_text(encoding="utf-8")
+        return losses_of_text(cfg, model, tokenizer, [text], cfg.context or model.config.block_size, end=False)
+    folder, own = open_dataset(cfg)
+    tokens = Tokens(folder, "val", cfg.context or settings.get("block_size", T))
+    limit = settings.get("eval_tokens", 1_000_000) if cfg.eval_tokens is None else cfg.eval_tokens
+    targets = min(len(tokens) - 1, limit or len(tokens))
+    if targets < 1:
+        raise SystemExit(f"--dataset={cfg.dataset}: its validation text is empty")
+    ids = tokens.read(0, targets + 1).tolist()
+    documents = [own.decode(part) for part in split_at(ids[1:], own.eos_id)]
+    if own.hash != tokenizer.hash:                                 # the same text in other tokens
+        return losses_of_text(cfg, model, tokenizer, documents, tokens.T, end=True)
+    losses = validation_losses(model, tokens, targets, own.eos_id if settings.get("document_mask") else None)
+    return loss_scores(losses, tokens.bytes_of(targets, own), documents)
+
+
+def split_at(ids, eos):
+    """The documents of a stream of ids; an end-of-text id is in none of them."""
+    documents = [[]]
+    for token in ids:
+        if token == eos:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return [document for document in documents if document]
+
+
+def losses_of_text(cfg, model, tokenizer, documents, T, end):
+    """The loss of texts in rolling windows. end: predict the end-of-text id after each of them, as in training."""
+    prefix, after = prefix_of(tokenizer), [tokenizer.eos_id] * (end and tokenizer.eos_id is not None)
+    ids = [i for text in documents for i in [*tokenizer.prompt(text), *after]]
+    if not ids:
+        raise SystemExit("the text is empty: there is nothing to measure")
+    pairs, losses = list(rolling_pairs(ids, prefix, T)), []
+    with tqdm(total=len(ids), unit="tok", desc="text", disable=None, leave=False) as bar:
+        for number, (total, _) in score_pairs(model, pairs, cfg.batch_tokens):
+            losses.append((-total, len(pairs[number][1])))
+            bar.update(losses[-1][1])
+    return loss_scores(losses, sum(len(text.encode("utf-8")) for text in documents), documents)
+
+
+def loss_scores(losses, size, documents):
+    """losses [(sum, ids)] of windows and the text they cover -> {measure: Score}. All measures are the same sum,
+    divided by another unit."""
+    total = sum(count for _, count in losses)
+    units = {"loss (nats per token)": total, "perplexity per token": total,
+             "perplexity per word": sum(len(re.split(r"\s+", text)) for text in documents),        # as lm-eval counts
+             "bits per byte": size, "bits per character": sum(map(len, documents))}
+
+    def measure(name, unit):
+        share = total / unit                                       # tokens per unit, the same in every resample
+        function = {"l": lambda x: x, "p": lambda x: math.exp(min(x, 700.0)), "b": lambda x: x / math.log(2)}[name[0]]
+        return Score(name, losses, lambda sums: function(sums[0] / sums[1] * share))
+    return {name: measure(name, unit) for name, unit in units.items() if unit}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+def prefix_of(tokenizer):
+    """The id that stands before a text."""
+    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    if not ids:
+        raise SystemExit("this tokenizer has neither a beginning-of-text nor an end-of-text token: the first token of "
+                         "a text cannot be predicted")
+    return ids[0]
+
+
+def encode_pair(tokenizer, context, answer):
+    """(ids of the context, ids of the answer) as lm-evaluation-harness divides them: blanks at the end of the context
+    belong to the answer, both are encoded as one text, and the context's own number of ids says where to cut."""
+    stripped = context.rstrip()
+    context, answer = stripped, context[len(stripped):] + answer
+    if not context:
+        ids, prefix = tokenizer.encode(answer), prefix_of(tokenizer)
+        return ([prefix], ids) if ids[:1] != [prefix] else (ids[:1], ids[1:])
+    head = tokenizer.prompt(context)
+    return head, tokenizer.prompt(context + answer)[len(head):]
+
+
+def write_answers(cfg, model, tokenizer, task, items):
+    """Yield (item, [texts that the model writes]) for items whose answers are written, batch by batch."""
+    T, most = model.config.block_size, task.max_new_tokens
+    if most >= T:
+        most = T // 2
+    prompts = {item["index"]: prompt_of(model, tokenizer, item)[-(T - most):] for item in items}
+    queue = sorted(items, key=lambda item: -len(prompts[item["index"]]))
+    while queue:
+        rows = max(1, cfg.batch_tokens // (len(prompts[queue[0]["index"]]) + most) // cfg.num_samples)
+        batch, queue = queue[:rows], queue[rows:]
+        asked = [prompts[item["index"]] for item in batch for _ in range(cfg.num_samples)]
+        seeds = [(cfg.seed * 1_000_003 + item["index"]) * 1000 + n for item in batch for n in range(cfg.num_samples)]
+        written = sample.generate(model, asked, most, temperature=cfg.temperature, stop=task.stop, tokenizer=tokenizer,
+                                  seed=seeds)
+        texts = [tokenizer.decode(ids) for ids in written]
+        for end in task.stop:                                      # what stands after a stop string is dropped
+            texts = [text.split(end)[0] for text in texts]
+        for place, item in enumerate(batch):
+            yield item, texts[place * cfg.num_samples:(place + 1) * cfg.num_samples]
+
+
+def prompt_of(model, tokenizer, item):
+    """ids of a question whose answer is written: as a chat where the model is one and the item is a plain question."""
+    if "question" in item and not item["examples"] and is_chat(model, tokenizer):
+        return tokenizer.render([{"role": "user", "content": item["question"]}], add_generation_prompt=True)[0]
+    return tokenizer.prompt(item["contexts"][0]) or [prefix_of(tokenizer)]
+
+
+def is_chat(model, tokenizer):
+    return tokenizer.im_end_id is not None and tokenizer.im_end_id in model.config.stop_ids
+
+
+def score_item(task, item, found, texts):
+    """What an item contributes to each metric. found: [(log-likelihood, is greedy)] of its scored answers; texts: what
+    the model wrote."""
+    sums = [total for total, _ in found]
+    right = item["labels"].index(1) if "labels" in item else item.get("label", 0)
+    values = {"bits": -sums[right] / math.log(2), "bytes": len(item["scored"][right].encode("utf-8")) + 1}
+    if texts is not None:
+        return values | score_texts(task, item, texts)
+    if "choices" not in item and "label" not in item:              # one continuation: is it what the model would write?
+        return values | {"acc": int(found[0][1]), "perplexity": -sums[0]}
+    if "labels" in item and "names" not in item:                   # TruthfulQA mc2: probability of all true answers
+        weights = np.exp(np.array(sums) - max(sums))
+        return values | {"acc": float(weights[np.array(item["labels"]) == 1].sum() / weights.sum())}
+    best = int(np.argmax(sums))
+    values |= {"prediction": best}
+    if "names" in item:                                            # ReCoRD: the name is compared with all right names
+        names, answers = [item["names"][best]], [item["answers"]]
+        return values | {"f1": float(f1(names, answers)), "exact_match": float(exact_match(names, answers))}
+    lengths = [len(text) for text in item["scored"]]               # in characters
+    best_norm = int(np.argmax(np.array(sums) / lengths))
+    return values | {"acc": int(best == right), "acc_norm": int(best_norm == right)}
+
+
+def run_programs(item, texts):
+    """How many of the model's programs pass the tests of the problem. Only with --allow_code_execution."""
+    from nanopath.untrusted import run_program                     # here: nothing else on this page may run code
+    programs = [f"{item['contexts'][0]}{text}\n{item['test']}\ncheck({item['entry_point']})\n" for text in texts]
+    return sum(run_program(program).passed for program in programs)
+
+
+def run_task(cfg, name, model, tokenizer, bench, done, write):
+    """Ask all questions of a benchmark whose numbers are not in `done`; `write` receives a record of each at once.
+    Prints how many questions did not fit into the context."""
+    task, todo, pairs, owner, cut, lost = bench.task, [], [], [], 0, 0
+    T = model.config.block_size
+    for item in bench.items:
+        if item["index"] in done:
+            continue
+        joint = "" if "test" in item else " "                      # a program follows its beginning without a blank
+        requests = [encode_pair(tokenizer, context, joint + text)
+                    for context, text in zip(item["contexts"], item["scored"]) if text]
+        if any(not 0 < len(answer) <= T for _, answer in requests):
+            lost += 1
+            continue
+        cut += any(len(context) + len(answer) > T + 1 for context, answer in requests)
+        todo.append(item)
+        pairs += requests
+        owner += [len(todo) - 1] * len(requests)
+    if cut or lost:
+        print(f"{bench.name}: {cut} of {len(todo) + lost} questions are longer than the {T} tokens of the context and "
+              f"lose their beginning; {lost} have an answer that is longer, or empty: left out", file=sys.stderr)
+    missing, found, known = Counter(owner), defaultdict(dict), {}
+    with tqdm(total=len(todo), desc=f"{name} {bench.name}", disable=None, leave=False) as bar:
+        def finish(item, scored, texts=None):
+            values = score_item(task, item, scored, texts)
+            if "test" in item and cfg.allow_code_execution:
+                values |= {"correct": run_programs(item, texts)}
+            write(dict(task=bench.name, index=item["index"], place=item["place"], shots=bench.shots,
+                       prompts=item["contexts"], answers=item["scored"], label=item.get("labels", item.get("label")),
+                       group=item.get("group"), loglikelihoods=scored, written=texts, values=values))
+            bar.update()
+
+        for number, result in score_pairs(model, pairs, cfg.batch_tokens):
+            item = todo[owner[number]]
+            found[owner[number]][number] = result
+            if len(found[owner[number]]) == missing[owner[number]]:
+                known[item["index"]] = [scored for _, scored in sorted(found.pop(owner[number]).items())]
+                if not task.stop:
+                    finish(item, known[item["index"]])
+        for item, texts in write_answers(cfg, model, tokenizer, task, todo) if task.stop else ():
+            finish(item, known.get(item["index"], []), texts)
+
+
+def task_scores(task, records, num_samples):
+    """{metric: Score} of the records of a benchmark."""
+    rows = [record["values"] for record in records]
+    scores = {}
+    for metric in task.metrics:
+        labels = [record["label"] for record in records]
+        if metric == "mcc":
+            scores[metric] = mcc([row["prediction"] for row in rows], labels)
+        elif metric == "f1" and "f1" not in rows[0]:               # of class 1: from true, false and missed positives
+            stats = [(row["prediction"] == 1 == label, row["prediction"] == 1 != label, label == 1 != row["prediction"])
+                     for row, label in zip(rows, labels)]
+            scores[metric] = Score("f1", stats, lambda s: 2 * s[0] / (2 * s[0] + s[1] + s[2]) if sum(s) else 0.0)
+        elif metric == "pass@1":
+            if "correct" in rows[0]:
+                for k in (k for k in (1, 10, 100) if k <= num_samples):
+                    scores[f"pass@{k}"] = pass_at_k([num_samples] * len(rows), [row["correct"] for row in rows], k)
+        elif metric == "perplexity":                               # of the answer, each counts once
+            losses = [(row[metric], 1) for row in rows]
+            scores[metric] = Score(metric, losses, lambda s: math.exp(min(s[0] / s[1], 700.0)))
+        else:
+            scores[metric] = Score(metric, [(row[metric], 1) for row in rows], lambda s: s[0] / s[1])
+    for group in dict.fromkeys(record["group"] for record in records) if task.metrics == ("exact",) else ():
+        part = [(record["values"]["exact"], 1) for record in records if record["group"] == group]
+        scores[f"exact: {group}"] = Score("exact", part, lambda s: s[0] / s[1])
+    bits = [(row["bits"], row["bytes"]) for row in rows if "bits" in row]
+    if bits:
+        scores["answer bits per byte"] = Score("bits", bits, lambda s: s[0] / s[1])
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def open_for_scoring(name, cfg):
+    try:
+        model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype))
+    except ValueError as error:
+        raise SystemExit(f"--model={name}: {error}") from None
+    return model.pack(), tokenizer                                 # packed: a row does not depend on its neighbours
+
+
+def check(cfg):
+    """Refuse what cannot work before anything is loaded. Returns (names of models, benchmarks, lm-eval's tasks)."""
+    if cfg.text and (cfg.dataset or cfg.tasks) or cfg.dataset and cfg.tasks:
+        raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are measured apart")
+    if cfg.harness and not cfg.tasks:
+        raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
+    if cfg.num_samples > 1 and not cfg.temperature:
+        raise SystemExit(f"--num_samples={cfg.num_samples}: all are equal at --temperature=0; add --temperature=0.8")
+    if cfg.allow_code_execution and "humaneval" not in cfg.tasks:
+        raise SystemExit("--allow_code_execution: only programs are executed; add --tasks=humaneval or leave it out")
+    names = list(dict.fromkeys(find_run("model", name) for name in cfg.model or ("",)))
+    try:
+        benches = [load_task(task, cfg.benchmarks, cfg.shots, cfg.limit) for task in dict.fromkeys(cfg.tasks)]
+        if cfg.text:
+            Path(cfg.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"--text={cfg.text}: {error}. Give a file of UTF-8 text") from None
+    except OSError as error:
+        raise SystemExit(f"--text={cfg.text}: {error.strerror}. Give a file of UTF-8 text") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not cfg.text and not benches:
+        trained = [made["dataset"] for made in map(manifest_of, names) if made.get("dataset")]
+        cfg.dataset = cfg.dataset or "".join(trained[:1])
+        if not cfg.dataset:
+            raise SystemExit(f"--model={names[0]}: was not trained here, so it names no dataset. Give --dataset=NAME, "
+                             "--text=FILE or --tasks=NAME")
+        folder, _ = open_dataset(cfg)
+        world = folder / "questions_test.jsonl"                    # the tiny world: questions with exact answers
+        benches = [load_task(str(world), "", None, cfg.limit)] if world.is_file() else []
+        for unit, floor in read_json(folder / "meta.json").get("world", {}).get("floor", {}).items():
+            print(f"a perfect model loses {floor:.4f} {unit.replace('_', ' ')}")
+    return names, benches, find_harness(cfg.harness) if cfg.harness else None
+
+
+def show_harness(cfg, name, tasks, benches, items):
+    """Ask lm-eval the same questions and print its table and the largest difference."""
+    with tempfile.TemporaryDirectory() as folder:
+        device = "cpu" if cfg.device == "auto" and not torch.cuda.is_available() else cfg.device.replace("auto", "cuda")
+        table, theirs, _ = run_harness(cfg.harness, tasks, name, benches, cfg.dtype, device, Path(folder))
+    ours = {(record["task"], record["index"]): record for record in items.records if record["stamp"] == stamp_of(name)}
+    count, worst, prompts, scores = compare_items(ours, theirs)
+    print(f"\nlm-eval on {name}:", *table, sep="\n")
+    print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and "
+          f"{len(scores)} scores differ{': ' * bool(scores)}{str(scores[:3])[1:-1]}\n")
+
+
+def main(cfg):
+    names, benches, tasks = check(cfg)
+    out = Path(cfg.out)
+    items, results = ItemFile(out, cfg.resume), Results(out, names)
+    for name in names:
+        model, tokenizer = open_for_scoring(name, cfg)
+        for metric, score in () if cfg.tasks else text_losses(cfg, name, model, tokenizer).items():
+            results.add("", metric, name, score)
+        key = dict(model=name, stamp=stamp_of(name), dtype=cfg.dtype)
+        for bench in benches:
+            key |= dict(task=bench.name, shots=bench.shots)
+            run_task(cfg, name, model, tokenizer, bench, items.of(**key), lambda record: items.write(key | record))
+            found = items.of(**key)
+            records = [found[item["index"]] for item in bench.items if item["index"] in found]
+            for metric, score in task_scores(bench.task, records, cfg.num_samples).items() if records else ():
+                results.add(bench.name, metric, name, score)
+    results.show()
+    results.save(vars(cfg))
+    for name in names if tasks else ():
+        show_harness(cfg, name, tasks, benches, items)
+    print(f"Written to {out}/: results.json, results.png, items.jsonl\nNext: python sample.py --model={names[0]}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, __doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; continue with the same command and --resume") from None

@@ -1,0 +1,330 @@
+"""evaluate.py and data/benchmarks.py against slow twins, against train.py, and item by item against lm-eval."""
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from bpe import Tokenizer
+from conftest import DATA, ROOT, SMALL, run
+from data.benchmarks import BENCHMARKS, files_of_split, load_task
+from model import GPT, GPTConfig, save_model
+
+REAL = Path(os.environ.get("NANOPATH_REAL", "/nowhere"))
+LMEVAL = os.environ.get("NANOPATH_LMEVAL", "")                     # the python of an environment that has lm-eval 0.4.13
+WORDS = ("the a river Stone runs quickly über naïve 日本 because she sold 3 apples, and nobody knew why it was so "
+         "green (or blue) today; however the old man's boat can't sail [title] without wind - yes").split()
+
+
+def sentence(rng, low=2, high=9):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def published(folder, n=8, seed=0):
+    """Files of every benchmark in the format of their authors, with made-up rows. Returns the folder."""
+    rng = random.Random(seed)
+
+    def text():
+        return sentence(rng)
+
+    def put(name, rows):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def many(make, count=n):
+        return [make(i) for i in range(count)]
+
+    for split in ("train", "val"):
+        put(f"hellaswag/hellaswag_{split}.jsonl", many(lambda i: dict(
+            ind=i, activity_label=text(), ctx_a=text(), ctx_b=rng.choice(["", text()]), label=i % 4,
+            endings=[text() + rng.choice(["", " ", " [title] Éé"]) for _ in range(4)])))
+    for name, short in (("arc_easy", "Easy"), ("arc_challenge", "Challenge")):
+        for split in ("Train", "Test"):
+            put(f"{name}/ARC-{short}/ARC-{short}-{split}.jsonl", many(lambda i: dict(
+                id=str(i), answerKey="ABCDE"[i % 3], question=dict(stem=text(), choices=[
+                    dict(text=text(), label=letter) for letter in "ABCDE"[:3 + i % 3]]))))
+    for subject in ("anatomy", "world_religions"):
+        for split, count in (("dev", 5), ("test", n)):
+            put(f"mmlu/{split}/{subject}_{split}.csv", many(
+                lambda i: ",".join('"' + text() + '"' for _ in range(5)) + "," + "ABCD"[i % 4], count))
+    for split in ("train", "valid"):
+        put(f"piqa/{split}.jsonl", many(lambda i: dict(goal=text(), sol1=text(), sol2=text())))
+        put(f"piqa/{split}-labels.lst", many(lambda i: str(i % 2)))
+    for split in ("train_xl", "train_s", "dev"):
+        put(f"winogrande/{split}.jsonl", many(lambda i: dict(
+            sentence=f"{text()} _ {text()}.", option1=text(), option2=text(), answer=str(1 + i % 2))))
+    put("truthfulqa_mc1/mc_task.json", [json.dumps(many(lambda i: dict(
+        question=text(), mc1_targets={f"{text()} {j}": int(j == 0) for j in range(4)},
+        mc2_targets={f"{text()} {j}": int(j < 2) for j in range(5)})))])
+    put("truthfulqa_mc2/mc_task.json", [(folder / "truthfulqa_mc1/mc_task.json").read_text(encoding="utf-8")])
+    put("lambada/lambada_test.jsonl", many(lambda i: dict(text=text() + rng.choice(["", "\n"]) + " " + text())))
+    for split in ("train", "test"):
+        put(f"gsm8k/{split}.jsonl", many(lambda i: dict(question=text(), answer=f"{text()}\n#### {rng.randint(1, 2000):,}")))
+    put("humaneval/HumanEval.jsonl", many(lambda i: dict(
+        task_id=str(i), prompt=f"def f{i}(x):\n", canonical_solution=f"    return x + {i}\n", entry_point=f"f{i}",
+        test=f"def check(f):\n    assert f(1) == {i + 1}\n")))
+    tables = {"cola": None, "sst2": ["sentence"], "mrpc": ["#1 String", "#2 String"], "qnli": ["question", "sentence"],
+              "rte": ["sentence1", "sentence2"], "wnli": ["sentence1", "sentence2"], "qqp": ["question1", "question2"],
+              "mnli": ["pairID", "sentence1", "sentence2"]}
+    labels = {"qnli": ["entailment", "not_entailment"], "mnli": ["entailment", "neutral", "contradiction"]}
+    labels["rte"] = labels["qnli"]
+    column = {"mrpc": "Quality", "qqp": "is_duplicate", "mnli": "gold_label"}
+    for name, names in tables.items():
+        for split in ("train", "dev_matched" if name == "mnli" else "dev"):
+            if names is None:
+                put(f"{name}/{split}.tsv", many(lambda i: f"x\t{i % 2}\t\t{text()}"))
+            else:
+                put(f"{name}/{split}.tsv", ["\t".join(["index", *names, column.get(name, "label")]), *many(
+                    lambda i: "\t".join([str(i), *(text() for _ in names), labels.get(name, ["0", "1"])[i % len(
+                        labels.get(name, "01"))]]))])
+    yes_no, entail = (False, True), ("entailment", "not_entailment")
+    rows = {
+        "boolq": lambda i: dict(question=text(), passage=text(), label=yes_no[i % 2]),
+        "cb": lambda i: dict(premise=text(), hypothesis=text(), label=("entailment", "contradiction", "neutral")[i % 3]),
+        "copa": lambda i: dict(premise=text() + ".", choice1=text(), choice2=text(), question=("cause", "effect")[i % 2],
+                               label=i // 2 % 2),
+        "multirc": lambda i: dict(passage=dict(text=text(), questions=[dict(question=text(), answers=[
+            dict(text=sentence(rng).replace("'", ""), label=j) for j in range(2)])])),
+        "record": lambda i: dict(passage=dict(text="Ann met Bob. @ x\n@highlight\nThey talk", entities=[
+            dict(start=0, end=2), dict(start=8, end=10)]), qas=[dict(
+                query=f"{text()} @placeholder {text()}", answers=[dict(start=0, end=2, text=("Ann", "Bob")[i % 2])])]),
+        "sglue_rte": lambda i: dict(premise=text(), hypothesis=text(), label=entail[i % 2]),
+        "wic": lambda i: dict(word="bank", sentence1="the bank of " + text(), sentence2=text(), start1=4, end1=8, start2=0,
+                              end2=3, label=yes_no[i % 2]),
+        "wsc": lambda i: dict(text="Mark told Pete ( a friend ) that he did n't win .", label=yes_no[i % 2], target=dict(
+            span1_index=0, span1_text="Mark", span2_index=8, span2_text="he")),
+    }
+    for name, make in rows.items():
+        for split in ("train", "val"):
+            put(f"{name}/{split}.jsonl", many(make))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory):
+    return published(tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder: a random Llama of two layers that knows the words of the made-up benchmarks."""
+    folder = tmp_path_factory.mktemp("llama")
+    rng = random.Random(1)
+    tokenizer = Tokenizer.train(["\n".join(sentence(rng) for _ in range(2000))], 400)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=2, n_embd=48, n_head=4, n_kv_head=2, head_dim=12, n_hidden=96,
+                       block_size=512, qk_norm=False, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    torch.manual_seed(0)
+    model = GPT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.3 if p.dim() == 2 else 1.0)
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_converter_reads_its_published_format(benchmarks, name):
+    bench = load_task(name, benchmarks, 2)
+    assert len(bench.items) >= 8 and all(len(item["contexts"]) == len(item["scored"]) for item in bench.items)
+
+
+@pytest.mark.skipif(not LMEVAL, reason="NANOPATH_LMEVAL names no python that has lm-eval")
+@pytest.mark.parametrize("shots", [0, 2])
+def test_every_item_equals_lm_eval(benchmarks, llama, tmp_path, shots):
+    tasks = [name for name, task in BENCHMARKS.items() if task.yaml and not (shots and name == "lambada")]
+    done = run(ROOT / "evaluate.py", f"--model={llama}", "--tasks", *tasks, f"--benchmarks={benchmarks}", f"--shots={shots}",
+               f"--harness={LMEVAL}", f"--out={tmp_path / 'out'}", "--device=cpu", timeout=1200)
+    print(done.stdout, done.stderr)
+    line = next(line for line in done.stdout.splitlines() if "items of both" in line)
+    count, worst = int(line.split()[0]), float(line.split("at most ")[1].split(",")[0])
+    assert count >= 8 * len(tasks) and worst < 2e-4 and "0 prompts and 0 scores differ" in line
+
+
+# ---- log-likelihoods
+
+@pytest.fixture(scope="module")
+def small(llama):
+    return evaluate.load_model(llama, "cpu")
+
+
+def mixed_pairs(V, rng):
+    """Contexts alone and shared by choices, with and without a long beginning that many share; some too long."""
+    pairs, family = [], [rng.randrange(V) for _ in range(40)]
+    for i in range(40):
+        context = family * (i % 3 > 0) + [rng.randrange(V) for _ in range(rng.choice([1, 2, 5, 40, 700]))]
+        for j in range(rng.choice([1, 4])):
+            pairs.append((context + [7, 8][:j % 3] * (i % 5 == 0),
+                          [rng.randrange(V) for _ in range(rng.choice([1, 1, 3, 30, 300]))]))
+    return pairs
+
+
+def test_loglikelihood_equals_the_naive_one_in_any_batch_and_order(small):
+    model, tokenizer = small
+    pairs = mixed_pairs(model.config.vocab_size, random.Random(0))
+    naive = [evaluate.loglikelihood_naive(model, *pair) for pair in pairs]
+    order = random.Random(1).sample(range(len(pairs)), len(pairs))
+    mixed = evaluate.loglikelihood(model, [pairs[i] for i in order], 1000)
+    for found in (evaluate.loglikelihood(model, pairs), evaluate.loglikelihood(model, pairs, 1),
+                  [mixed[order.index(i)] for i in range(len(pairs))]):
+        for (total, greedy), (other, same) in zip(found, naive):
+            assert abs(total - other) < 1e-5 * max(1, abs(other)) and greedy == same
+    assert max(len(context) + len(rest) for context, rest in pairs) > model.config.block_size + 1
+
+
+def test_greedy_means_what_the_model_would_write(small):
+    model, _ = small
+    new = evaluate.sample.generate(model, [[5, 6, 7]], 6, temperature=0, stop_ids=())[0]
+    (_, yes), (_, no) = evaluate.loglikelihood(model, [([5, 6, 7], new), ([5, 6, 7], new[:-1] + [new[-1] ^ 1])])
+    assert yes and not no
+
+
+def test_what_choices_share_is_computed_once(small, monkeypatch):
+    """Four choices after one context, and forty contexts that begin alike: the model reads each id once."""
+    model, _ = small
+    read, forward = [], GPT.forward
+
+    def counted(self, ids, *args, counts=None, **kwargs):
+        read.append(sum(counts) if counts else ids.numel())
+        return forward(self, ids, *args, counts=counts, **kwargs)
+    monkeypatch.setattr(GPT, "forward", counted)
+    evaluate.loglikelihood(model, [(list(range(100)), [token]) for token in range(4)])
+    assert sum(read) == 100                                        # one-token choices need no second pass
+    read.clear()
+    evaluate.loglikelihood(model, [([*range(200), i, 3], [9, 9]) for i in range(40)], 100_000)
+    assert sum(read) <= 200 + 40 * 3
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [2] * 513)])
+def test_pairs_that_cannot_be_scored_are_refused(small, pair):
+    with pytest.raises(ValueError, match="pair 1: "):
+        evaluate.loglikelihood(small[0], [([1], [2]), pair])
+
+
+def test_perplexity_is_that_of_rolling_windows(small):
+    model, _ = small
+    ids = [random.Random(3).randrange(model.config.vocab_size) for _ in range(1100)]
+    total = 0.0
+    for start in range(0, 1100, 512):                              # each id once, the last window reaches back
+        end = min(start + 512, 1100)
+        begin = max(0, end - 512) if start else 0
+        window = [2, *ids][begin:end]
+        logprobs = model(torch.tensor([window]))[0].log_softmax(dim=-1)
+        total += sum(logprobs[at - begin, ids[at]].item() for at in range(start, end))
+    assert abs(evaluate.perplexity(model, ids, prefix=2) / math.exp(-total / 1100) - 1) < 1e-5
+
+
+# ---- the command line
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(ROOT / "train.py", f"--dataset={tiny}", "--out=out/run", *SMALL, "--max_steps=20", cwd=folder)
+    return folder
+
+
+def scores(folder):
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"]
+    return {(row["task"], row["metric"], row["model"]): row for row in rows}
+
+
+def test_the_loss_is_the_one_that_training_logged(trained, tiny):
+    done = run(ROOT / "evaluate.py", cwd=trained)
+    log = [json.loads(line) for line in (trained / "out/run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [row for row in log if "val_loss" in row][-1]
+    found = scores(trained / "out/evaluation")
+    row = found["", "loss (nats per token)", "out/run"]
+    assert abs(row["value"] - logged["val_loss"]) < 1e-5 and row["low"] < row["value"] < row["high"]
+    bits = next(value for name, value in logged.items() if "b" in name and "byte" in name or name == "val_bpb")
+    assert abs(found["", "bits per byte", "out/run"]["value"] - bits) < 1e-5
+    characters = found["", "bits per character", "out/run"]["value"]           # ASCII, but for the first token
+    assert abs(characters / bits - 1) < 5e-3
+    assert (trained / "out/evaluation/results.png").stat().st_size > 5000 and "Next: python sample.py" in done.stdout
+
+
+def test_models_with_other_tokenizers_are_measured_on_the_same_text(trained, llama, tiny):
+    shutil.copytree(trained / "out/run", trained / "copy")
+    done = run(ROOT / "evaluate.py", "--model", "out/run", "copy", llama, f"--dataset={tiny}", "--out=out/two", cwd=trained)
+    found = scores(trained / "out/two")
+    tokens, own = evaluate.Tokens(Path(tiny), "val", 32), Tokenizer.load(tiny)
+    text = own.decode([i for i in tokens.read(1, len(tokens) - 1).tolist() if i != own.eos_id])
+    ours = found["", "bits per byte", str(llama)]["value"] * len(text.encode("utf-8")) * math.log(2)
+    model, tokenizer = evaluate.load_model(llama, "cpu")
+    pairs = list(evaluate.rolling_pairs([*tokenizer.encode(text), tokenizer.eos_id], tokenizer.eos_id, 512))
+    assert abs(ours + sum(total for total, _ in evaluate.loglikelihood(model, pairs))) < 1e-4 * ours
+    assert "bits per byte: copy - run = +0 [+0, +0], p = 1" in done.stdout     # windows of another tokenizer have no pair
+
+
+def test_resume_asks_only_what_is_missing(benchmarks, llama, tmp_path):
+    """Killed after ten items, in the middle of a line: the rest is asked, and the scores are those of one run."""
+    args = [ROOT / "evaluate.py", f"--model={llama}", "--tasks", "hellaswag", "winogrande", f"--benchmarks={benchmarks}",
+            "--device=cpu"]
+    run(*args, f"--out={tmp_path / 'whole'}")
+    whole = (tmp_path / "whole/items.jsonl").read_bytes()
+    (tmp_path / "part").mkdir()
+    lines = whole.split(b"\n")
+    (tmp_path / "part/items.jsonl").write_bytes(b"\n".join(lines[:10]) + b"\n" + lines[10][:50])
+    run(*args, f"--out={tmp_path / 'part'}", "--resume")
+    again = (tmp_path / "part/items.jsonl").read_bytes().split(b"\n")
+    assert again[:10] == lines[:10] and len(again) == len(lines)
+    one, two = scores(tmp_path / "whole"), scores(tmp_path / "part")
+    assert {key: row["value"] for key, row in one.items()} == pytest.approx({key: row["value"] for key, row in two.items()})
+    (tmp_path / "part/items.jsonl").write_bytes(b"{broken\n" + b"\n".join(lines))
+    assert "items.jsonl:1: not JSON" in run(*args, f"--out={tmp_path / 'part'}", "--resume", check=False).stderr
+
+
+@pytest.mark.parametrize("name", [name for name, task in BENCHMARKS.items() if task.shots_from])
+def test_a_question_is_never_among_its_examples(benchmarks, tmp_path, name):
+    """Also where the same row stands in both files, and several times."""
+    here = tmp_path / name
+    shutil.copytree(benchmarks / name, here)
+    task = BENCHMARKS[name]
+    if name not in ("mmlu", "piqa") and task.shots_from == "train":             # the training file repeats the questions
+        questions, = files_of_split(tmp_path, name, task.split)
+        train, = files_of_split(tmp_path, name, "train")
+        text = questions.read_text(encoding="utf-8")
+        train.write_text(text + (text.split("\n", 1)[1] if text.startswith("index") else text), encoding="utf-8")
+    for shots in (1, 3, 5):
+        bench = load_task(name, tmp_path, shots)
+        for item in bench.items:
+            assert len(item["examples"]) == shots and item["row"] not in item["examples"]
+        few = load_task(name, tmp_path, shots, limit=2).items
+        assert [item["contexts"] for item in few] == [item["contexts"] for item in bench.items[:2]]
+
+
+def test_humaneval_solutions_pass_and_wrong_ones_do_not(benchmarks):
+    path = DATA / "HumanEval.jsonl.gz"
+    bench = load_task(str(path), "") if path.is_file() else load_task("humaneval", benchmarks)
+    for item in bench.items[:20]:
+        assert evaluate.run_programs(item, [item["target"], "    return 'wrong'\n", "    import sys; sys.exit(0)\n"]) == 1
+
+
+@pytest.mark.parametrize("row, message", [
+    ('{"context": "a", "choices": ["b"]}', "no field 'label'"),
+    ('{"context": "a", "choices": ["b", ""], "label": 0}', "not empty"),
+    ('{"context": "a", "choices": ["b", "c"], "label": 2}', "must be 0 to 1"),
+    ('{"context": "a", "target": ""}', "at least one character"),
+    ('{"choices": ["b"], "label": 0', "not JSON"), ('[1]', "JSON object"), ('{"text": "a"}', "not a task")])
+def test_bad_rows_are_named_by_file_and_line(llama, tmp_path, row, message):
+    path = tmp_path / "questions.jsonl"
+    good = '{"context": "a", "choices": ["b", "c"], "label": 1}\n'
+    path.write_text((good if "not a task" not in message and "target" not in row else "") + row + "\n", encoding="utf-8")
+    done = run(ROOT / "evaluate.py", f"--model={llama}", f"--tasks={path}", f"--out={tmp_path / 'out'}", check=False)
+    line = 1 if "not a task" in message or "target" in row else 2
+    assert done.returncode == 1 and f"{path}:{line}: " in done.stderr and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tasks=nothing"], "choose of hellaswag"), (["--tasks=hellaswag"], "no validation file in"),
+    (["--text=missing.txt"], "--text=missing.txt: No such file"), (["--text=a", "--tasks=mmlu"], "choose one"),
+    (["--num_samples=3"], "add --temperature"), (["--harness=python"], "add --tasks"), ([], "Give --dataset"),
+    (["--allow_code_execution"], "add --tasks=humaneval"), (["--shots=-1"], "at least 0")])
+def test_flags_that_cannot_work_are_refused_in_one_line(llama, tmp_path, flags, message):
+    done = run(ROOT / "evaluate.py", f"--model={llama}", *flags, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

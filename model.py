@@ -72,7 +72,7 @@ class GPTConfig:
     norm_bias: bool = True       # biases of LayerNorm
     norm_offset: bool = False    # RMSNorm multiplies by 1 + weight, in fp32
     norm_place: Literal["pre", "post", "both"] = "pre"  # norms before attention and MLP, after them, or both
-    parallel: Literal[0, 1, 2] = 0  # attention and MLP read the same x, after one norm or two; 0: one after the other
+    parallel_block: Literal[0, 1, 2] = 0  # 1, 2: attention and MLP read the same x, after one norm or two norms
     embed_norm: bool = False     # a norm after the embedding
     embed_scale: bool = False    # embedding * sqrt(C), a factor that is rounded to the dtype of the weights
     # learned, sinusoidal: added to the embedding. alibi: added to the scores; falcon's: rounded, divided by sqrt(D)
@@ -321,7 +321,7 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.place, self.parallel = config.norm_place, config.parallel
+        self.place, self.parallel = config.norm_place, config.parallel_block
         self.input_layernorm = make_norm(config) if self.place != "post" else nn.Identity()
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config) if self.parallel != 1 else None

@@ -2,10 +2,10 @@
 Runs chat templates, programs in Jinja that somebody else wrote, in a process of their own that can do nothing but send
 back a text.
 
-Jinja's sandbox keeps a template from reading attributes that lead to Python's internals and from changing its arguments.
-It limits neither time nor memory, and there are too many ways to use both up, so the limits are those of a process: it is
-killed after SECONDS, it may hold MEGABYTES (where the system has such a limit), and it inherits no environment. The
-process starts with the first chat, in about 0.1 s, and serves the following ones.
+Jinja's sandbox keeps a template from reading attributes that lead to Python's internals and from changing its
+arguments. It limits neither time nor memory, and there are too many ways to use both up, so the limits are those of a
+process: it is killed after SECONDS, it may hold MEGABYTES (where the system has such a limit), and it inherits no
+environment. The process starts with the first chat, in about 0.1 s, and serves the following ones.
 """
 import atexit
 import json
@@ -32,7 +32,8 @@ class Worker:
 
     def start(self):
         packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}
+        names = ("SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONHOME")
+        kept = {name: os.environ[name] for name in names if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, env=kept | {"PYTHONPATH": os.pathsep.join(packages), "PYTHONUTF8": "1"})
@@ -72,8 +73,8 @@ WORKER = Worker()
 
 def run_template(source, variables, opening="", closing=""):
     """The text that a template makes of its variables. What it writes between {% generation %} and {% endgeneration %}
-    stands between the strings `opening` and `closing`. ValueError: the template is not valid, refuses the variables (its
-    own words), fails, reads what it may not, or needs too much time or memory."""
+    stands between the strings `opening` and `closing`. ValueError: the template is not valid, refuses the variables
+    (its own words), fails, reads what it may not, or needs too much time or memory."""
     request = json.dumps([source, variables, opening, closing], default=lambda value: f"<{type(value).__name__}>")
     reply = WORKER.ask(request.encode("ascii"))
     if reply is None:

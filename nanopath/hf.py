@@ -86,14 +86,14 @@ def config_to_hf(config, family=None, dtype="float32"):
     if "query_pre_attn_scalar" in READ[family]:
         hf["query_pre_attn_scalar"] = round(c.attn_scale ** -2) if c.attn_scale else c.head_dim
     if family == "gpt_neox":
-        hf["use_parallel_residual"] = c.parallel > 0
+        hf["use_parallel_residual"] = c.parallel_block > 0
     if family == "gpt_neo":
         kinds = ["local" if window else "global" for window in c.windows]
         hf |= {"attention_types": [[kinds, 1]], "attention_layers": kinds}
     if family == "falcon":
-        new = c.parallel == 2 or c.parallel == 1 and 1 < c.n_kv_head < c.n_head
-        hf |= {"new_decoder_architecture": new, "parallel_attn": c.parallel > 0, "multi_query": c.n_kv_head == 1,
-               "num_kv_heads": c.n_kv_head, "num_ln_in_parallel_attn": c.parallel if new else None,
+        new = c.parallel_block == 2 or c.parallel_block == 1 and 1 < c.n_kv_head < c.n_head
+        hf |= {"new_decoder_architecture": new, "parallel_attn": c.parallel_block > 0, "multi_query": c.n_kv_head == 1,
+               "num_kv_heads": c.n_kv_head, "num_ln_in_parallel_attn": c.parallel_block if new else None,
                "alibi": c.position != "rope"}
     if family == "mpt":
         hf["attn_config"] = MPT_ATTENTION | {"softmax_scale": c.attn_scale or None}
@@ -173,7 +173,7 @@ def config_from_hf(hf, where="config.json"):
         v |= rope_from_hf(hf, family, v, where)
     v |= window_from_hf(hf, family, v, where)
     if family == "gpt_neox":
-        v["parallel"] = 2 if hf.get("use_parallel_residual", True) else 0
+        v["parallel_block"] = 2 if hf.get("use_parallel_residual", True) else 0
     if "query_pre_attn_scalar" in READ[family]:
         scalar = hf.get("query_pre_attn_scalar", DEFAULTS[family]["query_pre_attn_scalar"])
         if type(scalar) not in (int, float) or not 0 < scalar < 1e9:
@@ -362,7 +362,7 @@ def falcon_from_hf(hf, n_head, where):
         raise ValueError(f"{where}: num_ln_in_parallel_attn={norms!r} is not supported, only 1, or 2 together with "
                          "new_decoder_architecture")
     heads = (hf.get("num_kv_heads") or n_head) if new else 1 if hf["multi_query"] else n_head
-    return dict(n_kv_head=heads, parallel=norms if hf["parallel_attn"] else 0,
+    return dict(n_kv_head=heads, parallel_block=norms if hf["parallel_attn"] else 0,
                 position="alibi_falcon" if hf["alibi"] else "rope")
 
 
@@ -401,7 +401,7 @@ def check_config(config):
     for wrong, message in (
             (c.rotary_dim % 2 or c.rotary_dim > c.head_dim,
              f"rotary_dim={c.rotary_dim}: must be even and at most head_dim={c.head_dim}"),
-            (c.parallel and c.norm_place != "pre", f"norm_place={c.norm_place}: parallel blocks need pre"),
+            (c.parallel_block and c.norm_place != "pre", f"norm_place={c.norm_place}: parallel blocks need pre"),
             (c.norm_offset and c.norm != "rms", f"norm={c.norm}: norm_offset needs rms"),
             (c.qk_norm_whole and not c.qk_norm, f"qk_norm={c.qk_norm}: qk_norm_whole needs it"),
             (c.rope_local_theta and c.position != "rope", f"position={c.position}: rope_local_theta needs rope")):
@@ -566,7 +566,7 @@ def tensors_to_hf(model, family):
     if c.position == "sinusoidal" and family != "nanopath":
         ours["embed_positions.weight"] = model.sinusoids
     modules, theirs = {ours: theirs for theirs, ours in MODULES.get(family, {}).items()}, {}
-    if family == "falcon" and c.parallel < 2:
+    if family == "falcon" and c.parallel_block < 2:
         modules = {name: theirs for name, theirs in modules.items() if "layernorm" not in name}
     if family == "bloom":
         modules = {name: theirs for name, theirs in modules.items() if "layernorm" not in name}

@@ -11,9 +11,10 @@ _GEMMA2 = _GEMMA | dict(norm_place="both", window=4096, window_layers=tuple(rang
                         attn_softcap=50.0, logit_softcap=30.0)
 _GEMMA3 = _GEMMA | dict(qk_norm=True, norm_place="both", window=512, rope_local_theta=1e4,
                         window_layers=tuple(i for i in range(26) if (i + 1) % 6))
-_NEOX = dict(norm="layer", norm_eps=1e-5, qk_norm=False, gated=False, activation="gelu", parallel=2, rotary_dim=32,
+_NEOX = dict(norm="layer", norm_eps=1e-5, qk_norm=False, gated=False, activation="gelu", parallel_block=2,
+             rotary_dim=32,
              qkv_bias=True, o_bias=True, mlp_bias=True)
-_FALCON = dict(norm="layer", norm_eps=1e-5, qk_norm=False, gated=False, activation="gelu", parallel=1,
+_FALCON = dict(norm="layer", norm_eps=1e-5, qk_norm=False, gated=False, activation="gelu", parallel_block=1,
                tie_embeddings=True)
 _BLOOM = _GPT2 | dict(position="alibi", embed_norm=True)
 _NUMBERS = ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden",

@@ -70,7 +70,7 @@ def parallelize(model, cfg, machine):
 
 def cannot_split(config):
     """The first field of a GPTConfig, with its value, that tensor parallel does not support; else an empty string."""
-    needed = dict(position="rope", n_expert=0, norm="rms", norm_offset=False, norm_place="pre", parallel=0,
+    needed = dict(position="rope", n_expert=0, norm="rms", norm_offset=False, norm_place="pre", parallel_block=0,
                   embed_norm=False, embed_scale=False, qk_norm_whole=False)
     for name, supported in needed.items():
         if getattr(config, name) != supported:

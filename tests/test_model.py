@@ -57,7 +57,7 @@ VARIANTS = {                                                       # what no pre
     "no positions": dict(position="none"), "geglu": dict(activation="gelu"), "relu2": dict(activation="relu2", gated=False),
     "softcap": dict(logit_softcap=5.0), "all biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True, norm="layer"),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
-    "falcon rw": shrunk("falcon-7b") | dict(position="alibi_falcon", parallel=0, n_kv_head=2),
+    "falcon rw": shrunk("falcon-7b") | dict(position="alibi_falcon", parallel_block=0, n_kv_head=2),
     "gpt_neo": shrunk("gpt2") | dict(qkv_bias=False, attn_scale=1.0, window=16, window_layers=(1,)),
     "mpt, alibi with a window": dict(norm="layer", norm_bias=False, qk_norm=False, position="alibi", window=16, window_layers=(1,)),
     "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16))}
@@ -564,8 +564,8 @@ def slowly(model, ids):
                 heads.append(sum(a * v[s][group] for a, s in zip(weights / weights.sum(), range(first, t + 1))))
             y = linear(torch.cat(heads), name + ".self_attn.o_proj")
             y = x + normed(y, name + ".post_attention_layernorm", c.norm_place != "pre")
-            z = x if c.parallel else y                             # what the MLP reads
-            which = {"pre": "post_attention" if c.parallel != 1 else "input", "both": "pre_feedforward", "post": None}[c.norm_place]
+            z = x if c.parallel_block else y                             # what the MLP reads
+            which = {"pre": "post_attention" if c.parallel_block != 1 else "input", "both": "pre_feedforward", "post": None}[c.norm_place]
             z = normed(z, f"{name}.{which}_layernorm", which)
             if c.n_expert:
                 liked = linear(z, name + ".mlp.gate").softmax(0)

@@ -323,9 +323,9 @@ def test_several_machines_go_on_after_a_process_was_killed(here, tiny, tmp_path)
                    "RUN": "killed", "NODES": "2", "NPROC": "1"}
 
     flags = ["--dtype=float64", "--max_steps=40", "--eval_every=0", "--save_every=7"]
+    here(tmp_path / "calm", *flags)
     machines = [subprocess.Popen(["bash", ROOT / "runs/nodes.sh", f"--dataset={tiny}", f"--out={tmp_path / 'killed'}", *SMALL, *flags],
                                  env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
-    here(tmp_path / "calm", *flags)
     try:
         while not (tmp_path / "killed/log.jsonl").exists() or len(losses(tmp_path / "killed")) < 17:
             assert all(machine.poll() is None for machine in machines)

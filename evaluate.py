@@ -11,6 +11,7 @@ Run     python evaluate.py                                         # the newest 
         python evaluate.py --model=OWNER/NAME --text=FILE
         python evaluate.py --tasks hellaswag mmlu questions.jsonl --shots=5 --limit=200
         python evaluate.py --tasks=arc_easy --harness=/path/to/venv/bin/python
+        python evaluate.py --model out/a out/b --questions=FILE --judge=out/c    # or --page=blind.html, for people
 You see a table: every number with the interval that holds 95 % of what other items of the same kind would give
 Reads   model folders, data/<dataset>/, data/benchmarks/<task>/ (data/benchmarks.py says which files)
 Writes  <out>/results.json, items.jsonl (every prompt, prediction and log-likelihood), results.png
@@ -19,6 +20,7 @@ Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:
         bootstrap (Efron 1979); prompts and rules of lm-evaluation-harness 0.4.13 (2405.14782)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
+import json
 import math
 import re
 import sys
@@ -38,7 +40,9 @@ from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, c
                           exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
                           sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
+from data.templates import answer_ends
 from model import KVCache, load_model
+from nanopath import judge as judges
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
 from nanopath.scores import (ItemFile, Results, compare_items, find_harness, manifest_of, run_harness, stamp_of)
@@ -62,6 +66,13 @@ class Config:
     temperature: Annotated[float, Bound(1e-4, off=0)] = 0.0   # of written answers; 0: always the likeliest token
     allow_code_execution: bool = False  # run the programs that the model wrote; nanopath/untrusted.py says the dangers
     harness: str = ""               # a Python that has lm-eval: ask the same questions with it and compare
+    # a judge, or people
+    questions: str = ""             # JSON lines with "turns" or "question": two or more models answer them
+    judge: str = ""                 # who compares the answers: a model folder, or http://HOST:PORT/v1
+    judge_model: str = ""           # the name of the judge at that address
+    page: str = ""                  # write an HTML page on which people compare the answers of two models, blind
+    ratings: tuple[str, ...] = ()   # files that such people saved: their scores, and whether they agree
+    max_new_tokens: Positive = 300  # of an answer, and of a judge's verdict
     # output and machine
     out: str = "out/evaluation"     # folder to write
     resume: bool = False            # keep the items that an interrupted evaluation has written there
@@ -366,7 +377,9 @@ def prompt_of(model, tokenizer, item):
 
 
 def is_chat(model, tokenizer):
-    return tokenizer.im_end_id is not None and tokenizer.im_end_id in model.config.stop_ids
+    """Was the model fine-tuned on chats? Then it stops at what ends an answer in its template."""
+    return bool(answer_ends(tokenizer) & model.config.stop_ids - {tokenizer.eos_id}) or \
+        tokenizer.im_end_id in model.config.stop_ids
 
 
 def score_item(task, item, found, texts):
@@ -473,6 +486,44 @@ def task_scores(task, records, num_samples):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A judge, or people (nanopath/judge.py)
+
+def speaker(cfg, name):
+    """A function messages -> answer of a model."""
+    model, tokenizer = open_for_scoring(name, cfg)
+    ends = model.config.stop_ids | answer_ends(tokenizer)
+
+    def answer(messages):
+        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
+        room = min(cfg.max_new_tokens, model.config.block_size // 2)
+        return tokenizer.decode(sample.generate(model, [ids[room - model.config.block_size:]], room, seed=cfg.seed,
+                                                temperature=cfg.temperature, stop_ids=ends)[0]).strip()
+    return answer
+
+
+def ask_judge(cfg, names):
+    """All models answer the questions; then the judge compares them, or a page is written for people."""
+    try:
+        questions = judges.read_questions(cfg.questions)
+        conversations = {}
+        for name in names:
+            answer = speaker(cfg, name)
+            conversations[name] = [judges.converse(answer, turns) for turns in tqdm(questions, name, disable=None)]
+        if cfg.page:
+            texts = {name: [messages[-1]["content"] for messages in said] for name, said in conversations.items()}
+            judges.write_page(cfg.page, ["\n\n".join(turns) for turns in questions], texts, cfg.seed)
+            print(f"{cfg.page}: send it to people; keep {cfg.page}.key.json\n"
+                  f"Next: python evaluate.py --ratings FILE... --page={cfg.page}")
+        if cfg.judge:
+            remote = cfg.judge.startswith("http")
+            judge = judges.server(cfg.judge, cfg.judge_model, cfg.max_new_tokens) if remote else speaker(cfg, cfg.judge)
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            with open(Path(cfg.out) / "judgements.jsonl", "w", encoding="utf-8") as file:
+                games = judges.tournament(conversations, judge, lambda record: print(json.dumps(record), file=file))
+            print(*judges.show_tournament(games, conversations), f"Written to {file.name}", sep="\n")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--questions={cfg.questions}: {error}") from None
+
 
 def open_for_scoring(name, cfg):
     try:
@@ -486,6 +537,10 @@ def check(cfg):
     """Refuse what cannot work before anything is loaded. Returns (names of models, benchmarks, lm-eval's tasks)."""
     if cfg.text and (cfg.dataset or cfg.tasks) or cfg.dataset and cfg.tasks:
         raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are measured apart")
+    if bool(cfg.questions) != bool(cfg.judge or cfg.page):
+        raise SystemExit("--questions=FILE needs --judge or --page, and these need --questions")
+    if cfg.questions and len(set(cfg.model)) < 2:
+        raise SystemExit("--questions: give two models to compare, --model A B")
     if cfg.harness and not cfg.tasks:
         raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
     if cfg.num_samples > 1 and not cfg.temperature:
@@ -503,7 +558,7 @@ def check(cfg):
         raise SystemExit(f"--text={cfg.text}: {error.strerror}. Give a file of UTF-8 text") from None
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    if not cfg.text and not benches:
+    if not cfg.text and not benches and not cfg.questions:
         trained = [made["dataset"] for made in map(manifest_of, names) if made.get("dataset")]
         cfg.dataset = cfg.dataset or "".join(trained[:1])
         if not cfg.dataset:
@@ -530,7 +585,11 @@ def show_harness(cfg, name, tasks, benches, items):
 
 
 def main(cfg):
+    if cfg.ratings:
+        return judges.show_ratings(cfg.ratings, f"{cfg.page}.key.json")
     names, benches, tasks = check(cfg)
+    if cfg.questions:
+        return ask_judge(cfg, names)
     out = Path(cfg.out)
     items, results = ItemFile(out, cfg.resume), Results(out, names)
     for name in names:

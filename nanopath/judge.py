@@ -5,6 +5,7 @@ people do, with one HTML page.
     converse            every model answers questions of one or several turns
     judge_pair          a judge compares two conversations in both orders; an order that decides makes it a tie
     judge_one           a judge gives one conversation a mark from 1 to 10
+    tournament          every two models on every question, with show_tournament
     win_rate, bradley_terry, elo      outcomes -> numbers with intervals
     write_page, read_ratings          blind A/B and marks from people, one HTML file without network
     cohen_kappa, krippendorff_alpha   do the raters agree more than by chance?
@@ -120,6 +121,35 @@ def judge_one(judge, messages):
     reply = judge([{"role": "system", "content": MARK}, {"role": "user", "content": transcript(messages, "")}])
     mark = verdict_of(reply, [str(n) for n in range(1, 11)])
     return mark and int(mark), reply
+
+
+def tournament(conversations, judge, write):
+    """conversations {model: [messages of each question]}: the judge compares every two models on every question.
+    write(record) receives each verdict at once. Returns [(first, second, score of the first, orders agreed), ...]."""
+    names, games = list(conversations), []
+    for i, first in enumerate(names):
+        for second in names[i + 1:]:
+            for number, (one, two) in enumerate(zip(conversations[first], conversations[second])):
+                score, agreed, replies = judge_pair(judge, one, two)
+                games.append((first, second, score, agreed))
+                write(dict(question=number, models=[first, second], score=score, agreed=agreed, first=one, second=two,
+                           replies=replies))
+    return games
+
+
+def show_tournament(games, conversations):
+    """Lines of a table: the win rate of every pair with its interval, then ratings and lengths."""
+    lines = []
+    for pair in dict.fromkeys(game[:2] for game in games):
+        mine = [game for game in games if game[:2] == pair]
+        rate, low, high = win_rate([score for *_, score, _ in mine])
+        agreed = sum(agreed for *_, agreed in mine) / len(mine)
+        lines.append(f"{pair[0]} against {pair[1]}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(mine)} questions; "
+                     f"the verdict survived the change of order in {agreed:.0%}")
+    for name, rating in bradley_terry([game[:3] for game in games]).items():
+        said = [message["content"] for messages in conversations[name] for message in messages[1::2]]
+        lines.append(f"{name}: rating {rating:.0f}, {sum(map(len, said)) / len(said):.0f} characters per answer")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,3 +281,28 @@ def read_ratings(paths, key):
         scores.append(mine)
         marks.append([given[model, item] for model in models for item in range(len(key))])
     return {"models": models, "scores": scores, "marks": marks}
+
+
+def show_ratings(paths, key):
+    """Print what raters preferred, the mean marks, and how far the raters agree. SystemExit: files that do not fit."""
+    try:
+        found = read_ratings(paths, key)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--ratings: {error}. Give the files that raters saved, and --page=PAGE.html") from None
+    first, second = found["models"]
+    scores = [score for mine in found["scores"] for score in mine if score is not None]
+    if not scores:
+        raise SystemExit("--ratings: nothing was rated")
+    rate, low, high = win_rate(scores)
+    print(f"{first} against {second}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(scores)} ratings, "
+          f"{len(paths)} people")
+    half = len(found["marks"][0]) // 2
+    for name, part in ((first, slice(0, half)), (second, slice(half, None))):
+        marks = [mark for mine in found["marks"] for mark in mine[part] if mark is not None]
+        print(f"{name}: mean mark {sum(marks) / len(marks):.2f} of 5" if marks else f"{name}: no marks")
+    if len(paths) > 1:
+        print(f"Krippendorff's alpha: choices {krippendorff_alpha(found['scores'], 'interval'):.2f}, "
+              f"marks {krippendorff_alpha(found['marks'], 'ordinal'):.2f} (1 agreement, 0 chance)")
+    if len(paths) == 2:
+        both = [(a, b) for a, b in zip(*found["scores"]) if a is not None and b is not None]
+        print(f"Cohen's kappa of the choices: {cohen_kappa(*zip(*both)):.2f}" if both else "no item rated by both")

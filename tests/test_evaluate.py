@@ -328,3 +328,38 @@ def test_bad_rows_are_named_by_file_and_line(llama, tmp_path, row, message):
 def test_flags_that_cannot_work_are_refused_in_one_line(llama, tmp_path, flags, message):
     done = run(ROOT / "evaluate.py", f"--model={llama}", *flags, check=False, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_judge_and_people_compare_two_models(tmp_path):
+    tokenizer = Tokenizer.train("user assistant yes no", 264)
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(vocab_size=264, n_layer=1, n_embd=32, n_head=2, head_dim=16, n_hidden=32, block_size=128))
+        save_model(tmp_path / name, model, tokenizer)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"turns": ["one?", "two?"]}\n{"question": "three?"}\n', encoding="utf-8")
+    both = ["--model", tmp_path / "a", tmp_path / "b", f"--questions={questions}", "--max_new_tokens=8", "--device=cpu"]
+    done = run(ROOT / "evaluate.py", *both, f"--judge={tmp_path / 'c'}", f"--page={tmp_path / 'p.html'}", f"--out={tmp_path / 'out'}")
+    assert "50.0% [" in done.stdout and "of 2 questions" in done.stdout and "rating 1000" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/judgements.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [len(record["first"]) for record in records] == [4, 2] and len(records[0]["replies"]) == 2
+    ratings = tmp_path / "r.json"
+    ratings.write_text(json.dumps({"ratings": [{"choice": "A", "markA": 5, "markB": 2}, {"choice": "tie"}]}), encoding="utf-8")
+    done = run(ROOT / "evaluate.py", "--ratings", ratings, ratings, f"--page={tmp_path / 'p.html'}")
+    assert "of 4 ratings, 2 people" in done.stdout and "alpha: choices 1.00, marks 1.00" in done.stdout and "kappa" in done.stdout
+    for flags in (["--questions=x", "--model", "a", "b"], both[:2] + both[3:4] + ["--page=p"], ["--judge=x"]):
+        done = run(ROOT / "evaluate.py", *flags, check=False)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_tiny_world_is_scored_by_skill(tmp_path):
+    """An untrained model answers nothing; every skill and split has a row, beside the floor of the loss."""
+    run(ROOT / "prepare.py", "tinyworld", "--size=quick", f"--out={tmp_path / 'world'}")
+    tokenizer = Tokenizer.load(tmp_path / "world")
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2, head_dim=16, n_hidden=32, block_size=128))
+    save_model(tmp_path / "m", model, tokenizer)
+    done = run(ROOT / "evaluate.py", f"--model={tmp_path / 'm'}", f"--dataset={tmp_path / 'world'}", "--eval_tokens=2000", "--limit=40",
+               f"--out={tmp_path / 'out'}", "--device=cpu")
+    assert "a perfect model loses 0.7" in done.stdout and "exact" in done.stdout
+    shown = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert "exact" in json.dumps(shown) and (tmp_path / "out/results.png").is_file()

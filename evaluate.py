@@ -12,7 +12,7 @@ Run     python evaluate.py                                         # the newest 
         python evaluate.py --tasks hellaswag mmlu questions.jsonl --shots=5 --limit=200
         python evaluate.py --tasks=arc_easy --harness=/path/to/venv/bin/python
         python evaluate.py --model out/a out/b --questions=FILE --judge=out/c    # or --page=blind.html, for people
-You see a table: every number with the interval that holds 95 % of what other items of the same kind would give
+You see a table: every number with its 95 % interval, by resampling the items
 Reads   model folders, data/<dataset>/, data/benchmarks/<task>/ (data/benchmarks.py says which files)
 Writes  <out>/results.json, items.jsonl (every prompt, prediction and log-likelihood), results.png
 Next    python sample.py                                           # read what the model writes; a score is not a text
@@ -20,8 +20,8 @@ Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:
         bootstrap (Efron 1979); prompts and rules of lm-evaluation-harness 0.4.13 (2405.14782)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
-import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -42,9 +42,9 @@ from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, c
 from data.shards import Tokens, open_dataset
 from data.templates import answer_ends
 from model import KVCache, load_model
-from nanopath import judge as judges
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
+from nanopath.judge import compare_models, show_ratings
 from nanopath.scores import (ItemFile, Results, compare_items, find_harness, manifest_of, run_harness, stamp_of)
 from nanopath.terminal import find_run
 
@@ -353,7 +353,11 @@ def write_answers(cfg, model, tokenizer, task, items):
     T, most = model.config.block_size, task.max_new_tokens
     if most >= T:
         most = T // 2
-    prompts = {item["index"]: prompt_of(model, tokenizer, item)[-(T - most):] for item in items}
+    prompts = {item["index"]: prompt_of(model, tokenizer, item) for item in items}
+    if long := sum(len(ids) > T - most for ids in prompts.values()):
+        print(f"{long} of {len(items)} prompts are longer than {T - most} tokens, the context less {most} for the "
+              "answer, and lose their beginning", file=sys.stderr)
+    prompts = {index: ids[-(T - most):] for index, ids in prompts.items()}
     queue = sorted(items, key=lambda item: -len(prompts[item["index"]]))
     while queue:
         rows = max(1, cfg.batch_tokens // (len(prompts[queue[0]["index"]]) + most) // cfg.num_samples)
@@ -387,7 +391,9 @@ def score_item(task, item, found, texts):
     the model wrote."""
     sums = [total for total, _ in found]
     right = item["labels"].index(1) if "labels" in item else item.get("label", 0)
-    values = {"bits": -sums[right] / math.log(2), "bytes": len(item["scored"][right].encode("utf-8")) + 1}
+    values = {}
+    if sums:
+        values = {"bits": -sums[right] / math.log(2), "bytes": len(item["scored"][right].encode("utf-8")) + 1}
     if texts is not None:
         return values | score_texts(task, item, texts)
     if "choices" not in item and "label" not in item:              # one continuation: is it what the model would write?
@@ -455,6 +461,12 @@ def run_task(cfg, name, model, tokenizer, bench, done, write):
             finish(item, known.get(item["index"], []), texts)
 
 
+def same_question(record, item):
+    """Does a record of an earlier run answer this question? The file may have changed since."""
+    return (record["prompts"], record["answers"], record["label"]) == (
+        item["contexts"], item["scored"], item.get("labels", item.get("label")))
+
+
 def task_scores(task, records, num_samples):
     """{metric: Score} of the records of a benchmark."""
     rows = [record["values"] for record in records]
@@ -501,30 +513,6 @@ def speaker(cfg, name):
     return answer
 
 
-def ask_judge(cfg, names):
-    """All models answer the questions; then the judge compares them, or a page is written for people."""
-    try:
-        questions = judges.read_questions(cfg.questions)
-        conversations = {}
-        for name in names:
-            answer = speaker(cfg, name)
-            conversations[name] = [judges.converse(answer, turns) for turns in tqdm(questions, name, disable=None)]
-        if cfg.page:
-            texts = {name: [messages[-1]["content"] for messages in said] for name, said in conversations.items()}
-            judges.write_page(cfg.page, ["\n\n".join(turns) for turns in questions], texts, cfg.seed)
-            print(f"{cfg.page}: send it to people; keep {cfg.page}.key.json\n"
-                  f"Next: python evaluate.py --ratings FILE... --page={cfg.page}")
-        if cfg.judge:
-            remote = cfg.judge.startswith("http")
-            judge = judges.server(cfg.judge, cfg.judge_model, cfg.max_new_tokens) if remote else speaker(cfg, cfg.judge)
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            with open(Path(cfg.out) / "judgements.jsonl", "w", encoding="utf-8") as file:
-                games = judges.tournament(conversations, judge, lambda record: print(json.dumps(record), file=file))
-            print(*judges.show_tournament(games, conversations), f"Written to {file.name}", sep="\n")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--questions={cfg.questions}: {error}") from None
-
-
 def open_for_scoring(name, cfg):
     try:
         model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype))
@@ -539,14 +527,15 @@ def check(cfg):
         raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are measured apart")
     if bool(cfg.questions) != bool(cfg.judge or cfg.page):
         raise SystemExit("--questions=FILE needs --judge or --page, and these need --questions")
-    if cfg.questions and len(set(cfg.model)) < 2:
-        raise SystemExit("--questions: give two models to compare, --model A B")
+    if cfg.questions and (len(set(cfg.model)) < 2 or cfg.page and len(set(cfg.model)) > 2 or cfg.tasks or cfg.text):
+        raise SystemExit("--questions: give two models to compare, --model A B (--judge: or more), and neither "
+                         "--tasks nor --text")
     if cfg.harness and not cfg.tasks:
         raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
     if cfg.num_samples > 1 and not cfg.temperature:
         raise SystemExit(f"--num_samples={cfg.num_samples}: all are equal at --temperature=0; add --temperature=0.8")
-    if cfg.allow_code_execution and "humaneval" not in cfg.tasks:
-        raise SystemExit("--allow_code_execution: only programs are executed; add --tasks=humaneval or leave it out")
+    if os.path.dirname(cfg.harness):                               # lm-eval runs in another folder
+        cfg.harness = os.path.abspath(cfg.harness)
     names = list(dict.fromkeys(find_run("model", name) for name in cfg.model or ("",)))
     try:
         benches = [load_task(task, cfg.benchmarks, cfg.shots, cfg.limit) for task in dict.fromkeys(cfg.tasks)]
@@ -558,6 +547,11 @@ def check(cfg):
         raise SystemExit(f"--text={cfg.text}: {error.strerror}. Give a file of UTF-8 text") from None
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if cfg.allow_code_execution and not any("test" in item for bench in benches for item in bench.items[:1]):
+        raise SystemExit("--allow_code_execution: only programs are executed; add --tasks=humaneval or leave it out")
+    called = [bench.name for bench in benches]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise SystemExit(f"--tasks: two are called {twice[0]}; rename a file")
     if not cfg.text and not benches and not cfg.questions:
         trained = [made["dataset"] for made in map(manifest_of, names) if made.get("dataset")]
         cfg.dataset = cfg.dataset or "".join(trained[:1])
@@ -586,10 +580,10 @@ def show_harness(cfg, name, tasks, benches, items):
 
 def main(cfg):
     if cfg.ratings:
-        return judges.show_ratings(cfg.ratings, f"{cfg.page}.key.json")
+        return show_ratings(cfg.ratings, f"{cfg.page}.key.json")
     names, benches, tasks = check(cfg)
     if cfg.questions:
-        return ask_judge(cfg, names)
+        return compare_models(cfg, names, lambda name: speaker(cfg, name))
     out = Path(cfg.out)
     items, results = ItemFile(out, cfg.resume), Results(out, names)
     for name in names:
@@ -598,12 +592,16 @@ def main(cfg):
             results.add("", metric, name, score)
         key = dict(model=name, stamp=stamp_of(name), dtype=cfg.dtype)
         for bench in benches:
-            key |= dict(task=bench.name, shots=bench.shots)
-            run_task(cfg, name, model, tokenizer, bench, items.of(**key), lambda record: items.write(key | record))
+            key |= dict(task=bench.name, shots=bench.shots, samples=cfg.num_samples, temperature=cfg.temperature,
+                        seed=cfg.seed, executed=cfg.allow_code_execution)
+            done = {item["index"]: record for item in bench.items
+                    if (record := items.of(**key).get(item["index"])) and same_question(record, item)}
+            run_task(cfg, name, model, tokenizer, bench, done, lambda record: items.write(key | record))
             found = items.of(**key)
             records = [found[item["index"]] for item in bench.items if item["index"] in found]
+            ids = [record["index"] for record in records]
             for metric, score in task_scores(bench.task, records, cfg.num_samples).items() if records else ():
-                results.add(bench.name, metric, name, score)
+                results.add(bench.name, metric, name, score, ids)
     results.show()
     results.save(vars(cfg))
     for name in names if tasks else ():

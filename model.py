@@ -652,8 +652,8 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     config, tokenizer = read_config(GPTConfig, folder), None
     files = weight_files(folder)
     if need_tokenizer and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Train again: python train.py, "
-                         "or copy the missing file into it")
+        raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Copy tokenizer.json (or "
+                         "tokenizer.model) into it; if it was trained here, train again: python train.py")
     try:
         tokenizer = Tokenizer.load(folder)
     except ValueError:

@@ -34,8 +34,8 @@ from bpe import CHAT_TEMPLATE
 from data.templates import answer_ends
 from model import KVCache, load_model
 from nanopath.flags import Bound, check_bounds, parse
-from nanopath.terminal import (chat, check_flags, check_request, continuation, find_run, read_constraint, read_prompt,
-                               show_samples)
+from nanopath.terminal import (chat, check_flags, check_request, check_template, continuation, find_run,
+                               read_constraint, read_prompt, show_samples)
 
 
 @dataclass
@@ -772,6 +772,7 @@ def main(cfg):
     if cfg.chat:
         ends = {i for i in answer_ends(tokenizer) if i < model.config.vocab_size}
         options["stop_ids"] = model.config.stop_ids | ends
+        check_template(cfg, tokenizer)
     try:
         stopped = run_method(cfg, model, tokenizer, prompt, options)
     except ValueError as error:

@@ -646,7 +646,7 @@ def paired_bootstrap(first, second, level=0.95, resamples=1000, seed=12345):
     samples = _resamples([first, second], resamples, seed)
     difference, differences = float(second) - float(first), samples[:, 1] - samples[:, 0]
     sizes = np.abs(differences)
-    p = (np.sum(sizes - sizes.mean() >= abs(difference)) + 1) / (resamples + 1)
+    p = (np.sum(sizes - sizes.mean() >= abs(difference) - 1e-12) + 1) / (resamples + 1)
     return difference, _interval(differences, level), float(p)
 
 

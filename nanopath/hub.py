@@ -237,7 +237,8 @@ def find_folder(path, only=None):
     if (folder / "config.json").is_file() or folder.suffix == ".gguf" and folder.is_file():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
-        raise ValueError(f"{path} is not a model folder (no config.json). Train one first: python train.py")
+        why = "is not a model folder (no config.json)" if folder.exists() else "does not exist (no config.json there)"
+        raise ValueError(f"{path} {why}. Give a model folder or a GGUF file, or train one: python train.py")
     try:
         return hub_file(str(path), only).parent if only else hub_folder(str(path))
     except OSError as error:

@@ -14,6 +14,7 @@ A judge prefers the first answer, the longer one, and its own: read a win rate t
 share of pairs that changed with the order.
 Papers  MT-Bench (arXiv:2306.05685), Bradley-Terry by minorization (Hunter 2004), Cohen 1960, Krippendorff 2011
 """
+import hashlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def server(address, model, max_tokens=1024, temperature=0.0, tries=3, seconds=12
                 if reply.status_code == 429 or reply.status_code >= 500:
                     continue                                       # busy: again, a little later
                 if reply.ok:
-                    return reply.json()["choices"][0]["message"]["content"] or ""
+                    return str_or_error(reply.json()["choices"][0]["message"]["content"])
             except requests.RequestException as error:
                 problem = type(error).__name__
                 continue
@@ -65,11 +66,17 @@ def server(address, model, max_tokens=1024, temperature=0.0, tries=3, seconds=12
     return answer
 
 
+def str_or_error(content):
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"the content is {type(content).__name__}, not a text")
+    return content or ""
+
+
 def read_questions(path):
     """[[turn, ...], ...] from JSON lines with "turns" (as in MT-Bench), "prompt" or "question". ValueError names the
     file and the line."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -100,20 +107,22 @@ def transcript(messages, name):
 
 def verdict_of(text, choices):
     """The last [[...]] of a judge's reply that is one of the choices, or None."""
-    found = [word for word in re.findall(r"\[\[\s*([^\[\]]+?)\s*\]\]", text) if word in choices]
+    found = [word for word in map(str.upper, re.findall(r"\[\[\s*([^\[\]]+?)\s*\]\]", text)) if word in choices]
     return found[-1] if found else None
 
 
 def judge_pair(judge, first, second):
-    """Compare two conversations in both orders. Returns (score of the first: 1, 0.5 or 0; did both orders agree?; the
-    judge's two replies). Orders that contradict each other, or a reply without a verdict, count as a tie."""
-    replies, wins = [], []
+    """Compare two conversations in both orders. Returns (score of the first: 1, 0.5 or 0; did both orders give the same
+    verdict?; the judge's two replies). Verdicts that contradict each other, or are missing, count as a tie."""
+    replies, wins, verdicts = [], [], []
     for a, b, points in ((first, second, {"A": 1.0, "B": 0.0}), (second, first, {"A": 0.0, "B": 1.0})):
         messages = [{"role": "system", "content": COMPARE},
                     {"role": "user", "content": f"{transcript(a, 'A')}\n\n=====\n\n{transcript(b, 'B')}"}]
         replies.append(judge(messages))
-        wins.append(points.get(verdict_of(replies[-1], ("A", "B", "C")), 0.5))
-    return (wins[0] if wins[0] == wins[1] else 0.5), wins[0] == wins[1], replies
+        verdicts.append(verdict_of(replies[-1], ("A", "B", "C")))
+        wins.append(points.get(verdicts[-1], 0.5))
+    agreed = None not in verdicts and wins[0] == wins[1]
+    return (wins[0] if agreed else 0.5), agreed, replies
 
 
 def judge_one(judge, messages):
@@ -125,13 +134,14 @@ def judge_one(judge, messages):
 
 def tournament(conversations, judge, write):
     """conversations {model: [messages of each question]}: the judge compares every two models on every question.
-    write(record) receives each verdict at once. Returns [(first, second, score of the first, orders agreed), ...]."""
+    write(record) receives each verdict at once. Returns [(first, second, score of the first, orders agreed, replies
+    without a verdict), ...]."""
     names, games = list(conversations), []
     for i, first in enumerate(names):
         for second in names[i + 1:]:
             for number, (one, two) in enumerate(zip(conversations[first], conversations[second])):
                 score, agreed, replies = judge_pair(judge, one, two)
-                games.append((first, second, score, agreed))
+                games.append((first, second, score, agreed, sum(verdict_of(text, "ABC") is None for text in replies)))
                 write(dict(question=number, models=[first, second], score=score, agreed=agreed, first=one, second=two,
                            replies=replies))
     return games
@@ -142,10 +152,11 @@ def show_tournament(games, conversations):
     lines = []
     for pair in dict.fromkeys(game[:2] for game in games):
         mine = [game for game in games if game[:2] == pair]
-        rate, low, high = win_rate([score for *_, score, _ in mine])
-        agreed = sum(agreed for *_, agreed in mine) / len(mine)
+        rate, low, high = win_rate([game[2] for game in mine])
+        agreed, unclear = sum(game[3] for game in mine) / len(mine), sum(game[4] for game in mine)
         lines.append(f"{pair[0]} against {pair[1]}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(mine)} questions; "
-                     f"the verdict survived the change of order in {agreed:.0%}")
+                     f"the verdict survived the change of order in {agreed:.0%}"
+                     + f"; {unclear} of {2 * len(mine)} replies held no verdict" * bool(unclear))
     for name, rating in bradley_terry([game[:3] for game in games]).items():
         said = [message["content"] for messages in conversations[name] for message in messages[1::2]]
         lines.append(f"{name}: rating {rating:.0f}, {sum(map(len, said)) / len(said):.0f} characters per answer")
@@ -252,12 +263,13 @@ def write_page(path, questions, answers, seed=0):
         left, right = (two[number], one[number]) if swap else (one[number], two[number])
         items.append({"question": questions[number], "A": left, "B": right})
         key.append({"item": number, "A": second if swap else first, "B": first if swap else second})
-    data = json.dumps({"id": f"{seed}-{len(items)}", "items": items}, ensure_ascii=False).replace("<", "\\u003c")
+    name = hashlib.sha256(json.dumps(items).encode("utf-8")).hexdigest()[:16]
+    data = json.dumps({"id": name, "items": items}, ensure_ascii=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("rating.html").read_text(encoding="utf-8")
     temporary = Path(f"{path}.tmp")
     temporary.write_text(template.replace("/*DATA*/", data), encoding="utf-8", newline="\n")
     os.replace(temporary, path)
-    write_json(Path(f"{path}.key.json"), key)
+    write_json(Path(f"{path}.key.json"), {"id": name, "items": key})
 
 
 def read_ratings(paths, key):
@@ -265,12 +277,14 @@ def read_ratings(paths, key):
     alphabetically first model of each item in the order of the questions, None where it was skipped; "marks": the same
     for marks (model, item); "models"}. ValueError names a file that belongs to another page."""
     key = json.loads(Path(key).read_text(encoding="utf-8"))
+    page, key = key["id"], key["items"]
     models = sorted({entry["A"] for entry in key} | {entry["B"] for entry in key})
     scores, marks = [], []
     for path in paths:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["ratings"]
-        if len(rows) != len(key):
-            raise ValueError(f"{path} has {len(rows)} ratings, the key {len(key)}: it belongs to another page")
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = saved["ratings"]
+        if saved.get("id") != page or len(rows) != len(key):
+            raise ValueError(f"{path} belongs to another page")
         mine, given = [None] * len(key), {}
         for row, entry in zip(rows, key):
             if row.get("choice") in ("A", "B", "tie"):
@@ -287,7 +301,7 @@ def show_ratings(paths, key):
     """Print what raters preferred, the mean marks, and how far the raters agree. SystemExit: files that do not fit."""
     try:
         found = read_ratings(paths, key)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"--ratings: {error}. Give the files that raters saved, and --page=PAGE.html") from None
     first, second = found["models"]
     scores = [score for mine in found["scores"] for score in mine if score is not None]
@@ -306,3 +320,29 @@ def show_ratings(paths, key):
     if len(paths) == 2:
         both = [(a, b) for a, b in zip(*found["scores"]) if a is not None and b is not None]
         print(f"Cohen's kappa of the choices: {cohen_kappa(*zip(*both)):.2f}" if both else "no item rated by both")
+
+
+def compare_models(cfg, names, speaker):
+    """python evaluate.py --questions: all models answer, then a judge compares them, or a page is written for people.
+    speaker(name) is a function messages -> answer. SystemExit names what does not work."""
+    from tqdm import tqdm
+    try:
+        questions, conversations = read_questions(cfg.questions), {}
+        for name in names:
+            answer = speaker(name)
+            conversations[name] = [converse(answer, turns) for turns in tqdm(questions, name, disable=None)]
+        if cfg.page:
+            texts = {name: [messages[-1]["content"] for messages in said] for name, said in conversations.items()}
+            write_page(cfg.page, ["\n\n".join(turns) for turns in questions], texts, cfg.seed)
+            print(f"{cfg.page}: send it to people; keep {cfg.page}.key.json\n"
+                  f"Next: python evaluate.py --ratings FILE... --page={cfg.page}")
+        if cfg.judge:
+            remote = cfg.judge.startswith("http")
+            judge = server(cfg.judge, cfg.judge_model, cfg.max_new_tokens) if remote else speaker(cfg.judge)
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            with open(Path(cfg.out) / "judgements.jsonl", "w", encoding="utf-8") as file:
+                games = tournament(conversations, judge,
+                                   lambda record: print(json.dumps(record), file=file, flush=True))
+            print(*show_tournament(games, conversations), f"Written to {file.name}", sep="\n")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--questions={cfg.questions}, --judge={cfg.judge}: {error}") from None

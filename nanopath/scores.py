@@ -24,7 +24,7 @@ from nanopath.files import read_json, write_json
 def manifest_of(folder):
     """The settings of the training that made a model folder; {} where it was made elsewhere."""
     path = Path(folder) / "manifest.json"
-    return read_json(path)["config"] if path.is_file() else {}
+    return read_json(path).get("config", {}) if path.is_file() else {}
 
 
 def stamp_of(name):
@@ -42,10 +42,13 @@ class ItemFile:
         out.mkdir(parents=True, exist_ok=True)
         kept = 0
         if resume and self.path.is_file():
-            for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            lines = self.path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
                 try:
-                    if line:
-                        self.records.append(json.loads(line))
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or "index" not in record:
+                        raise ValueError("no record of a question")
+                    self.records.append(record)
                 except ValueError:
                     if kept + len(line) < self.path.stat().st_size:
                         raise SystemExit(f"{self.path}:{number}: not JSON. Start without --resume") from None
@@ -70,10 +73,12 @@ class ItemFile:
 class Results:
     """Scores by measure and model. A measure is a pair: (task, metric)."""
     def __init__(self, out, models):
-        self.out, self.models, self.scores, self.intervals = out, models, {}, {}
+        self.out, self.models, self.scores, self.intervals, self.ids = out, models, {}, {}, {}
 
-    def add(self, task, metric, model, score):
+    def add(self, task, metric, model, score, ids=None):
+        """ids: the numbers of the questions behind the rows of the score: only equal ones can be paired."""
         self.scores.setdefault((task, metric), {})[model] = score
+        self.ids[task, metric, model] = ids
         self.intervals[task, metric, model] = bootstrap(score)
 
     def rows(self):
@@ -88,13 +93,16 @@ class Results:
         for (task, metric), found in self.scores.items():
             first, *others = found
             for model in others:
-                if len(found[model].stats) == len(found[first].stats):
+                same = self.ids[task, metric, model] == self.ids[task, metric, first]
+                if same and len(found[model].stats) == len(found[first].stats):
                     difference, (low, high), p = paired_bootstrap(found[first], found[model])
                     yield dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
                                high=high, p=p)
 
     def show(self):
         """The table on the screen: a line per measure, a column per model."""
+        if not self.scores:
+            raise SystemExit("no question fits into the context of the models: nothing was measured")
         names = short_names(self.models)
         lines = [["", *(names[model] for model in self.models)]]
         for (task, metric), found in self.scores.items():
@@ -104,7 +112,7 @@ class Results:
         widths = [max(map(len, column)) for column in zip(*lines)]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-        print("[low, high]: 95 % of what as many other items of the same kind would give")
+        print("[low, high]: 95 % interval, by resampling the items (bootstrap)")
         for row in self.differences():
             print(f"{row['task']} {row['metric']}: {names[row['second']]} - {names[row['first']]} = "
                   f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], p = {row['p']:.3g}".lstrip())

@@ -40,7 +40,7 @@ def find_run(flag, name):
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")
     if name:
         raise SystemExit(f"no model at {name}: {advice}; or use the newest of {len(runs)} under out/: "
-                         f"python sample.py --{flag}={runs[0]}")
+                         f"python {Path(sys.argv[0]).name} --{flag}={runs[0]}")
     print(f"model: {runs[0]}", file=sys.stderr)
     return runs[0]
 
@@ -89,6 +89,15 @@ def read_chat_options(text):
         raise SystemExit(f"--chat_options={text}: {error}. Example: --chat_options='{{\"enable_thinking\": false}}'"
                          ) from None
     return options
+
+
+def check_template(cfg, tokenizer):
+    """End the program before the first question where the model's chat template cannot ask it."""
+    options, system = read_chat_options(cfg.chat_options), [{"role": "system", "content": cfg.system}] * bool(cfg.system)
+    try:
+        tokenizer.render([*system, {"role": "user", "content": "Hi"}], add_generation_prompt=True, **options)
+    except ValueError as error:
+        raise SystemExit(f"--model={cfg.model}: {error}") from None
 
 
 def check_flags(cfg):

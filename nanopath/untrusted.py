@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -86,27 +87,27 @@ def run_program(code, seconds=10.0, megabytes=512):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "program.py").write_text(code, encoding="utf-8", errors="replace")
-        with open(folder / "output", "wb") as output:
+        with open(folder / "output", "w+b") as output:             # read by this handle: its name may be replaced
             process = subprocess.Popen(
                 [*isolation(), sys.executable, "-I", "-S", "-B", "-c", HARNESS, str(int(seconds) + 1), str(megabytes)],
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
                 env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ})
-        deadline, passed, late = time.monotonic() + seconds, False, False
-        try:
-            process.stdin.write(word.encode())
-            process.stdin.close()
-        except OSError:                                            # it ended already
-            pass
-        while True:
-            ended, late = process.poll() is not None, time.monotonic() > deadline
-            passed = written(folder / "verdict", word)
-            if passed or ended or late:
-                break
-            time.sleep(0.005)
-        kill(process)
-        passed = passed or written(folder / "verdict", word)
-        with open(folder / "output", "rb") as output:
-            size = os.fstat(output.fileno()).st_size + 1
+            deadline, late = time.monotonic() + seconds, False
+            try:
+                process.stdin.write(word.encode())
+                process.stdin.close()
+            except OSError:                                        # it ended already
+                pass
+            while True:
+                ended, late = process.poll() is not None, time.monotonic() > deadline
+                passed = written(folder / "verdict", word)
+                if passed or ended or late:
+                    break
+                time.sleep(0.005)
+            kill(process)
+            passed = passed or written(folder / "verdict", word)
+            size = output.seek(0, os.SEEK_END) + 1
+            output.seek(0)
             text = output.read(1 << 16).decode("utf-8", errors="replace").replace(name, "")
     if passed:
         return Outcome(True, "ran to its end", text)
@@ -121,7 +122,10 @@ def run_program(code, seconds=10.0, megabytes=512):
 
 
 def written(path, word):
+    """Is this a plain file that holds the word? The program may have put a pipe or a link in its place."""
     try:
-        return path.read_text(encoding="utf-8") == word
-    except (OSError, UnicodeDecodeError):
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+        with open(handle, "rb") as file:
+            return stat.S_ISREG(os.fstat(handle).st_mode) and file.read(len(word) + 2).split() == word.encode().split()
+    except OSError:
         return False

@@ -341,10 +341,12 @@ def test_a_judge_and_people_compare_two_models(tmp_path):
     both = ["--model", tmp_path / "a", tmp_path / "b", f"--questions={questions}", "--max_new_tokens=8", "--device=cpu"]
     done = run(ROOT / "evaluate.py", *both, f"--judge={tmp_path / 'c'}", f"--page={tmp_path / 'p.html'}", f"--out={tmp_path / 'out'}")
     assert "50.0% [" in done.stdout and "of 2 questions" in done.stdout and "rating 1000" in done.stdout
+    assert "4 of 4 replies held no verdict" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "out/judgements.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [len(record["first"]) for record in records] == [4, 2] and len(records[0]["replies"]) == 2
     ratings = tmp_path / "r.json"
-    ratings.write_text(json.dumps({"ratings": [{"choice": "A", "markA": 5, "markB": 2}, {"choice": "tie"}]}), encoding="utf-8")
+    page = json.loads((tmp_path / "p.html.key.json").read_text(encoding="utf-8"))["id"]
+    ratings.write_text(json.dumps({"id": page, "ratings": [{"choice": "A", "markA": 5, "markB": 2}, {"choice": "tie"}]}), encoding="utf-8")
     done = run(ROOT / "evaluate.py", "--ratings", ratings, ratings, f"--page={tmp_path / 'p.html'}")
     assert "of 4 ratings, 2 people" in done.stdout and "alpha: choices 1.00, marks 1.00" in done.stdout and "kappa" in done.stdout
     for flags in (["--questions=x", "--model", "a", "b"], both[:2] + both[3:4] + ["--page=p"], ["--judge=x"]):

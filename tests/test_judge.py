@@ -26,7 +26,7 @@ def test_both_orders_must_agree():
     assert j.judge_pair(longer_wins, says("short"), says("long answer"))[:2] == (0.0, True)
     assert j.judge_pair(longer_wins, says("same"), says("size"))[:2] == (0.5, True)
     assert j.judge_pair(lambda messages: "[[A]]", says("x"), says("y"))[:2] == (0.5, False)          # always the first
-    assert j.judge_pair(lambda messages: "no idea", says("x"), says("y"))[:2] == (0.5, True)
+    assert j.judge_pair(lambda messages: "no idea", says("x"), says("y"))[:2] == (0.5, False)
     assert j.judge_pair(lambda m: "[[A]] or rather [[ B ]] [[Z]]", says("x"), says("y"))[:2] == (0.5, False)
     assert j.judge_one(lambda m: "1 of [[3]] [[11]]\n[[7]]", says("x"))[0] == 7 and j.judge_one(lambda m: "", says("x"))[0] is None
 
@@ -95,7 +95,7 @@ def test_the_page_is_blind_and_its_ratings_come_back(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "zebra" not in text and "ant-1b" not in text and text.count("</script>") == 2 and "<img" not in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    key = json.loads((tmp_path / "page.html.key.json").read_text(encoding="utf-8"))
+    key = json.loads((tmp_path / "page.html.key.json").read_text(encoding="utf-8"))["items"]
     assert {entry["A"] for entry in key} == set(answers) and sorted(entry["item"] for entry in key) == list(range(20))
     rated = []
     for item, entry in zip(data["items"], key):
@@ -103,13 +103,13 @@ def test_the_page_is_blind_and_its_ratings_come_back(tmp_path):
         rated.append({"choice": "A" if entry["A"] == "ant-1b" else "B", "markA": 5 if entry["A"] == "ant-1b" else 1,
                       "markB": 5 if entry["B"] == "ant-1b" else 1})
     rated[0] = {}
-    (tmp_path / "r.json").write_text(json.dumps({"id": "x", "ratings": rated}), encoding="utf-8")
+    (tmp_path / "r.json").write_text(json.dumps({"id": data["id"], "ratings": rated}), encoding="utf-8")
     found = j.read_ratings([tmp_path / "r.json"] * 2, tmp_path / "page.html.key.json")
     assert found["models"] == ["ant-1b", "zebra-7b"]
     assert [found["scores"][0].count(value) for value in (1.0, None)] == [19, 1]
     assert found["marks"][0][:20].count(5) == 19 and found["marks"][0][20:].count(1) == 19
     assert j.krippendorff_alpha(found["marks"], "ordinal") == 1.0
-    (tmp_path / "r.json").write_text(json.dumps({"ratings": rated[1:]}), encoding="utf-8")
+    (tmp_path / "r.json").write_text(json.dumps({"id": "other", "ratings": rated}), encoding="utf-8")
     with pytest.raises(ValueError, match="another page"):
         j.read_ratings([tmp_path / "r.json"], tmp_path / "page.html.key.json")
 

@@ -20,7 +20,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits")
     ("raise SystemExit", "before its last line"), ("import os; os._exit(0)", "before its last line"),
     ("def f(:", "SyntaxError"), ("input()", "EOFError"), ("open('verdict', 'w').write('yes'); 1 / 0", "ZeroDivisionError"),
     ("import os\nopen('verdict', 'w').write('passed')\nos._exit(0)", "before its last line"),
-    ("raise ValueError('x' * 10000)", "ValueError"), ("while True: pass", "longer than 1.5 s"),
+    ("raise ValueError('x' * 10000)", "ValueError"), ("import os; os.mkfifo('verdict'); os.symlink('/dev/zero', 'x'); 1 / 0", "ZeroDivision"),
+    ("import os, time; os.mkfifo('verdict'); time.sleep(60)", "longer than 1.5 s"), ("import os; os.symlink('/dev/zero', 'verdict'); os._exit(0)", "last line"),
+    ("import os; os.remove('output'); os.mkfifo('output'); os._exit(0)", "last line"), ("import os; os.remove('output'); os.mkdir('output'); 1 / 0", "ZeroDivision"), ("while True: pass", "longer than 1.5 s"),
     ("import time; time.sleep(60)", "longer than 1.5 s")])
 def test_what_does_not_reach_its_end_fails(code, words):
     begin = time.monotonic()

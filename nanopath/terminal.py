@@ -93,7 +93,8 @@ def read_chat_options(text):
 
 def check_template(cfg, tokenizer):
     """End the program before the first question where the model's chat template cannot ask it."""
-    options, system = read_chat_options(cfg.chat_options), [{"role": "system", "content": cfg.system}] * bool(cfg.system)
+    options = read_chat_options(cfg.chat_options)
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     try:
         tokenizer.render([*system, {"role": "user", "content": "Hi"}], add_generation_prompt=True, **options)
     except ValueError as error:

@@ -9,7 +9,7 @@ quick: .venv/ready               ## the same path in about a minute, with a shor
 	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=100 bash runs/laptop.sh
 
 test: .venv/ready-dev            ## run every test, on two cores; needs no network once set up
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder tests
 
 bench: .venv/ready               ## measure against nanoGPT: make bench NANOGPT=path/to/its/checkout
 	$(BIN)/python bench/train.py --nanogpt=$(NANOGPT)

@@ -420,7 +420,7 @@ BIGBENCH = {True: Task(bigbench, rows=bigbench_rows, shots_from="test"),
             False: Task(bigbench, rows=bigbench_rows, **ANSWER | dict(shots_from="test"))}
 
 
-KINDS = {"choices", "labels", "label", "target", "answer", "test", "names", "question"}      # fields that decide how
+_KINDS = {"choices", "labels", "label", "target", "answer", "test", "names", "question"}      # fields that decide how
 
 
 def read_split(task, name, files):
@@ -433,9 +433,9 @@ def read_split(task, name, files):
                     raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
                 for flat in task.rows(row, place):
                     item = task.convert(flat)
-                    if found and {*item} & KINDS != {*found[0][2]} & KINDS:
-                        raise ValueError(f"{place}: another kind of question than {found[0][0]}; one kind per file")
                     check_question(item, place)
+                    if found and {*item} & _KINDS != {*found[0][2]} & _KINDS:
+                        raise ValueError(f"{place}: another kind of question than {found[0][0]}; one kind per file")
                     found.append((place, flat, item))
             except KeyError as error:
                 raise ValueError(f"{place}: no field {error}; {name} needs it. The row has: {', '.join(row)}"[:300]) \

@@ -38,9 +38,10 @@ def find_run(flag, name):
         return name
     if not runs:
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")
+    script = "evaluate.py" if Path(sys.argv[0]).name == "evaluate.py" else "sample.py"
     if name:
         raise SystemExit(f"no model at {name}: {advice}; or use the newest of {len(runs)} under out/: "
-                         f"python {Path(sys.argv[0]).name} --{flag}={runs[0]}")
+                         f"python {script} --{flag}={runs[0]}")
     print(f"model: {runs[0]}", file=sys.stderr)
     return runs[0]
 

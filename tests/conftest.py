@@ -47,3 +47,9 @@ def real_folder(name):
     if not folder.exists():
         pytest.skip(f"NANOPATH_REAL has no {name}")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two workers end at about the same time."""
+    slow = ["test_train", "test_readme", "test_evaluate", "test_model", "test_sample", "test_prepare"]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

@@ -40,7 +40,7 @@ from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, c
                           exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
                           sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
-from data.templates import answer_ends
+from data.templates import answer_ends, is_chat
 from model import KVCache, load_model
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
@@ -375,15 +375,9 @@ def write_answers(cfg, model, tokenizer, task, items):
 
 def prompt_of(model, tokenizer, item):
     """ids of a question whose answer is written: as a chat where the model is one and the item is a plain question."""
-    if "question" in item and not item["examples"] and is_chat(model, tokenizer):
+    if "question" in item and not item["examples"] and is_chat(tokenizer, model.config.stop_ids):
         return tokenizer.render([{"role": "user", "content": item["question"]}], add_generation_prompt=True)[0]
     return tokenizer.prompt(item["contexts"][0]) or [prefix_of(tokenizer)]
-
-
-def is_chat(model, tokenizer):
-    """Was the model fine-tuned on chats? Then it stops at what ends an answer in its template."""
-    return bool(answer_ends(tokenizer) & model.config.stop_ids - {tokenizer.eos_id}) or \
-        tokenizer.im_end_id in model.config.stop_ids
 
 
 def score_item(task, item, found, texts):

@@ -30,8 +30,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 
-from bpe import CHAT_TEMPLATE
-from data.templates import answer_ends
+from data.templates import answer_ends, is_chat
 from model import KVCache, load_model
 from nanopath.flags import Bound, check_bounds, parse
 from nanopath.terminal import (chat, check_flags, check_request, check_template, continuation, find_run,
@@ -762,8 +761,7 @@ def main(cfg):
     check_flags(cfg)
     prompt = read_prompt(cfg)
     model, tokenizer = open_model("model", cfg.model, cfg)
-    ours = tokenizer.chat_template in (None, CHAT_TEMPLATE)        # then the stop ids tell whether it was fine-tuned
-    if cfg.chat and ours and tokenizer.im_end_id not in model.config.stop_ids:
+    if cfg.chat and not is_chat(tokenizer, model.config.stop_ids):
         raise SystemExit("--chat: this model continues text, it was not fine-tuned on chats. Leave --chat out: "
                          "python sample.py --prompt='...'")
     options = {field.name: getattr(cfg, field.name) for field in fields(Options)} | dict(

@@ -44,13 +44,13 @@ class ForeignTokenizer:
             unknown = spec["model"].get("unk_token")
             self.unk_id = next((i for i, name in self.names.items() if name == unknown), spec["model"].get("unk_id"))
         self.im_end_id = self.specials.get("<|im_end|>")
-        self.libraries, self.why = {}, why
-        self.decoder = self.library(frozenset())[0].decoder
+        self.backends, self.why = {}, why
+        self.decoder = self.backend(frozenset())[0].decoder
 
-    def library(self, allowed):
+    def backend(self, allowed):
         """(tokenizers.Tokenizer that finds only these special tokens, {its ids: ours} of added tokens)."""
-        if allowed in self.libraries:
-            return self.libraries[allowed]
+        if allowed in self.backends:
+            return self.backends[allowed]
         import tokenizers
         spec = self.spec | dict(truncation=None, padding=None, post_processor=None, version="1.0")
         spec["model"] = self.model_without_specials()
@@ -69,10 +69,10 @@ class ForeignTokenizer:
         library.encode_special_tokens = True
         found = {library.token_to_id(token["content"]): token["id"] for token in self.added_tokens}
         ours = {theirs: i for theirs, i in found.items() if theirs != i}
-        if len(self.libraries) >= 4:                               # a vocabulary of 250,000 tokens takes 100 MB
-            self.libraries.pop(next(iter(self.libraries)))
-        self.libraries[allowed] = library, ours
-        return self.libraries[allowed]
+        if len(self.backends) >= 4:                               # a vocabulary of 250,000 tokens takes 100 MB
+            self.backends.pop(next(iter(self.backends)))
+        self.backends[allowed] = library, ours
+        return self.backends[allowed]
 
     def model_without_specials(self):
         """The model with special tokens, and ids that the vocabulary leaves out, under names that no text contains.
@@ -139,7 +139,7 @@ class ForeignTokenizer:
         allowed = frozenset(self.specials if allowed_special == "all" else allowed_special)
         if unknown := allowed - set(self.specials):
             raise ValueError(f"allowed_special={sorted(unknown)}: not special tokens of this tokenizer")
-        library, ours = self.library(allowed)
+        library, ours = self.backend(allowed)
         encoding = self.run(library.encode, text)
         return [ours.get(i, i) for i in encoding.ids] if ours else encoding.ids, encoding
 
@@ -156,7 +156,7 @@ class ForeignTokenizer:
         """encode of many texts, without special tokens, on all cores."""
         for text in texts:
             to_bytes(text)
-        library, ours = self.library(frozenset())
+        library, ours = self.backend(frozenset())
         found = [encoding.ids for encoding in self.run(library.encode_batch_fast, texts)]
         return [[ours.get(i, i) for i in ids] for ids in found] if ours else found
 

@@ -5,6 +5,7 @@ writes.
     render_text   messages -> text; which of its characters the assistant says; where a user wrote a special token
     render        the same as ids and mask: for the chat, for fine-tuning and for the server
     answer_ends   the ids that end an answer
+    is_chat       was this model fine-tuned on chats?
 
 A model folder brings its template, a program in Jinja (data/sandbox.py runs it). It receives the messages, the texts of
 the special tokens and add_generation_prompt, and whatever else the caller gives: tools, enable_thinking, documents.
@@ -16,6 +17,7 @@ is a character that no message contains; a second rendering, without marks, must
 import json
 import re
 
+from bpe import CHAT_TEMPLATE
 from data.sandbox import run_template
 
 SPOKEN = ("content", "text", "reasoning_content", "thinking", "name", "arguments")   # keys of a message that are said
@@ -42,8 +44,7 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
     source = choose_template(tokenizer.chat_template, variables.get("tools"))
     messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
     special = one_of(tokenizer.specials)
-    begun = re.compile(one_of({name[:n] for name in tokenizer.specials for n in range(1, len(name))}).pattern.join(
-        ("(?:", r")\Z")))
+    begun = re.compile(f"(?:{one_of(name[:n] for name in tokenizer.specials for n in range(1, len(name))).pattern})\\Z")
     begin, end, alien = marks = free_characters(messages, variables, source)
 
     def fill(messages, variables, prompt=add_generation_prompt):
@@ -146,6 +147,14 @@ def answer_ends(tokenizer):
     """The ids that end an answer in a chat, as a frozenset; empty without a template."""
     texts = answer_end_texts(tokenizer) if tokenizer.chat_template else ()
     return frozenset(tokenizer.specials[text] for text in texts)
+
+
+def is_chat(tokenizer, stop_ids):
+    """Was the model fine-tuned on chats? A folder of somebody else says so by its template. Ours always has one, so the
+    ids that end its texts tell. stop_ids: of the model's config."""
+    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
+        return tokenizer.im_end_id is not None and tokenizer.im_end_id in stop_ids
+    return True
 
 
 def one_of(texts):

@@ -452,7 +452,7 @@ def test_a_damaged_tokenizer_json_gives_one_line(tmp_path, change):
 def test_damaged_files_give_one_line_and_run_nothing(tmp_path):
     data, _ = train_sentencepiece(**PIECES["llama"])
     rng = random.Random(9)
-    class Bomb:
+    class Bomb:                                                    # written here, and must never be opened
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
     bad = [data[:cut] for cut in (0, 1, 10, len(data) // 2, len(data) - 1)] + [pickle.dumps(Bomb()), b"\x80" * 40, b"{}", b"\xff" * 9, data[::-1]]

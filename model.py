@@ -353,6 +353,7 @@ class GPT(nn.Module):
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
+        self.prefix = None  # learnt keys and values in front of every text: Prefix or Prompt of finetune_lora.py
         # nn.Embedding's own init, and other arithmetic on the meta device, imports the compiler: 2 s of load_model
         V, C, T = config.vocab_size, config.n_embd, config.block_size
         self.embed_tokens = nn.Embedding(V, C, _weight=torch.randn(V, C))
@@ -419,8 +420,21 @@ class GPT(nn.Module):
         segments    (B, T) number of the document each id belongs to: no id sees another document.
         hidden=True returns (logits, input of the output head: (B, T, C), or (B, C) with last).
         """
-        B, T = ids.shape
-        config = self.config
+        if cache is None and self.prefix is not None:
+            cache = self.prefix.in_front(self)
+        x = self.hidden_states(self.embed_tokens(ids), cache, counts, segments)          # (B, T, C)
+        if last:
+            x = x[:, -1] if counts is None else x[torch.arange(len(x)), torch.tensor(counts) - 1]
+        x = self.norm(x)
+        if targets is not None:
+            return self.loss(x, targets, reduction)
+        logits = self.logits(x)
+        return (logits, x) if hidden else logits
+
+    def hidden_states(self, x, cache=None, counts=None, segments=None):
+        """Embeddings of tokens x (B, T, C) -> what the last block makes of them, (B, T, C). The rest as in forward."""
+        B, T, _ = x.shape
+        config, device = self.config, x.device
         assert cache is None or segments is None, "segments cannot be combined with a cache"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:
@@ -428,7 +442,7 @@ class GPT(nn.Module):
         else:
             if T > config.block_size:
                 raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
-            positions = torch.arange(T, device=ids.device)
+            positions = torch.arange(T, device=device)
             masks = {}
             for window in set(config.windows):
                 plain = segments is None and not 0 < window < T                      # attention has its own causal mask
@@ -437,7 +451,6 @@ class GPT(nn.Module):
                     masks[window] = masks[window] & (segments[:, None, :, None] == segments[:, None, None, :])
         if config.position.startswith("alibi"):
             self.add_alibi(masks, positions, cache)
-        x = self.embed_tokens(ids)                                                       # (B, T, C)
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd ** 0.5, dtype=x.dtype)
         if config.position == "learned":
@@ -452,13 +465,7 @@ class GPT(nn.Module):
                 x = block(x, ropes, masks, cache)
         if cache is not None:
             cache.end()
-        if last:
-            x = x[:, -1] if counts is None else x[torch.arange(B), torch.tensor(counts) - 1]
-        x = self.norm(x)
-        if targets is not None:
-            return self.loss(x, targets, reduction)
-        logits = self.logits(x)
-        return (logits, x) if hidden else logits
+        return x
 
     def rope_tables(self, positions, T, cache=None):
         """cos and sin at these positions for each kind in config.ropes, in the dtype of the activations."""
@@ -535,7 +542,8 @@ class KVCache:
     """Keys and values of all previous tokens, so that a new token does not recompute them.
 
     k, v (L, B, K, S, D) are allocated once; lengths[b] tokens of row b are in use. Rows may have different lengths: a
-    new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it.
+    new token of row b goes to slot lengths[b], which is also its position, and the mask hides the slots after it. Where
+    the model has a prefix of n learnt keys and values, the first n slots hold it, and all others come n later.
     With a sliding window, tokens outside the window stay in their slots but are not read.
     Initialized to zero, because 0 * NaN would be NaN in spite of the mask. Bytes: 2 * L * B * K * S * D * element size.
     """
@@ -543,30 +551,35 @@ class KVCache:
         c, device = model.config, model.embed_tokens.weight.device
         if size > c.block_size:
             raise ValueError(f"a cache of {size} tokens exceeds the model's block_size of {c.block_size}")
-        shape = (c.n_layer, batch_size, c.n_kv_head, size + 1, c.head_dim)               # the last slot is for padding
+        front = () if model.prefix is None else [t.detach() for t in model.prefix.keys_values(model)]
+        self.n = n = front[0].shape[2] if front else 0             # slots before the text, the same in all rows
+        shape = (c.n_layer, batch_size, c.n_kv_head, n + size + 1, c.head_dim)           # the last slot is for padding
         self.k = torch.zeros(shape, device=device, dtype=model.dtype)
         self.v = torch.zeros_like(self.k)
+        for cache, learnt in zip((self.k, self.v), front):
+            cache[..., :n, :] = learnt[:, None]
         self.size, self.windows = size, c.windows
         self.lengths = [0] * batch_size
         # cos and sin, computed once for all passes, except where they depend on the length
-        self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(size, device=device), size)
+        self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(n + size, device=device), size)
 
     def begin(self, B, T, counts=None):
         """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
         (B, T), and for each window size of a layer the mask (B or 1, 1, T, S) over the slots that `update` returns."""
-        device, start = self.k.device, self.lengths[:B]
+        device, start = self.k.device, [self.n + length for length in self.lengths[:B]]
         self.counts = [T] * B if counts is None else list(counts)
         if max(self.ends()) > self.size:
             raise ValueError(f"{max(self.ends())} tokens do not fit in a cache of {self.size}")
-        self.even = min(start) == max(start) and start[0] + T <= self.size
+        end = self.n + self.size
+        self.even = min(start) == max(start) and start[0] + T <= end
         if self.even:                                              # rows of equal length: slices, and often no mask
             self.end_slot = start[0] + T
             self.span = slice(start[0], self.end_slot)
             self.positions = torch.arange(start[0], self.end_slot, device=device)        # (T)
         else:
-            self.end_slot = max(self.ends())
+            self.end_slot = self.n + max(self.ends())
             self.positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)    # (B, T)
-            self.positions = self.positions.clamp(max=self.size)                         # padding beyond the end
+            self.positions = self.positions.clamp(max=end)                               # padding beyond the end
         self.first_slot, masks = {}, {}
         for window in set(self.windows):
             self.first_slot[window] = max(0, min(start) + 1 - window) if window else 0
@@ -575,7 +588,7 @@ class KVCache:
             else:
                 mask = visible(self.positions, self.slots(window), window)
                 masks[window] = mask[None, None] if self.even else mask[:, None]
-        return self.positions if self.even else self.positions.clamp(max=self.size - 1), masks
+        return self.positions if self.even else self.positions.clamp(max=end - 1), masks
 
     def slots(self, window):
         """The positions of the keys that `update` returns for a layer with this window."""
@@ -610,7 +623,7 @@ class KVCache:
         shrinks."""
         moved = {place: row for place, row in enumerate(rows) if row != place}
         self.lengths = [self.lengths[row] for row in rows]
-        used = max(self.lengths)
+        used = self.n + max(self.lengths)
         for name in ("k", "v") if moved else ():
             cache = getattr(self, name)                                                  # (L, B, K, S, D)
             parts = {row: cache[:, row, :, :used] for row in moved.values()}

@@ -43,7 +43,66 @@ from nanopath.peft import base_of, read_adapter, write_adapter
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
+RATES = {"full": 0.1, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
 BLOCKS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
+METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
+
+
+@dataclass
+class Config:
+    model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest pretrained run under out/
+    dataset: str = ""               # chats: a folder under data/, or a path to a folder or file; empty: the tiny world
+    out: str = "out/finetuned"      # folder to write
+    task: Literal["chat", "classify"] = "chat"  # classify: texts with labels instead of chats
+    # what is learnt
+    method: METHODS = "lora"        # full: all weights; the others leave the model as it is and learn something beside it
+    rank: Positive = 16             # columns of A and rows of B (R); width of an adapter
+    alpha: Rate = 32.0              # scale = alpha / rank; with a fixed alpha the best rate hardly moves with the rank
+    rslora: bool = False            # scale = alpha / sqrt(rank)
+    dropout: Share = 0.0            # of the input of A
+    targets: tuple[str, ...] = ()   # matrices with an adapter, such as q_proj lm_head; empty: all of every block
+    virtual_tokens: Positive = 20   # of --method=prefix and prompt
+    # batch and length
+    block_size: Count = 0           # longest example, in tokens; 0: as the data want, at most 1024
+    packing: bool = True            # several examples in one row; they do not see each other
+    batch_size: Positive = 16       # rows per optimizer step, summed over all processes
+    micro_batch: Count = 0          # rows per forward pass and process; 0: all of its share; halved when memory is full
+    epochs: Rate = 3.0              # passes over the examples
+    max_steps: Count = 0            # optimizer steps; 0: as --epochs say
+    # optimizer
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: as RATES say, by method and width
+    weight_decay: Rate = 0.0        # decoupled
+    warmup_steps: Count = 0         # linear warm-up
+    cooldown: Share = 1.0           # last part of the run, in which the rate falls linearly to zero
+    grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
+    patience: Count = 0             # stop after so many evaluations without a better loss; 0: never
+    # forgetting
+    base_text: str = ""             # prepared dataset whose validation text shows it; empty: the model's own
+    replay: Share = 0.0             # share of every batch that is text of that dataset
+    l2sp: Rate = 0.0                # pull of all weights towards where they began; full and bitfit only
+    ewc: Rate = 0.0                 # the same, stronger for weights that matter to that text (their Fisher information)
+    # watching and saving
+    eval_every: Count = 50          # steps between validations; 0: only at the end
+    sample_every: Count = 0         # steps between the answers to three questions; 0: before and after
+    save_every: Count = 200         # steps between checkpoints to resume from; 0: only at the end
+    log_every: Positive = 10        # steps between lines on the screen; log.jsonl has every step
+    max_new_tokens: Positive = 60   # of those answers
+    wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
+    # machine
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # number format of the matmuls
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
+    seed: Count = 0                 # of initialisation, data order and answers
+    resume: bool = False            # continue the run in --out with its own settings; flags still win
+    # instead of training
+    merge: str = ""                 # adapter folder to merge with its base into the plain model --out
+    compare: bool = False           # run all --methods with these settings, each in a process of its own
+    methods: tuple[METHODS, ...] = ("full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
+    # what train.py's parts ask for and this page has no flag for
+    tensor_parallel: ClassVar[int] = 1
+    shards: ClassVar[int] = 0
+    dry_run: ClassVar[bool] = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +264,7 @@ class Prompt(nn.Module):
 
     def keys_values(self, model):
         recorder = Recorder(model)
-        model.hidden_states(self.embeddings[None], recorder)
+        model.hidden_states(self.embeddings[None], (1, len(self.embeddings)), recorder)
         return [torch.stack(tensors) for tensors in zip(*recorder.seen)]         # (L, K, n, D) each
 
     def in_front(self, model):
@@ -335,3 +394,230 @@ def unmerge(model, found):
 def trained(model):
     """{name: parameter} of what training changes."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: chats, and the text that must not be forgotten
+
+def open_base(cfg, machine):
+    """The model of --model with what --method learns in it, and its tokenizer."""
+    torch.manual_seed(cfg.seed % 2 ** 63)
+    try:
+        folder = find_folder(cfg.model)
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"is an adapter. Merge it first: {command('finetune_lora.py', merge=folder, out='out/merged')}")
+        model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
+        ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
+        model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
+        if machine.dtype == torch.float64:
+            model.double()
+        if cfg.method == "qlora":
+            quantize_model(model, "nf4")
+        add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
+    except ValueError as error:
+        raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
+    model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    return model.train(), tokenizer
+
+
+def read_data(cfg, tokenizer, limit):
+    """(rows to train on, rows to validate on or None, the chats to ask about, cfg with dataset and block_size). limit:
+    the context of the model."""
+    try:
+        *files, name = find_examples(cfg.dataset)
+        chats = [read_examples(path) if path else [] for path in files]
+        coded, lost = zip(*(encode_examples(rows, tokenizer, min(cfg.block_size or 1024, limit)) for rows in chats))
+    except ValueError as error:
+        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
+    longest = max(len(ids) for part in coded for ids, _ in part)
+    T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
+    rows = [PackedRows(part, T, cfg.seed, name, cfg.packing) if part else None for part in coded]
+    return *rows, chats[1] or chats[0], lost, replace(cfg, dataset=str(cfg.dataset or name), block_size=T)
+
+
+def answer_loss(model, rows, machine, micro):
+    """Mean loss (nats per token) of the answers in some PackedRows; every process reads its share."""
+    total, step = 0.0, machine.world * micro
+    with evaluation(model):
+        for first in range(0, rows.windows, step):
+            x, y, segments = (t.to(machine.device) for t in rows.rows_from(first + machine.rank * micro, micro))
+            total += whole(model(x, y, reduction="sum", segments=segments)).item()
+    return machine.sum([total])[0] / rows.targets
+
+
+def three_answers(model, tokenizer, chats, cfg):
+    """What the model answers to three questions, beside the answers of the data, ready to be shown."""
+    chats = [chats[i * len(chats) // 3]["messages"] for i in range(min(3, len(chats)))]
+    room = min(cfg.max_new_tokens, model.config.block_size // 2)
+    prompts = [tokenizer.render(chat[:-1], add_generation_prompt=True)[0][room - model.config.block_size:] for chat in chats]
+    answers = sample.generate(model, prompts, room, temperature=0.0, stop_ids=model.config.stop_ids)
+    lines = []
+    for chat, ids in zip(chats, answers):
+        lines += [f"  ? {chat[-2]['content']}", f"  = {chat[-1]['content']}", f"  > {tokenizer.decode(ids).strip()}"]
+    return "\n".join(" ".join(line.split()) if len(line) < 400 else line[:400] + " ..." for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Not to forget
+
+def open_base_text(cfg, tokenizer, model):
+    """(train, validation) Tokens of the text that the model was pretrained on, in windows of its context; None where it
+    is not known."""
+    name = cfg.base_text or manifest_of(cfg.model).get("dataset", "")
+    if not name or not cfg.base_text and not (Path("data") / name / "meta.json").is_file():
+        needed = [flag for flag in ("replay", "ewc") if getattr(cfg, flag)]
+        if needed:
+            raise SystemExit(f"--{needed[0]}: needs text of the kind that the model was trained on: --base_text=DATASET")
+        return None
+    folder, own = open_dataset(replace(cfg, dataset=name))
+    if own.hash != tokenizer.hash:
+        raise SystemExit(f"--base_text={name}: was made with another tokenizer. Prepare it with this one: "
+                         f"python prepare.py PATH... --tokenizer={cfg.model}")
+    T = min(model.config.block_size, 1024)
+    return Tokens(folder, "train", T, cfg.seed), Tokens(folder, "val", T, cfg.seed)
+
+
+class Anchor:
+    """Pulls weights back to where they began: adds strength F (w - w0) to their gradient, which is the gradient of
+    strength / 2 sum F (w - w0)^2. F is 1 (L2-SP), or how much a weight matters to the old text (EWC)."""
+    def __init__(self, model, strength, importance=None):
+        self.params, self.strength = list(trained(model).values()), strength
+        self.began = [p.detach().clone() for p in self.params]
+        self.importance = importance or [1.0] * len(self.params)
+
+    @torch.no_grad()
+    def pull(self):
+        for p, w0, F in zip(self.params, self.began, self.importance):
+            p.grad += self.strength * F * (p - w0)
+
+
+def fisher(model, tokens, machine, sequences=64):
+    """The diagonal of the Fisher information: mean square of the gradient of log p(sequence), for every trained weight,
+    divided by the mean over all weights, so that --ewc and --l2sp have the same unit."""
+    params = list(trained(model).values())
+    squares = [torch.zeros_like(p) for p in params]
+    for i in range(sequences):
+        x, y = (t.to(machine.device) for t in tokens.batch(i, 1))
+        model.zero_grad()
+        model(x, y, reduction="sum").backward()
+        for square, p in zip(squares, params):
+            square += p.grad.detach() ** 2
+    model.zero_grad()
+    mean = sum(float(whole(square.sum())) for square in squares) / sum(p.numel() for p in params)
+    return [square / mean for square in squares]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def settle(cfg, raw, rows, before, out):
+    """cfg with a number for every flag that says 0: decide. SystemExit where the run to resume was another one."""
+    saved = before["config"] if before else {}
+    for name in ("model", "method", "rank", "alpha", "rslora", "targets", "virtual_tokens", "packing") if saved else ():
+        if list(map(str, [getattr(cfg, name)])) != list(map(str, [type(getattr(cfg, name))(saved[name])])):
+            raise SystemExit(f"--resume --{name}={getattr(cfg, name)}: the run in {out} has {saved[name]}. Leave the "
+                             "flag out, or choose another --out")
+    if before and before["data"] != {"rows": rows.hash}:
+        raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with. Give that one, or "
+                         "choose another --out")
+    for name in ("l2sp", "ewc"):
+        if getattr(cfg, name) and (cfg.method not in ("full", "bitfit") or cfg.l2sp and cfg.ewc):
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: one of --l2sp and --ewc, with --method=full or bitfit: the "
+                             "other methods leave the model's own weights as they are")
+    steps = cfg.max_steps * (saved.get("epochs", cfg.epochs) == cfg.epochs)
+    steps = steps or max(1, round(cfg.epochs * rows.windows / cfg.batch_size))
+    rate = cfg.learning_rate or RATES.get(cfg.method, 1.0) / raw.config.n_embd
+    return replace(cfg, max_steps=steps, learning_rate=rate)
+
+
+def describe(cfg, raw, rows, lost, tokenizer, machine):
+    """What is learnt from what, and one example with its mask."""
+    count, learnt = raw.num_params(), sum(p.numel() for p in trained(raw).values())
+    machine.say(f"--method={cfg.method} learns {learnt:,} numbers, {learnt / count:.2%} of all; the loss is that of "
+                f"{rows.targets:,} tokens of answers in {rows.windows:,} rows of {rows.T}; rate {cfg.learning_rate:.2g}")
+    for split, counts in zip(("train", "val"), lost):
+        for what, number in counts.items():
+            machine.say(f"{split}: {number:,} examples {what}")
+    if "lora" in cfg.method and rows.targets > 2 * learnt:         # about 2 bits per number, 1 bit per token
+        machine.say(f"--rank={cfg.rank}: {learnt:,} numbers hold less than {rows.targets:,} tokens of answers may teach. A "
+                    "larger --rank may learn more")
+    if "lora" in cfg.method and cfg.batch_size * rows.examples / rows.windows > 256:
+        machine.say(f"--batch_size={cfg.batch_size}: more than 256 examples per step; LoRA then learns less than full "
+                    "fine-tuning, whatever its rank")
+    machine.say("the first example; the loss is that of the marked tokens:\n"
+                + show_example(tokenizer, *rows.first, color=sys.stdout.isatty()))
+
+
+def main(cfg):
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    if cfg.merge or cfg.compare:
+        return merge_folder(cfg) if cfg.merge else compare_methods(cfg)
+    machine = Machine(cfg.device)
+    cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
+    cfg = replace(cfg, model=cfg.model or newest_pretrained())
+    machine.measure(cfg.dtype)
+    check_settings(cfg, out, machine)
+    raw, tokenizer = open_base(cfg, machine)
+    rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size)
+    cfg, text = settle(cfg, raw, rows, before, out), open_base_text(cfg, tokenizer, raw)
+    model = parallelize(raw, cfg, machine)                         # what the training forward calls
+    optimizer = AdamW([dict(params=list(trained(raw).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
+                      betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
+    anchor = Anchor(raw, cfg.l2sp + cfg.ewc, fisher(raw, text[0], machine) if cfg.ewc else None) \
+        if cfg.l2sp or cfg.ewc else None
+
+    log = Log(out, cfg, machine)
+    guard = Guard(log, raw, [optimizer], before, compiled=False)
+    progress, flops, tokens_per_step = guard.progress, raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
+    batches = Batches(MixedRows(rows, text[0], cfg.replay) if cfg.replay else rows, cfg.batch_size, machine)
+    log.announce(raw, before, guard, rows)
+    log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
+    watch = Watch(cfg, raw, tokenizer, chats, text, log, machine)  # forgetting, and the answers to three questions
+    if progress.step == 0:
+        describe(cfg, raw, rows, lost, tokenizer, machine)
+        watch.before()
+
+    while progress.step < cfg.max_steps and not guard.stop:
+        log.start_step()
+        rate = lr_at(progress.step, cfg) * progress.lr_factor
+        set_rates([optimizer], rate)
+        x, y, segments, targets = batches.at(progress.step)
+        scale = progress.loss_scale * machine.world / tokens_per_step
+        loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
+        if loss is None:                                           # a signal in the middle of a step: the step is dropped
+            guard.stop = True
+            guard.save(last=True)
+            break
+        loss, targets, asked = machine.sum([loss, targets, guard.asked])               # the one all-reduce of a step
+        correction = tokens_per_step / max(targets, 1) / progress.loss_scale
+        loss *= correction / machine.world                         # mean over the tokens of all answers, of all processes
+        norm = finish_gradients(raw, correction, 0.0 if anchor else cfg.grad_clip)
+        if anchor:
+            anchor.pull()
+            norm = finish_gradients(raw, 1.0, cfg.grad_clip)
+        progress.step, guard.stop = progress.step + 1, asked > 0
+        if math.isfinite(norm):                                    # the same on all processes
+            guard.update()
+            log.step(progress, loss, norm, rate, flops)
+        elif guard.not_finite(loss, norm, (x, y)):
+            continue
+
+        evaluating, sampling, saving = guard.due()
+        if evaluating:
+            better = val_rows is None or watch.validate(raw, val_rows, guard)
+            guard.stop |= 0 < cfg.patience <= progress.waited
+            if better:
+                watch.keep(raw, guard)
+        if sampling:
+            watch.answers(raw)
+        if saving or guard.stop:
+            guard.save(last=guard.stop or progress.step == cfg.max_steps)
+        log.plot()
+
+    batches.close()
+    watch.after(raw, guard)
+    log.finish(progress, early=0 < cfg.patience <= progress.waited)
+    machine.close()
+
+
+if __name__ == "__main__":
+    run_stage(main, Config, {}, __doc__)

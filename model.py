@@ -422,7 +422,7 @@ class GPT(nn.Module):
         """
         if cache is None and self.prefix is not None:
             cache = self.prefix.in_front(self)
-        x = self.hidden_states(self.embed_tokens(ids), cache, counts, segments)          # (B, T, C)
+        x = self.hidden_states(self.embed_tokens(ids), ids.shape, cache, counts, segments)       # (B, T, C)
         if last:
             x = x[:, -1] if counts is None else x[torch.arange(len(x)), torch.tensor(counts) - 1]
         x = self.norm(x)
@@ -431,10 +431,10 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return (logits, x) if hidden else logits
 
-    def hidden_states(self, x, cache=None, counts=None, segments=None):
-        """Embeddings of tokens x (B, T, C) -> what the last block makes of them, (B, T, C). The rest as in forward."""
-        B, T, _ = x.shape
-        config, device = self.config, x.device
+    def hidden_states(self, x, shape, cache=None, counts=None, segments=None):
+        """Embeddings x (B, T, C) -> what the last block makes of them, (B, T, C). shape: B and T, because under tensor
+        parallel x is only a part of the sequence. The rest as in forward."""
+        (B, T), config, device = shape, self.config, x.device
         assert cache is None or segments is None, "segments cannot be combined with a cache"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:

@@ -134,6 +134,22 @@ def open_dataset(cfg):
     return folder, tokenizer
 
 
+def open_splits(cfg, folder):
+    """The train and validation split, with at least one window of --block_size tokens to train on."""
+    splits = []
+    for split in ("train", "val"):
+        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
+        if split == "val" and not len(tokens):
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to "
+                             f"validate on. Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
+        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
+            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
+                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
+                             "python prepare.py PATH...")
+        splits.append(tokens)
+    return splits
+
+
 def data_hashes(folder):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return {split: [shard["sha256"] for shard in part["shards"]] for split, part in meta["splits"].items()}

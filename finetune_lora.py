@@ -34,13 +34,16 @@ import sample
 from data.examples import encode_examples, find_examples, read_examples, show_example
 from data.shards import Batches, MixedRows, PackedRows, open_dataset
 from data.templates import answer_ends
-from model import Linear, load_model, save_model, visible
+from data.tokenizer_files import TOKENIZER_FILES
+from model import Linear, load_model, load_tokenizer, save_model, visible
 from nanopath.checkpoint import Progress, steps_saved
 from nanopath.devices import Machine
 from nanopath.flags import Count, Positive, Rate, Share
+from nanopath.hf import add_stop_ids
 from nanopath.parallel import parallelize, whole, whole_model
-from nanopath.peft import base_of, read_adapter, write_adapter
+from nanopath.peft import SavedAdapter, find_base, missing_parts, read_adapter, write_adapter
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
+from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
 RATES = {"full": 0.1, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
@@ -141,6 +144,7 @@ class LoRALinear(Adapter):
         super().__init__(base)
         self.A, self.B = self.thin(rank, base.in_features), self.thin(base.out_features, rank, zero=True)
         self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), nn.Dropout(dropout)
+        self.rslora = rslora
 
     def forward(self, x):
         y = self.base(x)
@@ -151,7 +155,7 @@ class LoRALinear(Adapter):
 
     def merged(self):
         """(weight, bias) of the one Linear that computes the same."""
-        return self.weight + self.delta(), self.bias
+        return (self.weight + self.delta()).to(self.weight.dtype), self.bias
 
 
 class DoRALinear(LoRALinear):
@@ -159,11 +163,19 @@ class DoRALinear(LoRALinear):
 
     The norm (out) is a constant in the backward pass (section 4.3 of the paper).
     """
+    packed = None
+
     def __init__(self, base, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
         self.magnitude = nn.Parameter(self.weight.detach().float().norm(dim=1))
 
+    def pack(self, dtype):
+        """Called before the base is packed, which makes its weight unreadable: keep the factors (out)."""
+        self.packed = self.factor().detach().to(dtype)
+
     def factor(self):
+        if self.packed is not None:
+            return self.packed
         with torch.no_grad():
             norm = (self.weight + self.delta()).norm(dim=1)
         return self.magnitude / norm
@@ -177,7 +189,8 @@ class DoRALinear(LoRALinear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def merged(self):
-        return self.factor()[:, None] * super().merged()[0], self.bias
+        weight = self.factor()[:, None] * (self.weight + self.delta())
+        return weight.to(self.weight.dtype), self.bias
 
 
 class IA3Linear(Adapter):
@@ -195,9 +208,10 @@ class IA3Linear(Adapter):
         return self.base(x * factor) if self.inside else self.base(x) * factor
 
     def merged(self):
+        factor = self.factor.to(self.weight.dtype)
         if self.inside:
-            return self.weight * self.factor, self.bias
-        return self.weight * self.factor[:, None], None if self.bias is None else self.bias * self.factor
+            return self.weight * factor, self.bias
+        return self.weight * factor[:, None], None if self.bias is None else self.bias * factor
 
 
 class Bottleneck(Adapter):
@@ -252,7 +266,7 @@ class Recorder(InFront):
         return k, v
 
 
-class Prompt(nn.Module):
+class SoftPrompt(nn.Module):
     """Prompt tuning: n embeddings (n, C) in front of every text; they start as those of random tokens.
 
     No token before them, so their keys and values are the same for all texts: one pass computes them for all rows.
@@ -271,12 +285,12 @@ class Prompt(nn.Module):
         return InFront(*self.keys_values(model), model.config.windows)
 
 
-class Prefix(Prompt):
+class Prefix(SoftPrompt):
     """Prefix tuning: n keys and values in every layer; they start as those of random tokens."""
     def __init__(self, model, n):
         nn.Module.__init__(self)
         with torch.no_grad():
-            keys, values = Prompt(model, n).keys_values(model)
+            keys, values = SoftPrompt(model, n).keys_values(model)
         self.keys, self.values = nn.Parameter(keys.float()), nn.Parameter(values.float())
 
     def keys_values(self, model):
@@ -314,6 +328,7 @@ def add_adapters(model, method, targets=(), rank=16, alpha=32.0, dropout=0.0, rs
     lora, qlora, dora, ia3, adapter   one of the classes above for every matrix in choose_targets
     prefix, prompt                    in front of every text; the context gets shorter by virtual_tokens
     full, bitfit                      all parameters, only the biases
+    rank: the same for all, or {full name of a matrix: its rank}
     """
     for name, p in model.named_parameters():
         p.requires_grad = method == "full" or method == "bitfit" and name.endswith("bias")
@@ -324,19 +339,21 @@ def add_adapters(model, method, targets=(), rank=16, alpha=32.0, dropout=0.0, rs
         if size < 2 or model.dynamic:
             raise ValueError(f"--method={method}: " + (f"{virtual_tokens} virtual tokens leave no room in a context of "
                              f"{model.config.block_size}" if size < 2 else "not with dynamic NTK rotary positions"))
-        model.prefix = {"prefix": Prefix, "prompt": Prompt}[method](model, virtual_tokens)
+        model.prefix = {"prefix": Prefix, "prompt": SoftPrompt}[method](model, virtual_tokens)
         model.config = replace(model.config, block_size=size)
     if method in ("full", "bitfit", "prefix", "prompt"):
         return model
-    make = {"dora": lambda name, base: DoRALinear(base, rank, alpha, dropout, rslora),
-            "ia3": lambda name, base: IA3Linear(base, inside="mlp." in name),
-            "adapter": lambda name, base: Bottleneck(base, rank)}
     for name in choose_targets(model, method, targets):
-        base = model.get_submodule(name)
-        if method != "ia3" and rank > min(base.in_features, base.out_features):
+        base, R = model.get_submodule(name), rank.get(name) if isinstance(rank, dict) else rank
+        if method != "ia3" and not isinstance(rank, dict) and rank > min(base.in_features, base.out_features):
             raise ValueError(f"--rank={rank}: larger than {name}, a matrix of {base.out_features} x {base.in_features}")
-        replace_module(model, name, make.get(method, lambda name, base: LoRALinear(base, rank, alpha, dropout, rslora))
-                       (name, base))
+        if method == "ia3":
+            adapter = IA3Linear(base, inside=name.endswith("down_proj"))
+        elif method == "adapter":
+            adapter = Bottleneck(base, R)
+        else:
+            adapter = (DoRALinear if method == "dora" else LoRALinear)(base, R, alpha, dropout, rslora)
+        replace_module(model, name, adapter)
     return model
 
 
@@ -397,6 +414,84 @@ def trained(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# An adapter is a folder, and the folder is PEFT's
+
+KINDS = {"lora": LoRALinear, "dora": DoRALinear, "ia3": IA3Linear, "adapter": Bottleneck, "prefix": Prefix,
+         "prompt": SoftPrompt}
+
+
+@torch.no_grad()
+def save_adapter(folder, model, base, tokenizer=None, quantization="", rank=0):
+    """Write what `trained` has as a folder that `load_model` and peft open. All processes must call it; rank 0 writes.
+
+    base: path or Hub name of the model that the adapter was put into. quantization: nf4, where it was quantized.
+    A BOTTLENECK or BITFIT folder (--method=adapter, bitfit) opens only here, peft refuses it by its peft_type.
+    """
+    found = adapters(model)
+    kinds = {type(module) for module in (*found.values(), *([] if model.prefix is None else [model.prefix]))}
+    method = next((name for name, kind in KINDS.items() if kinds == {kind}), "bitfit")
+    saved = SavedAdapter(method, str(base), {name: whole(p.detach()) for name, p in trained(model).items()},
+                         quantization=quantization)
+    lost = [name for name in saved.tensors if method != "bitfit" and not name.startswith("prefix.")
+            and name.rpartition(".")[0] not in found and name.rsplit(".", 2)[0] not in found or ".base." in name
+            or method == "bitfit" and not name.endswith("bias")]
+    if len(kinds) > 1 or lost:
+        raise ValueError(f"{folder}: besides {method}, {lost[0] if lost else 'another method'} was trained, and the "
+                         "folder of an adapter has no place for it. Save a whole model: merge, then save_model")
+    if model.prefix is not None:
+        saved.virtual_tokens = model.prefix.in_front(model).n
+    if method in ("lora", "dora"):
+        first = next(iter(found.values()))
+        saved.scales = {name: adapter.scale for name, adapter in found.items()}
+        saved.dropout, saved.rslora = first.dropout.p, first.rslora
+    if method == "ia3":
+        saved.inside = {name for name, adapter in found.items() if adapter.inside}
+    for part in missing_parts(found, str(base)) if method == "dora" else ():
+        saved.tensors[f"{part}.magnitude"] = whole(model.get_submodule(part).weight.detach()).float().norm(dim=1)
+    if rank == 0:
+        write_adapter(folder, model, saved, tokenizer)
+
+
+@torch.no_grad()
+def load_adapter(model, folder, base=None):
+    """Put the adapter of a folder into the model it was trained on, frozen as add_adapters does it. Returns what else
+    the folder says: a SavedAdapter. base: the folder of that model, where it is already known."""
+    folder = Path(folder)
+    saved = read_adapter(folder, model, base or find_base(folder)[0])
+    add_adapters(model, saved.method, saved.targets, saved.ranks, saved.alpha or 1.0, saved.dropout, saved.rslora,
+                 saved.virtual_tokens)
+    found, tied = adapters(model), model.lm_head.weight is model.embed_tokens.weight
+    for name, scale in saved.scales.items():
+        found[name].scale = scale
+    for name, tensor in saved.tensors.items():
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, IA3Linear):
+            module.inside = owner in saved.inside
+        if isinstance(module, Adapter) and last in ("weight", "bias"):
+            module = module.base
+        old = getattr(module, last)
+        setattr(module, last, nn.Parameter(tensor.to(old.device, old.dtype)))
+    if tied and model.lm_head.weight is not model.embed_tokens.weight:
+        model.config = replace(model.config, tie_embeddings=False)
+    return saved
+
+
+def open_adapter(folder, device, dtype, need_tokenizer=True):
+    """(model, tokenizer) of an adapter folder: its base model, found by path and hash, with the adapter in it. The
+    tokenizer and the ids that end a text are those of the adapter's folder, where it has them."""
+    base, quantization = find_base(folder)
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    model, tokenizer = load_model(base, device, dtype, need_tokenizer and not own)
+    if own:
+        tokenizer = load_tokenizer(folder, need_tokenizer)
+    if quantization:
+        quantize_model(model, quantization)
+    load_adapter(model, folder, base)
+    model.config = add_stop_ids(model.config, folder)
+    return model.eval(), tokenizer
+
+
 # Data: chats, and the text that must not be forgotten
 
 def open_base(cfg, machine):

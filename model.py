@@ -52,7 +52,7 @@ from nanopath import kernels, plan, rope
 from nanopath.devices import pick_device
 from nanopath.flags import Count, Positive, Rate, parse
 from nanopath.hf import check_config, read_config, read_tensors, write_folder
-from nanopath.hub import find_folder, weight_files
+from nanopath.hub import find_folder, is_adapter, weight_files
 from nanopath.known import KNOWN_MODELS
 
 
@@ -523,11 +523,13 @@ class GPT(nn.Module):
         """Reorder all weights for inference on a CPU. Matmuls are then faster, and a row of a result no longer depends
         on the other rows of the batch. A packed model cannot be trained, saved or moved to another dtype. On other
         devices nothing changes."""
-        for module in self.modules() if kernels.can_pack(self.embed_tokens.weight.device, self.dtype) else ():
-            if isinstance(module, Linear) and module.packed is None:
+        tied = self.embed_tokens.weight
+        for module in self.modules() if kernels.can_pack(tied.device, self.dtype) else ():
+            if hasattr(module, "pack") and module is not self and module.packed is None:
+                weight = module.weight
                 module.pack(self.dtype)
-        if self.config.tie_embeddings:                             # the embedding still reads the plain weight
-            self.lm_head.weight = self.embed_tokens.weight
+                if weight is tied and module.weight is not tied:   # the embedding still reads the plain weight
+                    module.weight = tied
         return self
 
     def num_params(self):
@@ -646,32 +648,28 @@ class KVCache:
 
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
-    assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
+    assert getattr(model.lm_head, "packed", None) is None, "a packed model cannot be saved: load it without pack()"
+    assert model.prefix is None and not any(hasattr(module, "base") for module in model.modules()), \
+        "a model with adapters: finetune_lora.save_adapter saves them, merge makes a plain model"
     write_folder(folder, model, tokenizer)
 
 
 def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     """Read a Hugging Face folder or a GGUF file, or download a folder. Returns (model on `device`, tokenizer).
 
-    path        a folder, a file NAME.gguf, or OWNER/NAME on the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE are obeyed)
+    path        a folder, a file NAME.gguf, or OWNER/NAME on the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE are obeyed);
+                of a folder with a PEFT adapter, its base model is loaded and the adapter is put in
     dtype       of weights and activations; None is float32
     need_tokenizer=False   returns None for a tokenizer that is missing or cannot be read, instead of raising
     Tensors are read one at a time: peak memory is the model plus one tensor. Raises ValueError naming the file and what
     is wrong with it; a partly loaded model is never returned.
     """
-    from bpe import Tokenizer                                      # here, because the rest of this file needs only ids
-    from data.tokenizer_files import TOKENIZER_FILES
     folder, device, dtype = find_folder(path), pick_device(device), dtype or torch.float32
-    config, tokenizer = read_config(GPTConfig, folder), None
-    files = weight_files(folder)
-    if need_tokenizer and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Copy tokenizer.json (or "
-                         "tokenizer.model) into it; if it was trained here, train again: python train.py")
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except ValueError:
-        if need_tokenizer:
-            raise
+    if is_adapter(folder):
+        from finetune_lora import open_adapter
+        return open_adapter(folder, device, dtype, need_tokenizer)
+    config, files = read_config(GPTConfig, folder), weight_files(folder)
+    tokenizer = load_tokenizer(folder, need_tokenizer)
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
     tensors = read_tensors(folder, files, model, dtype, device)
@@ -680,6 +678,21 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     model.make_buffers(device)
     model.config, model.dtype = replace(config, tie_embeddings=tied), dtype
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder, needed=True):
+    """The tokenizer of a folder or a GGUF file. Where it is missing or damaged: ValueError, or None if not needed."""
+    from bpe import Tokenizer                                      # here, because the rest of this file needs only ids
+    from data.tokenizer_files import TOKENIZER_FILES
+    try:
+        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(f"{folder} has no tokenizer.json: the folder is incomplete. Copy tokenizer.json (or "
+                             "tokenizer.model) into it; if it was trained here, train again: python train.py")
+        return Tokenizer.load(folder)
+    except ValueError:
+        if needed:
+            raise
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,8 +66,7 @@ def config_to_hf(config, family=None, dtype="float32"):
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "window_size"):
         if key in hf:
             hf[key] = hf[key] or (1 if key == "window_size" else None)
-    eos = [i for i in (c.eos_token_id, *c.stop_token_ids) if i is not None] if c.stop_token_ids else c.eos_token_id
-    hf |= {"eos_token_id": eos, "use_cache": True}
+    hf |= {"eos_token_id": eos_to_hf(c), "use_cache": True}
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation)
     if c.activation == "gelu_tanh" and family.startswith("gemma"):
         activation = "gelu_pytorch_tanh"                           # the only spelling that other tools know there
@@ -98,6 +97,11 @@ def config_to_hf(config, family=None, dtype="float32"):
     if family == "mpt":
         hf["attn_config"] = MPT_ATTENTION | {"softmax_scale": c.attn_scale or None}
     return hf
+
+
+def eos_to_hf(c):
+    """What Hugging Face calls eos_token_id: an id, or the list of all ids that end a text."""
+    return [i for i in (c.eos_token_id, *c.stop_token_ids) if i is not None] if c.stop_token_ids else c.eos_token_id
 
 
 def rope_to_hf(c, family):
@@ -420,12 +424,18 @@ def read_config(GPTConfig, folder):
     """config.json and generation_config.json of a folder, or a GGUF file -> GPTConfig. ValueError names file, key and
     value."""
     gguf = folder.suffix == ".gguf"
-    where, generation = folder if gguf else folder / "config.json", folder / "generation_config.json"
+    where = folder if gguf else folder / "config.json"
     try:
         config = GPTConfig(**config_from_hf(read_gguf(folder).config if gguf else read_json(where), where))
     except (ValueError, TypeError, OverflowError) as error:              # an impossible value, or one of the wrong type
         message = str(error)
         raise ValueError(message if message.startswith(str(where)) else f"{where}: {message}") from None
+    return add_stop_ids(config, folder)
+
+
+def add_stop_ids(config, folder):
+    """The config with the ids that end a text by the folder's generation_config.json, where there is one."""
+    generation = folder / "generation_config.json"
     if generation.is_file():
         stop = read_json(generation).get("eos_token_id")
         check_special_ids(f"{generation}: eos_token_id", stop, config.vocab_size)
@@ -435,12 +445,17 @@ def read_config(GPTConfig, folder):
     return config
 
 
+def stored_family(folder):
+    """The model_type of a folder or a GGUF file: how its tensors are called."""
+    return read_gguf(folder).family if folder.suffix == ".gguf" else read_json(folder / "config.json")["model_type"]
+
+
 def open_files(folder, files, device):
     """(model_type, iterator over (file, name, tensor)) of a folder's safetensors files or of a GGUF file. One tensor is
     in memory at a time."""
     if folder.suffix == ".gguf":
-        gguf = read_gguf(folder)
-        return gguf.family, ((folder, name, torch.from_numpy(array).to(device)) for name, array in gguf.tensors())
+        tensors = read_gguf(folder).tensors()
+        return stored_family(folder), ((folder, name, torch.from_numpy(array).to(device)) for name, array in tensors)
 
     def safetensors():
         for file in files:
@@ -450,7 +465,7 @@ def open_files(folder, files, device):
                         yield file, key, opened.get_tensor(key)
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy it again") from None
-    return read_json(folder / "config.json")["model_type"], safetensors()
+    return stored_family(folder), safetensors()
 
 
 def read_tensors(folder, files, model, dtype, device):
@@ -565,6 +580,11 @@ def tensors_to_hf(model, family):
     ours, c = {name: p.detach() for name, p in model.named_parameters()}, model.config  # a tied head is listed once
     if c.position == "sinusoidal" and family != "nanopath":
         ours["embed_positions.weight"] = model.sinusoids
+    return names_to_hf(ours, family, c)
+
+
+def names_to_hf(ours, family, c):
+    """{our name: tensor} -> {the family's name: tensor}. Of fused tensors all parts must be there."""
     modules, theirs = {ours: theirs for theirs, ours in MODULES.get(family, {}).items()}, {}
     if family == "falcon" and c.parallel_block < 2:
         modules = {name: theirs for name, theirs in modules.items() if "layernorm" not in name}

@@ -18,6 +18,7 @@ from filelock import FileLock
 from nanopath.files import file_hash, need_space, read_json
 
 DOWNLOADS = Path("data") / "downloads"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def endpoint():
@@ -179,13 +180,21 @@ def fetch(url, target, part, sha256, token, tries):
 
 
 def hub_folder(repo):
-    """The folder of a model "OWNER/NAME" with every file needed to run it; missing files are downloaded.
+    """The folder of a model or an adapter "OWNER/NAME" with every file needed to run it; missing files are downloaded.
 
     FileNotFoundError and ConnectionError name the missing file and the reason."""
-    found = [hub_file(repo, "config.json")]
+    adapter = False
+    try:
+        found = [hub_file(repo, "config.json")]
+    except FileNotFoundError as error:
+        try:
+            found, adapter = [hub_file(repo, ADAPTER_FILES[0])], True
+        except FileNotFoundError:
+            raise error from None
     folder = found[0].parent
     try:
-        if (folder / "tokenizer.json").is_file() and weight_files(folder):
+        complete = (folder / ADAPTER_FILES[1]).is_file() if adapter else weight_files(folder)
+        if (folder / "tokenizer.json").is_file() and complete:
             return folder                                  # all files are here: no network needed
     except ValueError:
         pass                                               # weights are missing: fetched below
@@ -196,11 +205,12 @@ def hub_folder(repo):
             found.append(hub_file(repo, file))
         except FileNotFoundError:
             pass                                           # not every model has all of these
+    weights = ADAPTER_FILES[1] if adapter else "model.safetensors"
     try:
-        found.append(hub_file(repo, "model.safetensors"))
+        found.append(hub_file(repo, weights))
     except FileNotFoundError:
         try:
-            found.append(index := hub_file(repo, "model.safetensors.index.json"))
+            found.append(index := hub_file(repo, f"{weights}.index.json"))
         except FileNotFoundError:
             raise FileNotFoundError(f"{repo} has no safetensors weights that can be downloaded; older models have "
                                     "pickles only, which are never opened here") from None
@@ -228,13 +238,18 @@ def files_in_index(index):
     return sorted(names)
 
 
+def is_adapter(folder):
+    """Is it a folder of PEFT, which names its base model, and not a model by itself?"""
+    return (folder / ADAPTER_FILES[0]).is_file() and not any(folder.glob("model*.safetensors"))
+
+
 def find_folder(path, only=None):
-    """The folder of a model: a path, or a name on the Hub like Qwen/Qwen3-0.6B; or a GGUF file, which holds what a
-    folder does. ValueError says why there is none.
+    """The folder of a model or an adapter: a path, or a name on the Hub like Qwen/Qwen3-0.6B; or a GGUF file, which
+    holds what a folder does. ValueError says why there is none.
 
     only: download this file only."""
     folder = Path(path)
-    if (folder / "config.json").is_file() or folder.suffix == ".gguf" and folder.is_file():
+    if (folder / "config.json").is_file() or is_adapter(folder) or folder.suffix == ".gguf" and folder.is_file():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():
         why = "is not a model folder (no config.json)" if folder.exists() else "does not exist (no config.json there)"

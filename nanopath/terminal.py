@@ -32,9 +32,11 @@ CHAT_COMMANDS = """/reset       forget the conversation; the system prompt stays
 def find_run(flag, name):
     """The model folder of a flag: `name`, or where it is empty the newest run under out/, whose name is printed. Ends
     the program where there is none; names that do not begin with out/ are left to load_model."""
-    configs = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    kinds = ("config.json", "adapter_config.json")
+    configs = sorted((file for kind in kinds for file in Path("out").glob(f"*/{kind}")),
+                     key=lambda file: file.stat().st_mtime, reverse=True)
     runs, advice = [file.parent.as_posix() for file in configs], "train one first: python train.py"
-    if name and (Path(name).parts[:1] != ("out",) or Path(name, "config.json").is_file()):
+    if name and (Path(name).parts[:1] != ("out",) or any(Path(name, kind).is_file() for kind in kinds)):
         return name
     if not runs:
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")

@@ -524,7 +524,9 @@ class GPT(nn.Module):
         return self
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())
+        """Quantized weights count too, although they are no parameters of torch."""
+        stored = [m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters]
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in stored)
 
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens."""
@@ -634,6 +636,8 @@ class KVCache:
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
     assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
+    changed = [type(m).__name__ for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear]
+    assert not changed, f"a model with {changed[0]} cannot be saved: save it before its matrices are replaced"
     write_folder(folder, model, tokenizer)
 
 

@@ -32,17 +32,18 @@ import torch.nn.functional as F
 
 import sample
 from data.examples import encode_examples, find_examples, read_examples, show_example
-from data.shards import Batches, MixedRows, PackedRows, open_dataset
+from data.shards import Batches, MixedRows, PackedRows, Tokens, open_dataset
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
-from model import Linear, load_model, load_tokenizer, save_model, visible
-from nanopath.checkpoint import Progress, steps_saved
+from model import GPT, Linear, load_model, load_tokenizer, save_model, visible
 from nanopath.devices import Machine
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
-from nanopath.parallel import parallelize, whole, whole_model
+from nanopath.hub import find_folder, is_adapter
+from nanopath.parallel import evaluation, parallelize, whole, whole_model
 from nanopath.peft import SavedAdapter, find_base, missing_parts, read_adapter, write_adapter
-from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
+from nanopath.run import Guard, Log, writing, check_settings, earlier_run, keep_earlier_run, log_rows, run_stage
+from nanopath.scores import manifest_of
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
@@ -391,14 +392,17 @@ def merge(model):
     if model.prefix is not None or any(not hasattr(adapter, "merged") for adapter in found.values()):
         raise ValueError("prefix, prompt and adapter cannot be merged: no single matrix computes the same")
     for name, adapter in found.items():
-        weight, bias = adapter.merged()
-        linear = Linear(adapter.in_features, adapter.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight)
-        linear.bias = None if bias is None else nn.Parameter(bias)
-        replace_module(model, name, linear)
+        replace_module(model, name, plain_linear(*adapter.merged()))
     if "lm_head" in found:
         model.config = replace(model.config, tie_embeddings=False)
     return found
+
+
+def plain_linear(weight, bias):
+    linear = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    linear.bias = None if bias is None else nn.Parameter(bias)
+    return linear
 
 
 def unmerge(model, found):
@@ -494,13 +498,22 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
 
 # Data: chats, and the text that must not be forgotten
 
+def newest_pretrained():
+    """The newest run under out/ that was not fine-tuned."""
+    files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for folder in (file.parent for file in files):
+        if "method" not in manifest_of(folder):
+            return folder.as_posix()
+    raise SystemExit("no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
+
+
 def open_base(cfg, machine):
     """The model of --model with what --method learns in it, and its tokenizer."""
     torch.manual_seed(cfg.seed % 2 ** 63)
     try:
         folder = find_folder(cfg.model)
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"is an adapter. Merge it first: {command('finetune_lora.py', merge=folder, out='out/merged')}")
+        if is_adapter(folder):
+            raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={folder}")
         model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
         ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
         model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
@@ -515,28 +528,30 @@ def open_base(cfg, machine):
     return model.train(), tokenizer
 
 
-def read_data(cfg, tokenizer, limit):
-    """(rows to train on, rows to validate on or None, the chats to ask about, cfg with dataset and block_size). limit:
-    the context of the model."""
+def read_data(cfg, tokenizer, limit, packing):
+    """(rows to train on, rows to validate on or None, the chats of these, what was left out, cfg with the names and
+    numbers that were open). limit: the context of the model."""
     try:
         *files, name = find_examples(cfg.dataset)
         chats = [read_examples(path) if path else [] for path in files]
-        coded, lost = zip(*(encode_examples(rows, tokenizer, min(cfg.block_size or 1024, limit)) for rows in chats))
+        coded, lost = zip(*(encode_examples(rows, tokenizer, min(cfg.block_size or 1024, limit), path)
+                            for rows, path in zip(chats, files) if rows))
     except ValueError as error:
-        raise SystemExit(f"--dataset={cfg.dataset}: {error}") from None
+        raise SystemExit(str(error)) from None
     longest = max(len(ids) for part in coded for ids, _ in part)
     T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
-    rows = [PackedRows(part, T, cfg.seed, name, cfg.packing) if part else None for part in coded]
-    return *rows, chats[1] or chats[0], lost, replace(cfg, dataset=str(cfg.dataset or name), block_size=T)
+    rows = [PackedRows(part, T, cfg.seed, Path(name), packing) for part in coded]
+    return rows[0], rows[1] if rows[1:] else None, chats[1] or chats[0], lost, replace(
+        cfg, dataset=cfg.dataset or files[0].parent.as_posix(), block_size=T)
 
 
-def answer_loss(model, rows, machine, micro):
+def answer_loss(model, rows, machine, micro, packing):
     """Mean loss (nats per token) of the answers in some PackedRows; every process reads its share."""
     total, step = 0.0, machine.world * micro
     with evaluation(model):
         for first in range(0, rows.windows, step):
             x, y, segments = (t.to(machine.device) for t in rows.rows_from(first + machine.rank * micro, micro))
-            total += whole(model(x, y, reduction="sum", segments=segments)).item()
+            total += whole(model(x, y, reduction="sum", segments=segments if packing else None)).item()
     return machine.sum([total])[0] / rows.targets
 
 
@@ -602,15 +617,81 @@ def fisher(model, tokens, machine, sequences=64):
     return [square / mean for square in squares]
 
 
+class Watch:
+    """What is looked at beside the loss: the text of pretraining (forgetting), and the answers to three questions. It
+    keeps the best weights so far, and the run's folder holds these."""
+    def __init__(self, cfg, raw, tokenizer, chats, text, log, packing):
+        self.cfg, self.raw, self.tokenizer, self.machine, self.log = cfg, raw, tokenizer, log.machine, log
+        self.chats, self.text, self.best, self.config, self.packing = chats, text, None, raw.config, packing
+
+    def whole_copy(self):
+        """The model as one process would have it; all processes must call it, rank 0 gets it."""
+        cfg, c = self.cfg, self.config
+        config = replace(c, block_size=c.block_size + cfg.virtual_tokens * (self.raw.prefix is not None))
+        return whole_model(self.raw, self.machine.rank, lambda: add_adapters(
+            GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha, 0.0, cfg.rslora, cfg.virtual_tokens))
+
+    def base_loss(self):
+        """Mean loss on the text that the model was pretrained on; None where it is not known."""
+        return evaluate_loss(self.raw, self.text[1], 8, self.machine, None, 100_000) if self.text else None
+
+    def answers(self):
+        copy = self.whole_copy()
+        if self.machine.rank == 0 and self.chats:
+            self.log.say(three_answers(copy.to(self.machine.device), self.tokenizer, self.chats, self.cfg))
+
+    def begin(self):
+        """The log's first row, and the answers of the model as it was."""
+        learnt = sum(p.numel() for p in trained(self.raw).values())
+        self.log.record(step=0, trained=learnt, parameters=self.raw.num_params(), base_loss=self.base_loss())
+        self.log.say("before:")
+        self.answers()
+
+    def validate(self, rows, guard):
+        """Tell the loss on the validation answers. Returns whether it is the best so far."""
+        loss = guard.fewer_rows(guard.micro, lambda n: answer_loss(self.raw, rows, self.machine, n, self.packing))
+        special = set(self.tokenizer.specials.values())
+        size = sum(len(self.tokenizer.bytes_of[i]) for i in rows.labels[rows.labels >= 0].tolist() if i not in special)
+        return self.log.evaluation(guard.progress, loss, loss * rows.targets / max(1, size) / math.log(2))
+
+    def keep(self, guard):
+        """These are the best weights so far: write them, and remember them."""
+        self.best = {name: p.detach().clone() for name, p in trained(self.raw).items()}
+        if self.cfg.method == "full":
+            guard.write(save_model, self.whole_copy(), self.tokenizer)
+        else:
+            with writing(self.log.out, self.log.again):
+                save_adapter(self.log.out, self.raw, self.cfg.model, self.tokenizer,
+                             "nf4" if self.cfg.method == "qlora" else "", self.machine.rank)
+
+    def finish(self, guard):
+        """The last lines, about the weights that the run's folder holds."""
+        with torch.no_grad():
+            for name, p in trained(self.raw).items() if self.best else ():
+                p.copy_(self.best[name])
+        if not self.best and not guard.resumed:
+            self.keep(guard)
+        self.log.say("after:")
+        self.answers()
+        before = next((row["base_loss"] for row in log_rows(self.log.out) if "base_loss" in row), None)
+        after = self.base_loss()
+        if after is not None:
+            self.log.say(f"text of pretraining ({self.text[1].folder.name}): loss {before:.4f} before, {after:.4f} now")
+            self.log.record(step=guard.progress.step, base_loss_after=after)
+        else:
+            self.log.say("what the model forgot is not known: --base_text=DATASET, text of the kind it was trained on")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def settle(cfg, raw, rows, before, out):
     """cfg with a number for every flag that says 0: decide. SystemExit where the run to resume was another one."""
     saved = before["config"] if before else {}
     for name in ("model", "method", "rank", "alpha", "rslora", "targets", "virtual_tokens", "packing") if saved else ():
-        if list(map(str, [getattr(cfg, name)])) != list(map(str, [type(getattr(cfg, name))(saved[name])])):
-            raise SystemExit(f"--resume --{name}={getattr(cfg, name)}: the run in {out} has {saved[name]}. Leave the "
-                             "flag out, or choose another --out")
+        value = getattr(cfg, name)
+        if (list(value) if name == "targets" else value) != saved[name]:
+            raise SystemExit(f"--resume --{name}={value}: the run in {out} has {saved[name]}. Leave the flag out, or "
+                             "choose another --out")
     if before and before["data"] != {"rows": rows.hash}:
         raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with. Give that one, or "
                          "choose another --out")
@@ -635,11 +716,30 @@ def describe(cfg, raw, rows, lost, tokenizer, machine):
     if "lora" in cfg.method and rows.targets > 2 * learnt:         # about 2 bits per number, 1 bit per token
         machine.say(f"--rank={cfg.rank}: {learnt:,} numbers hold less than {rows.targets:,} tokens of answers may teach. A "
                     "larger --rank may learn more")
-    if "lora" in cfg.method and cfg.batch_size * rows.examples / rows.windows > 256:
+    if "lora" in cfg.method and cfg.batch_size * len(rows.firsts) / rows.windows > 256:
         machine.say(f"--batch_size={cfg.batch_size}: more than 256 examples per step; LoRA then learns less than full "
                     "fine-tuning, whatever its rank")
     machine.say("the first example; the loss is that of the marked tokens:\n"
-                + show_example(tokenizer, *rows.first, color=sys.stdout.isatty()))
+                + show_example(tokenizer, *rows.example(0), color=sys.stdout.isatty()))
+
+
+def merge_folder(cfg):
+    """--merge: an adapter and its base -> a plain model folder."""
+    out = Path(cfg.out if cfg.out != Config.out else "out/merged")
+    try:
+        if not is_adapter(Path(cfg.merge)):
+            raise ValueError("is not an adapter folder (no adapter_config.json)")
+        model, tokenizer = open_adapter(Path(cfg.merge), torch.device("cpu"), torch.float32)
+        merge(model)
+    except ValueError as error:
+        raise SystemExit(f"--merge={cfg.merge}: {error}") from None
+    for name, linear in linears(model).items():
+        if type(linear) is not Linear:                             # quantized, without an adapter
+            replace_module(model, name, plain_linear(linear.weight, linear.bias))
+    with writing(out, f"python finetune_lora.py --merge={cfg.merge} --out={out}"):
+        keep_earlier_run(out)
+        save_model(out, model, tokenizer)
+    print(f"{out}: a plain model of {model.num_params():,} parameters\nNext: python sample.py --model={out}")
 
 
 def main(cfg):
@@ -652,7 +752,8 @@ def main(cfg):
     machine.measure(cfg.dtype)
     check_settings(cfg, out, machine)
     raw, tokenizer = open_base(cfg, machine)
-    rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size)
+    packing = cfg.packing and raw.prefix is None and not raw.dynamic     # else an example's place in its row would count
+    rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
     cfg, text = settle(cfg, raw, rows, before, out), open_base_text(cfg, tokenizer, raw)
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
     optimizer = AdamW([dict(params=list(trained(raw).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
@@ -666,10 +767,10 @@ def main(cfg):
     batches = Batches(MixedRows(rows, text[0], cfg.replay) if cfg.replay else rows, cfg.batch_size, machine)
     log.announce(raw, before, guard, rows)
     log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
-    watch = Watch(cfg, raw, tokenizer, chats, text, log, machine)  # forgetting, and the answers to three questions
+    watch = Watch(cfg, raw, tokenizer, chats, text, log, packing)  # forgetting, answers, the best weights
     if progress.step == 0:
         describe(cfg, raw, rows, lost, tokenizer, machine)
-        watch.before()
+        watch.begin()
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
@@ -677,6 +778,7 @@ def main(cfg):
         set_rates([optimizer], rate)
         x, y, segments, targets = batches.at(progress.step)
         scale = progress.loss_scale * machine.world / tokens_per_step
+        segments = segments if packing else None
         loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
         if loss is None:                                           # a signal in the middle of a step: the step is dropped
             guard.stop = True
@@ -698,18 +800,17 @@ def main(cfg):
 
         evaluating, sampling, saving = guard.due()
         if evaluating:
-            better = val_rows is None or watch.validate(raw, val_rows, guard)
+            if val_rows is None or watch.validate(val_rows, guard):
+                watch.keep(guard)
             guard.stop |= 0 < cfg.patience <= progress.waited
-            if better:
-                watch.keep(raw, guard)
         if sampling:
-            watch.answers(raw)
+            watch.answers()
         if saving or guard.stop:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
         log.plot()
 
     batches.close()
-    watch.after(raw, guard)
+    watch.finish(guard)
     log.finish(progress, early=0 < cfg.patience <= progress.waited)
     machine.close()
 

@@ -216,6 +216,14 @@ def visible(query, key, window=0):
     return (key <= query) & (key > query - window) if window else key <= query
 
 
+def positions_within(segments):
+    """Position of each id within its document, (B, T), from the numbers of the documents. Rotary positions need no new
+    start, because only their differences count."""
+    positions = torch.arange(segments.shape[1], device=segments.device)
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return positions - (positions * first).cummax(dim=1).values
+
+
 def attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
@@ -454,9 +462,9 @@ class GPT(nn.Module):
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd ** 0.5, dtype=x.dtype)
         if config.position == "learned":
-            x = x + self.embed_positions(positions)
+            x = x + self.embed_positions(positions if segments is None else positions_within(segments))
         elif config.position == "sinusoidal":
-            x = x + self.sinusoids[positions]
+            x = x + self.sinusoids[positions if segments is None else positions_within(segments)]
         x, ropes = self.embed_norm(x.to(self.dtype)), self.rope_tables(positions, T, cache)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -533,7 +541,9 @@ class GPT(nn.Module):
         return self
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())
+        """Quantized weights count too, although they are no parameters of torch."""
+        stored = [m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters]
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in stored)
 
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens."""
@@ -648,9 +658,10 @@ class KVCache:
 
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
-    assert getattr(model.lm_head, "packed", None) is None, "a packed model cannot be saved: load it without pack()"
-    assert model.prefix is None and not any(hasattr(module, "base") for module in model.modules()), \
-        "a model with adapters: finetune_lora.save_adapter saves them, merge makes a plain model"
+    changed = [type(m).__name__ for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear
+               or hasattr(m, "base")]
+    assert not changed and model.prefix is None, f"a model with {changed or 'a prefix'} cannot be saved: merge it first"
+    assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
     write_folder(folder, model, tokenizer)
 
 

@@ -31,19 +31,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sample
-from data.examples import encode_examples, find_examples, read_examples, show_example
-from data.shards import Batches, MixedRows, PackedRows, Tokens, open_dataset
+from data.examples import encode_examples, find_examples, read_examples
+from data.shards import Batches, MixedRows, PackedRows, Tokens
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
 from model import GPT, Linear, load_model, load_tokenizer, save_model, visible
+from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
+from nanopath.finetuning import Watch, describe, newest_pretrained, open_base_text, settle
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
 from nanopath.hub import find_folder, is_adapter
 from nanopath.parallel import evaluation, parallelize, whole, whole_model
 from nanopath.peft import SavedAdapter, find_base, missing_parts, read_adapter, write_adapter
-from nanopath.run import Guard, Log, writing, check_settings, earlier_run, keep_earlier_run, log_rows, run_stage
-from nanopath.scores import manifest_of
+from nanopath.run import Guard, Log, check_settings, earlier_run, keep_earlier_run, run_stage, writing
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
@@ -498,15 +499,6 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
 
 # Data: chats, and the text that must not be forgotten
 
-def newest_pretrained():
-    """The newest run under out/ that was not fine-tuned."""
-    files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for folder in (file.parent for file in files):
-        if "method" not in manifest_of(folder):
-            return folder.as_posix()
-    raise SystemExit("no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
-
-
 def open_base(cfg, machine):
     """The model of --model with what --method learns in it, and its tokenizer."""
     torch.manual_seed(cfg.seed % 2 ** 63)
@@ -556,42 +548,50 @@ def answer_loss(model, rows, machine, micro, packing):
 
 
 def three_answers(model, tokenizer, chats, cfg):
-    """What the model answers to three questions, beside the answers of the data, ready to be shown."""
+    """What the model answers to three questions (>), below the question (?) and the answer of the data (=)."""
     chats = [chats[i * len(chats) // 3]["messages"] for i in range(min(3, len(chats)))]
     room = min(cfg.max_new_tokens, model.config.block_size // 2)
-    prompts = [tokenizer.render(chat[:-1], add_generation_prompt=True)[0][room - model.config.block_size:] for chat in chats]
+    prompts = [tokenizer.render(chat[:-1], add_generation_prompt=True)[0][room - model.config.block_size:]
+               for chat in chats]
     answers = sample.generate(model, prompts, room, temperature=0.0, stop_ids=model.config.stop_ids)
-    lines = []
+    shown = []
     for chat, ids in zip(chats, answers):
-        lines += [f"  ? {chat[-2]['content']}", f"  = {chat[-1]['content']}", f"  > {tokenizer.decode(ids).strip()}"]
-    return "\n".join(" ".join(line.split()) if len(line) < 400 else line[:400] + " ..." for line in lines)
+        texts = chat[-2]["content"], chat[-1]["content"], tokenizer.decode(ids)
+        shown += [f"  {mark} {' '.join(text.split())[:300]}" for mark, text in zip("?=>", texts)]
+    return "\n".join(shown)
+
+
+def answers_of(raw, tokenizer, chats, cfg, machine):
+    """three_answers of the model as one process would have it; all processes must call it."""
+    n = cfg.virtual_tokens if raw.prefix is not None else 0
+    config = replace(raw.config, block_size=raw.config.block_size + n)
+    full = whole_model(raw, machine.rank, lambda: add_adapters(GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha,
+                                                               0.0, cfg.rslora, cfg.virtual_tokens))
+    return three_answers(full.to(machine.device), tokenizer, chats, cfg) if machine.rank == 0 else ""
+
+
+def write_model(raw, tokenizer, cfg, guard):
+    """The run's folder: a whole model, or an adapter."""
+    if cfg.method == "full":
+        return guard.write(save_model, whole_model(raw, guard.machine.rank), tokenizer)
+    with writing(guard.out, guard.again):
+        save_adapter(guard.out, raw, cfg.model, tokenizer, "nf4" if cfg.method == "qlora" else "", guard.machine.rank)
+
+
+def answer_bytes(rows, tokenizer):
+    """Bytes of text of all answers in some PackedRows."""
+    special, ids = set(tokenizer.specials.values()), () if rows is None else rows.labels[rows.labels >= 0].tolist()
+    return sum(len(tokenizer.bytes_of[i]) for i in ids if i not in special)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Not to forget
 
-def open_base_text(cfg, tokenizer, model):
-    """(train, validation) Tokens of the text that the model was pretrained on, in windows of its context; None where it
-    is not known."""
-    name = cfg.base_text or manifest_of(cfg.model).get("dataset", "")
-    if not name or not cfg.base_text and not (Path("data") / name / "meta.json").is_file():
-        needed = [flag for flag in ("replay", "ewc") if getattr(cfg, flag)]
-        if needed:
-            raise SystemExit(f"--{needed[0]}: needs text of the kind that the model was trained on: --base_text=DATASET")
-        return None
-    folder, own = open_dataset(replace(cfg, dataset=name))
-    if own.hash != tokenizer.hash:
-        raise SystemExit(f"--base_text={name}: was made with another tokenizer. Prepare it with this one: "
-                         f"python prepare.py PATH... --tokenizer={cfg.model}")
-    T = min(model.config.block_size, 1024)
-    return Tokens(folder, "train", T, cfg.seed), Tokens(folder, "val", T, cfg.seed)
-
-
 class Anchor:
     """Pulls weights back to where they began: adds strength F (w - w0) to their gradient, which is the gradient of
     strength / 2 sum F (w - w0)^2. F is 1 (L2-SP), or how much a weight matters to the old text (EWC)."""
-    def __init__(self, model, strength, importance=None):
-        self.params, self.strength = list(trained(model).values()), strength
+    def __init__(self, params, strength, importance=None):
+        self.params, self.strength = list(params), strength
         self.began = [p.detach().clone() for p in self.params]
         self.importance = importance or [1.0] * len(self.params)
 
@@ -601,10 +601,10 @@ class Anchor:
             p.grad += self.strength * F * (p - w0)
 
 
-def fisher(model, tokens, machine, sequences=64):
+def fisher(model, params, tokens, machine, sequences=64):
     """The diagonal of the Fisher information: mean square of the gradient of log p(sequence), for every trained weight,
     divided by the mean over all weights, so that --ewc and --l2sp have the same unit."""
-    params = list(trained(model).values())
+    params = list(params)
     squares = [torch.zeros_like(p) for p in params]
     for i in range(sequences):
         x, y = (t.to(machine.device) for t in tokens.batch(i, 1))
@@ -617,111 +617,7 @@ def fisher(model, tokens, machine, sequences=64):
     return [square / mean for square in squares]
 
 
-class Watch:
-    """What is looked at beside the loss: the text of pretraining (forgetting), and the answers to three questions. It
-    keeps the best weights so far, and the run's folder holds these."""
-    def __init__(self, cfg, raw, tokenizer, chats, text, log, packing):
-        self.cfg, self.raw, self.tokenizer, self.machine, self.log = cfg, raw, tokenizer, log.machine, log
-        self.chats, self.text, self.best, self.config, self.packing = chats, text, None, raw.config, packing
-
-    def whole_copy(self):
-        """The model as one process would have it; all processes must call it, rank 0 gets it."""
-        cfg, c = self.cfg, self.config
-        config = replace(c, block_size=c.block_size + cfg.virtual_tokens * (self.raw.prefix is not None))
-        return whole_model(self.raw, self.machine.rank, lambda: add_adapters(
-            GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha, 0.0, cfg.rslora, cfg.virtual_tokens))
-
-    def base_loss(self):
-        """Mean loss on the text that the model was pretrained on; None where it is not known."""
-        return evaluate_loss(self.raw, self.text[1], 8, self.machine, None, 100_000) if self.text else None
-
-    def answers(self):
-        copy = self.whole_copy()
-        if self.machine.rank == 0 and self.chats:
-            self.log.say(three_answers(copy.to(self.machine.device), self.tokenizer, self.chats, self.cfg))
-
-    def begin(self):
-        """The log's first row, and the answers of the model as it was."""
-        learnt = sum(p.numel() for p in trained(self.raw).values())
-        self.log.record(step=0, trained=learnt, parameters=self.raw.num_params(), base_loss=self.base_loss())
-        self.log.say("before:")
-        self.answers()
-
-    def validate(self, rows, guard):
-        """Tell the loss on the validation answers. Returns whether it is the best so far."""
-        loss = guard.fewer_rows(guard.micro, lambda n: answer_loss(self.raw, rows, self.machine, n, self.packing))
-        special = set(self.tokenizer.specials.values())
-        size = sum(len(self.tokenizer.bytes_of[i]) for i in rows.labels[rows.labels >= 0].tolist() if i not in special)
-        return self.log.evaluation(guard.progress, loss, loss * rows.targets / max(1, size) / math.log(2))
-
-    def keep(self, guard):
-        """These are the best weights so far: write them, and remember them."""
-        self.best = {name: p.detach().clone() for name, p in trained(self.raw).items()}
-        if self.cfg.method == "full":
-            guard.write(save_model, self.whole_copy(), self.tokenizer)
-        else:
-            with writing(self.log.out, self.log.again):
-                save_adapter(self.log.out, self.raw, self.cfg.model, self.tokenizer,
-                             "nf4" if self.cfg.method == "qlora" else "", self.machine.rank)
-
-    def finish(self, guard):
-        """The last lines, about the weights that the run's folder holds."""
-        with torch.no_grad():
-            for name, p in trained(self.raw).items() if self.best else ():
-                p.copy_(self.best[name])
-        if not self.best and not guard.resumed:
-            self.keep(guard)
-        self.log.say("after:")
-        self.answers()
-        before = next((row["base_loss"] for row in log_rows(self.log.out) if "base_loss" in row), None)
-        after = self.base_loss()
-        if after is not None:
-            self.log.say(f"text of pretraining ({self.text[1].folder.name}): loss {before:.4f} before, {after:.4f} now")
-            self.log.record(step=guard.progress.step, base_loss_after=after)
-        else:
-            self.log.say("what the model forgot is not known: --base_text=DATASET, text of the kind it was trained on")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-
-def settle(cfg, raw, rows, before, out):
-    """cfg with a number for every flag that says 0: decide. SystemExit where the run to resume was another one."""
-    saved = before["config"] if before else {}
-    for name in ("model", "method", "rank", "alpha", "rslora", "targets", "virtual_tokens", "packing") if saved else ():
-        value = getattr(cfg, name)
-        if (list(value) if name == "targets" else value) != saved[name]:
-            raise SystemExit(f"--resume --{name}={value}: the run in {out} has {saved[name]}. Leave the flag out, or "
-                             "choose another --out")
-    if before and before["data"] != {"rows": rows.hash}:
-        raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with. Give that one, or "
-                         "choose another --out")
-    for name in ("l2sp", "ewc"):
-        if getattr(cfg, name) and (cfg.method not in ("full", "bitfit") or cfg.l2sp and cfg.ewc):
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: one of --l2sp and --ewc, with --method=full or bitfit: the "
-                             "other methods leave the model's own weights as they are")
-    steps = cfg.max_steps * (saved.get("epochs", cfg.epochs) == cfg.epochs)
-    steps = steps or max(1, round(cfg.epochs * rows.windows / cfg.batch_size))
-    rate = cfg.learning_rate or RATES.get(cfg.method, 1.0) / raw.config.n_embd
-    return replace(cfg, max_steps=steps, learning_rate=rate)
-
-
-def describe(cfg, raw, rows, lost, tokenizer, machine):
-    """What is learnt from what, and one example with its mask."""
-    count, learnt = raw.num_params(), sum(p.numel() for p in trained(raw).values())
-    machine.say(f"--method={cfg.method} learns {learnt:,} numbers, {learnt / count:.2%} of all; the loss is that of "
-                f"{rows.targets:,} tokens of answers in {rows.windows:,} rows of {rows.T}; rate {cfg.learning_rate:.2g}")
-    for split, counts in zip(("train", "val"), lost):
-        for what, number in counts.items():
-            machine.say(f"{split}: {number:,} examples {what}")
-    if "lora" in cfg.method and rows.targets > 2 * learnt:         # about 2 bits per number, 1 bit per token
-        machine.say(f"--rank={cfg.rank}: {learnt:,} numbers hold less than {rows.targets:,} tokens of answers may teach. A "
-                    "larger --rank may learn more")
-    if "lora" in cfg.method and cfg.batch_size * len(rows.firsts) / rows.windows > 256:
-        machine.say(f"--batch_size={cfg.batch_size}: more than 256 examples per step; LoRA then learns less than full "
-                    "fine-tuning, whatever its rank")
-    machine.say("the first example; the loss is that of the marked tokens:\n"
-                + show_example(tokenizer, *rows.example(0), color=sys.stdout.isatty()))
-
 
 def merge_folder(cfg):
     """--merge: an adapter and its base -> a plain model folder."""
@@ -754,31 +650,36 @@ def main(cfg):
     raw, tokenizer = open_base(cfg, machine)
     packing = cfg.packing and raw.prefix is None and not raw.dynamic     # else an example's place in its row would count
     rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
-    cfg, text = settle(cfg, raw, rows, before, out), open_base_text(cfg, tokenizer, raw)
+    cfg = settle(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
+    text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
-    optimizer = AdamW([dict(params=list(trained(raw).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
+    params = trained(raw)
+    optimizer = AdamW([dict(params=list(params.values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
                       betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
-    anchor = Anchor(raw, cfg.l2sp + cfg.ewc, fisher(raw, text[0], machine) if cfg.ewc else None) \
-        if cfg.l2sp or cfg.ewc else None
+    importance = fisher(raw, params.values(), text[0], machine) if cfg.ewc else None
+    anchor = Anchor(params.values(), cfg.l2sp + cfg.ewc, importance) if cfg.l2sp or cfg.ewc else None
 
     log = Log(out, cfg, machine)
     guard = Guard(log, raw, [optimizer], before, compiled=False)
     progress, flops, tokens_per_step = guard.progress, raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
-    batches = Batches(MixedRows(rows, text[0], cfg.replay) if cfg.replay else rows, cfg.batch_size, machine)
+    stream = MixedRows(rows, Tokens(text[0].folder, "train", rows.T, cfg.seed), cfg.replay) if cfg.replay else rows
+    batches = Batches(stream, cfg.batch_size, machine)
     log.announce(raw, before, guard, rows)
     log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
-    watch = Watch(cfg, raw, tokenizer, chats, text, log, packing)  # forgetting, answers, the best weights
+    watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, chats, cfg, machine),
+                  lambda: evaluate_loss(raw, text[1], 8, machine, limit=100_000) if text else None,
+                  lambda: write_model(raw, tokenizer, cfg, guard), answer_bytes(val_rows, tokenizer))
     if progress.step == 0:
-        describe(cfg, raw, rows, lost, tokenizer, machine)
-        watch.begin()
+        describe(cfg, raw, sum(p.numel() for p in params.values()), rows, lost, tokenizer, machine)
+        with adapters_off(raw):
+            watch.begin()
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
         x, y, segments, targets = batches.at(progress.step)
-        scale = progress.loss_scale * machine.world / tokens_per_step
-        segments = segments if packing else None
+        segments, scale = segments if packing else None, progress.loss_scale * machine.world / tokens_per_step
         loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
         if loss is None:                                           # a signal in the middle of a step: the step is dropped
             guard.stop = True
@@ -800,17 +701,18 @@ def main(cfg):
 
         evaluating, sampling, saving = guard.due()
         if evaluating:
-            if val_rows is None or watch.validate(val_rows, guard):
-                watch.keep(guard)
+            loss = val_rows and guard.fewer_rows(guard.micro, lambda n: answer_loss(raw, val_rows, machine, n, packing))
+            if val_rows is None or watch.validation(loss, val_rows.targets):
+                watch.keep()
             guard.stop |= 0 < cfg.patience <= progress.waited
         if sampling:
-            watch.answers()
+            log.say(watch.answers())
         if saving or guard.stop:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
         log.plot()
 
     batches.close()
-    watch.finish(guard)
+    watch.finish()
     log.finish(progress, early=0 < cfg.patience <= progress.waited)
     machine.close()
 

@@ -103,6 +103,7 @@ class GPTConfig:
     eos_token_id: int | None = None  # id that ends a document
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
+    labels: tuple[str, ...] = ()  # a classifier: names of the classes, of which the head has a row each
 
     def __post_init__(self):
         check_config(self)
@@ -370,7 +371,7 @@ class GPT(nn.Module):
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, len(config.labels) or config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.make_buffers()

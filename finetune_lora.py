@@ -22,6 +22,7 @@ import nanopath.start                                              # first: Open
 import contextlib
 import math
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -139,8 +140,8 @@ class Adapter(nn.Module):
 class LoRALinear(Adapter):
     """y = W x + scale B A x, with A (R, in), B (out, R). B starts at zero, so the model starts as it was.
 
-    scale = alpha / R: with a fixed alpha the best learning rate hardly moves with the rank (LoRA Without Regret), and is
-    about ten times that of full fine-tuning. rslora: alpha / sqrt(R).
+    scale = alpha / R: with a fixed alpha the best learning rate hardly moves with the rank (LoRA Without Regret), and
+    is about ten times that of full fine-tuning. rslora: alpha / sqrt(R).
     """
     def __init__(self, base, rank, alpha=32.0, dropout=0.0, rslora=False):
         super().__init__(base)
@@ -196,7 +197,7 @@ class DoRALinear(LoRALinear):
 
 
 class IA3Linear(Adapter):
-    """y = l (W x + b), or inside: y = W (l x) + b. A factor for each key, value and hidden channel; it starts at one."""
+    """y = l (W x + b), or inside: y = W (l x) + b. A factor for each key, value and hidden channel, at first one."""
     def __init__(self, base, inside):
         super().__init__(base)
         self.inside = inside
@@ -335,12 +336,14 @@ def add_adapters(model, method, targets=(), rank=16, alpha=32.0, dropout=0.0, rs
     for name, p in model.named_parameters():
         p.requires_grad = method == "full" or method == "bitfit" and name.endswith("bias")
     if method == "bitfit" and not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("--method=bitfit: this model has no biases. Choose --method=ia3, which learns as little, or lora")
+        raise ValueError("--method=bitfit: this model has no biases. Choose --method=ia3, which learns as little, or "
+                         "lora")
     if method in ("prefix", "prompt"):
         size = model.config.block_size - virtual_tokens
-        if size < 2 or model.dynamic:
-            raise ValueError(f"--method={method}: " + (f"{virtual_tokens} virtual tokens leave no room in a context of "
-                             f"{model.config.block_size}" if size < 2 else "not with dynamic NTK rotary positions"))
+        if size < 2 or model.dynamic or model.config.position == "sinusoidal":
+            raise ValueError(f"--method={method}: " + (
+                f"{virtual_tokens} virtual tokens leave no room in a context of {model.config.block_size}" if size < 2
+                else "not with dynamic NTK or sinusoidal positions, whose tables depend on the context length"))
         model.prefix = {"prefix": Prefix, "prompt": SoftPrompt}[method](model, virtual_tokens)
         model.config = replace(model.config, block_size=size)
     if method in ("full", "bitfit", "prefix", "prompt"):
@@ -390,11 +393,14 @@ def merge(model):
     """Make every adapter a part of its matrix. Returns {name: Adapter}, which `unmerge` puts back, exactly. A head that
     shared its matrix with the embedding gets a matrix of its own."""
     found = adapters(model)
+    assert all(getattr(adapter.base, "packed", None) is None for adapter in found.values()), "merge, then pack()"
     if model.prefix is not None or any(not hasattr(adapter, "merged") for adapter in found.values()):
         raise ValueError("prefix, prompt and adapter cannot be merged: no single matrix computes the same")
     for name, adapter in found.items():
         replace_module(model, name, plain_linear(*adapter.merged()))
-    if "lm_head" in found:
+    if "lm_head" in found and model.config.tie_embeddings:
+        warnings.warn(f"merge: the output head shared its matrix with the embedding; now it has one of its own, with "
+                      f"{found['lm_head'].weight.numel():,} parameters")
         model.config = replace(model.config, tie_embeddings=False)
     return found
 

@@ -1,5 +1,5 @@
 """
-Adapter folders as PEFT writes them: adapter_config.json and adapter_model.safetensors <-> parameters of finetune_lora.py.
+Adapter folders as PEFT writes them (adapter_config.json, adapter_model.safetensors) <-> parameters of finetune_lora.py.
 
     SavedAdapter      what a folder holds, under our names
     write_adapter     ... -> a folder that PEFT and load_model open
@@ -7,9 +7,9 @@ Adapter folders as PEFT writes them: adapter_config.json and adapter_model.safet
     find_base         the model that an adapter belongs to, by its path and the hash of its weights
 
 Where the file of the base model has several of our matrices in one (GPT-2's c_attn, query_key_value, qkv_proj,
-gate_up_proj), an adapter of PEFT has one A for all of them: reading gives it to each part, with its rows of B. Ours have
-an A each. They are written stacked, with a block-diagonal B; the metadata of the safetensors file says which rows belong
-to which part. Two methods are unknown to PEFT, which refuses their peft_type: BOTTLENECK and BITFIT.
+gate_up_proj), an adapter of PEFT has one A for all of them: reading gives it to each part, with its rows of B. Ours
+have an A each. They are written stacked, with a block-diagonal B; the metadata of the safetensors file says which rows
+belong to which part. Two methods are unknown to PEFT, which refuses their peft_type: BOTTLENECK and BITFIT.
 """
 import functools
 import hashlib
@@ -38,12 +38,12 @@ TENSORS = {"lora_A.weight": "A.weight", "lora_B.weight": "B.weight", "lora_magni
 FUSED = {"self_attn.qkv": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up": ("gate_proj", "up_proj")}
 # keys of adapter_config.json that are read below, or change nothing about a trained adapter. Others must be empty
 HARMLESS = set("""alpha_pattern auto_mapping base_model_name_or_path bias corda_config encoder_hidden_size
-    ensure_weight_tying eva_config exclude_modules fan_in_fan_out feedforward_modules inference_mode init_ia3_weights
-    init_lora_weights init_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
-    megatron_core modules_to_save num_attention_heads num_layers num_transformer_submodules num_virtual_tokens peft_type
-    peft_version prefix_projection prompt_tuning_init prompt_tuning_init_text qalora_group_size r rank_pattern revision
-    runtime_config target_modules task_type token_dim tokenizer_kwargs tokenizer_name_or_path use_dora
-    use_rslora""".split())
+    ensure_weight_tying eva_config exclude_modules fan_in_fan_out feedforward_modules inference_mode
+    init_ia3_weights init_lora_weights init_weights layers_pattern layers_to_transform loftq_config
+    lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save num_attention_heads num_layers
+    num_transformer_submodules num_virtual_tokens peft_type peft_version prefix_projection
+    prompt_tuning_init prompt_tuning_init_text qalora_group_size r rank_pattern revision runtime_config
+    target_modules task_type token_dim tokenizer_kwargs tokenizer_name_or_path use_dora use_rslora""".split())
 # starts of A and B that leave the weights of the base as they are; the others (pissa, olora, corda, loftq) change them
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -89,6 +89,12 @@ def missing_parts(names, base):
     """Our modules that are one tensor with a module in `names` in the files of the model `base`, but not in `names`."""
     family = stored_family(find_folder(base))
     return [part for name in names for part in fused_parts(name, family) if part not in names]
+
+
+def can_adapt(model):
+    """Names of the matrices that can have an adapter: not experts and routers."""
+    return [name for name, module in model.named_modules() if hasattr(module, "out_features")
+            and ".experts." not in name and not name.endswith(".gate")]
 
 
 def stored_modules(model, names, family):
@@ -147,10 +153,12 @@ def encode_adapter(model, saved, family):
                                  .replace("dora", "lora")),
                   task_type="CAUSAL_LM", base_model_name_or_path=saved.base, revision=None, inference_mode=True)
     if saved.method == "prefix":
-        pairs = torch.stack([saved.tensors["prefix.keys"], saved.tensors["prefix.values"]], dim=1)   # (L, 2, K, n, D)
-        config |= dict(num_virtual_tokens=saved.virtual_tokens, token_dim=c.n_kv_head * c.head_dim, num_layers=c.n_layer,
-                       num_attention_heads=c.n_kv_head, num_transformer_submodules=1, prefix_projection=False,
-                       encoder_hidden_size=c.n_kv_head * c.head_dim)
+        heads, pairs = cached_heads(c, family), [saved.tensors[f"prefix.{name}"] for name in ("keys", "values")]
+        pairs = torch.stack(pairs, dim=1)                                        # (L, 2, K, n, D)
+        pairs = pairs.repeat_interleave(heads // c.n_kv_head, dim=2)             # (L, 2, heads, n, D)
+        config |= dict(num_virtual_tokens=saved.virtual_tokens, token_dim=heads * c.head_dim, num_layers=c.n_layer,
+                       num_attention_heads=heads, num_transformer_submodules=1, prefix_projection=False,
+                       encoder_hidden_size=heads * c.head_dim)
         return config, {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).flatten(1)}, {}
     if saved.method == "prompt":
         config |= dict(num_virtual_tokens=saved.virtual_tokens, token_dim=c.n_embd, num_layers=c.n_layer,
@@ -165,8 +173,14 @@ def encode_adapter(model, saved, family):
     return encode(config, modules, model, saved, family)
 
 
+def cached_heads(c, family):
+    """Heads in the KV cache of transformers: the newer Falcons repeat each key and value head for its queries."""
+    newer = family == "falcon" and (c.parallel_block == 2 or 1 < c.n_kv_head < c.n_head)
+    return c.n_head if newer else c.n_kv_head
+
+
 def embed_scale(config):
-    """What Hugging Face's embedding multiplies its rows by: prompt tuning puts its rows behind it, we in front of it."""
+    """The factor in Hugging Face's embedding: rows of prompt tuning come after it there, before it here."""
     return config.n_embd ** 0.5 if config.embed_scale else 1.0
 
 
@@ -181,7 +195,8 @@ def encode_lora(config, modules, model, saved, family):
     tensors, parts, ranks, alphas = {}, {}, {}, {}
     power = 0.5 if saved.rslora else 1.0
     for theirs, ours in modules.items():
-        size, scale = [saved.ranks.get(name, 0) for name in ours], next(saved.scales[n] for n in ours if n in saved.scales)
+        size = [saved.ranks.get(name, 0) for name in ours]
+        scale = next(saved.scales[name] for name in ours if name in saved.scales)
         ranks[theirs], alphas[theirs] = sum(size), scale * sum(size) ** power
         A = torch.cat([saved.tensors[f"{name}.A.weight"] for name in ours if name in saved.ranks])
         blocks, at = [], 0
@@ -260,19 +275,19 @@ def find_base(folder):
     name, wanted = config.get("base_model_name_or_path"), metadata.get("base_sha256", "")
     where, quantization = folder / ADAPTER_FILES[0], metadata.get("quantization", "")
     if quantization not in ("", "nf4"):
-        raise ValueError(f"{folder / ADAPTER_FILES[1]}: quantization={quantization!r} of the base model is not supported, "
-                         "only nf4")
+        raise ValueError(f"{folder / ADAPTER_FILES[1]}: quantization={quantization!r} of the base model is not "
+                         "supported, only nf4")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: base_model_name_or_path={name!r}: must be the base model's folder or Hub name. Write "
-                         "it there")
+        raise ValueError(f"{where}: base_model_name_or_path={name!r}: must be the base model's folder or Hub name. "
+                         "Write it there")
     places = [Path(name), *([folder / metadata["base_place"]] if metadata.get("base_place") else [])]
     there = [place for place in places if (place / "config.json").is_file() and not is_adapter(place)
              or place.suffix == ".gguf" and place.is_file()]
     try:
         there = there or [find_folder(name)]
     except ValueError as error:
-        raise ValueError(f"{folder} is an adapter, and its base model was not found: {error}. Or write another path into "
-                         f"{where}: base_model_name_or_path") from None
+        raise ValueError(f"{folder} is an adapter, and its base model was not found: {error}. Or write another path "
+                         f"into {where}: base_model_name_or_path") from None
     if is_adapter(there[0]):
         raise ValueError(f"{where}: base_model_name_or_path={name}: that is an adapter too. Merge it first: python "
                          f"finetune_lora.py --merge={name}")
@@ -298,8 +313,8 @@ def open_tensors(folder):
     if not file.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(f"{folder} has no {ADAPTER_FILES[1]}" + (
-            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you trust "
-            "it: PeftModel.from_pretrained(MODEL, FOLDER).save_pretrained(NEW)" if pickles else ": the folder is "
+            f", only {pickles[0]}, a pickle, which is never opened here: it may run any code. Convert it where you "
+            "trust it: PeftModel.from_pretrained(MODEL, FOLDER).save_pretrained(NEW)" if pickles else ": the folder is "
             "incomplete. Copy the missing file into it"))
     try:
         return safe_open(file, "pt")
@@ -324,11 +339,11 @@ def read_adapter(folder, model, base):
                          dropout=float(number(config, "lora_dropout", 0.0, where)),
                          base_hash=metadata.get("base_sha256", ""), quantization=metadata.get("quantization", ""))
     if method in ("prefix", "prompt"):
-        read_prompt_embeddings(saved, config, tensors, model.config, file)
+        read_prompt_embeddings(saved, config, tensors, model.config, file, family)
     modules, whole = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIXED)
-        found = re.fullmatch(rf"(.*)\.({'|'.join(map(re.escape, TENSORS))})", name) if method in ("lora", "ia3") else None
+        found = method in ("lora", "ia3") and re.fullmatch(rf"(.*)\.({'|'.join(map(re.escape, TENSORS))})", name)
         if name == key:
             raise ValueError(f"{file}: {key}: unknown tensor, its name does not begin with {PREFIXED}")
         elif found:
@@ -337,10 +352,16 @@ def read_adapter(folder, model, base):
             saved.tensors[name] = tensor
         else:                                                      # of bias and modules_to_save
             whole |= tensors_from_hf(name.replace(".base_layer.", "."), tensor, family, model.config)
-    if modules:
-        decode = Decoder(saved, config, metadata, model, family, file)
-        for name, found in modules.items():
-            decode(name, found)
+    places, parts = stored_modules(model, can_adapt(model), family), read_parts(metadata, file)
+    for theirs, found in modules.items():
+        if theirs not in places:
+            raise ValueError(f"{file}: {theirs} has an adapter, but this model has no such matrix that can have one. "
+                             f"There are {' '.join(dict.fromkeys(name.split('.')[-1] for name in places))}")
+        ours, sizes = places[theirs], parts.get(theirs)
+        if method == "ia3":
+            decode_ia3(saved, theirs, ours, found, sizes, model, file, family)
+        else:
+            decode_lora(saved, theirs, ours, found, sizes, config, model, file, family)
     check_whole(saved.tensors if method == "bitfit" else whole, model, file)
     if method == "adapter":
         check_bottlenecks(saved.tensors, model, file)
@@ -376,98 +397,88 @@ def number(config, key, default, where, whole=False):
     return value
 
 
-def read_prompt_embeddings(saved, config, tensors, c, file):
+def read_prompt_embeddings(saved, config, tensors, c, file, family):
     """Rows of prompt tuning, or the keys and values of prefix tuning: PEFT saves what its projection made of them."""
     n = saved.virtual_tokens = number(config, "num_virtual_tokens", None, file.with_name(ADAPTER_FILES[0]), whole=True)
-    stored = tensors.pop("prompt_embeddings", None)
-    shape = (n, c.n_embd if saved.method == "prompt" else 2 * c.n_layer * c.n_kv_head * c.head_dim)
+    stored, heads = tensors.pop("prompt_embeddings", None), cached_heads(c, family)
+    shape = (n, c.n_embd if saved.method == "prompt" else 2 * c.n_layer * heads * c.head_dim)
     if stored is None or stored.shape != shape:
         found = "is missing" if stored is None else f"has the shape {tuple(stored.shape)}"
         raise ValueError(f"{file}: prompt_embeddings {found}; {n} virtual tokens of this model need {shape}")
     if saved.method == "prompt":
         saved.tensors["prefix.embeddings"] = stored.float() / embed_scale(c)
         return
-    pairs = stored.float().view(n, c.n_layer, 2, c.n_kv_head, c.head_dim).permute(1, 2, 3, 0, 4)
-    saved.tensors |= {"prefix.keys": pairs[:, 0].contiguous(), "prefix.values": pairs[:, 1].contiguous()}
+    pairs = stored.float().view(n, c.n_layer, 2, c.n_kv_head, -1, c.head_dim).permute(1, 2, 3, 4, 0, 5)
+    if not torch.equal(pairs, pairs[:, :, :, :1].expand_as(pairs)):
+        raise ValueError(f"{file}: each of the {c.n_head} query heads has a prefix of its own; here the queries of a "
+                         "group share their keys and values. Train the prefix again: python finetune_lora.py --method=prefix")
+    keys, values = pairs[:, :, :, 0].unbind(dim=1)                 # (L, K, n, D) each
+    saved.tensors |= {"prefix.keys": keys.contiguous(), "prefix.values": values.contiguous()}
 
 
-class Decoder:
-    """The tensors of one module of the file -> those of our modules. What all modules need is kept here."""
-    def __init__(self, saved, config, metadata, model, family, file):
-        self.saved, self.config, self.model, self.family, self.file = saved, config, model, family, file
-        names = [name for name, module in model.named_modules() if hasattr(module, "out_features")
-                 and ".experts." not in name and not name.endswith(".gate")]
-        self.modules = stored_modules(model, names, family)
-        self.where = file.with_name(ADAPTER_FILES[0])
-        try:
-            self.parts = json.loads(metadata.get("parts", "{}"))
-            sizes = [size for size in self.parts.values() if not all(type(n) is int and n >= 0 for n in size)]
-        except (ValueError, AttributeError, TypeError):
-            sizes = [None]
-        if sizes:
-            raise ValueError(f"{file}: the metadata is damaged: parts={metadata['parts']!r}. Copy the file again")
-
-    def __call__(self, theirs, found):
-        ours = self.modules.get(theirs)
-        if ours is None:
-            last = dict.fromkeys(name.split(".")[-1] for name in self.modules)
-            raise ValueError(f"{self.file}: {theirs} has an adapter, but there is no such matrix in this model that can "
-                             f"have one. There are {' '.join(last)}")
-        linears = [self.model.get_submodule(name) for name in ours]
-        out, width = sum(linear.out_features for linear in linears), linears[0].in_features
-        if "factor" in found:
-            return self.ia3(theirs, ours, found, out, width)
-        needed = {"A.weight", "B.weight"} | ({"magnitude"} if self.saved.method == "dora" else set())
-        if found.keys() != needed:
-            raise ValueError(f"{self.file}: {theirs} has {' '.join(sorted(found))}, needed are {' '.join(sorted(needed))}")
-        rank, alpha = self.setting("r", "rank_pattern", theirs), self.setting("lora_alpha", "alpha_pattern", theirs)
-        for name, shape in {"A.weight": (rank, width), "B.weight": (out, rank), "magnitude": (out,)}.items():
-            if name in found and found[name].shape != shape:
-                raise ValueError(f"{self.file}: {name} of {theirs} has the shape {tuple(found[name].shape)}, the model and "
-                                 f"r={rank} need {shape}")
-        sizes, scale = self.parts.get(theirs), alpha / (math.sqrt(rank) if self.saved.rslora else rank)
-        if sizes is not None and (len(sizes) != len(ours) or sum(sizes) != rank):
-            raise ValueError(f"{self.file}: the metadata gives {theirs} the ranks {sizes}, it has {rank}")
-        at = 0
-        rows = split(found["B.weight"], len(ours), self.family, self.model.config)
-        for number, (name, B) in enumerate(zip(ours, rows)):
-            mine = slice(None) if sizes is None else slice(at, at := at + sizes[number])
-            if B[:, mine].count_nonzero() != B.count_nonzero():
-                raise ValueError(f"{self.file}: lora_B of {theirs} is not zero outside of the blocks in the metadata")
-            if sizes is None or sizes[number]:
-                self.saved.alpha = self.saved.alpha or scale * rank_power(len(found["A.weight"][mine]), self.saved.rslora)
-                self.saved.scales[name] = scale
-                self.saved.tensors |= {f"{name}.A.weight": found["A.weight"][mine], f"{name}.B.weight": B[:, mine]}
-                if "magnitude" in found:
-                    lengths = list(split(found["magnitude"], len(ours), self.family, self.model.config))
-                    self.saved.tensors[f"{name}.magnitude"] = lengths[number]
-
-    def setting(self, key, by_module, theirs):
-        """r or lora_alpha of a module: the first pattern that matches the end of its name, as in PEFT."""
-        patterns = self.config.get(by_module) or {}
-        values = {key: value for key, value in (patterns.items() if isinstance(patterns, dict) else ())}
-        try:
-            name = next((p for p in values if re.fullmatch(rf"(.*\.)?({p})", theirs)), None)
-        except re.error as error:
-            raise ValueError(f"{self.where}: {by_module}={patterns!r}: {error}") from None
-        values[key] = self.config.get(key, 8)
-        return number(values, key if name is None else name, None, self.where, whole=key == "r")
-
-    def ia3(self, theirs, ours, found, out, width):
-        factor, there = found["factor"], self.parts.get(theirs) or [1] * len(ours)
-        if factor.shape == (1, width):                             # feed-forward: on the inputs, the same for all parts
-            self.saved.inside |= set(ours)
-            self.saved.tensors |= {f"{name}.factor": factor[0] for name in ours}
-        elif factor.shape == (out, 1) and len(there) == len(ours):
-            rows = split(factor[:, 0], len(ours), self.family, self.model.config)
-            self.saved.tensors |= {f"{name}.factor": row for name, row, has in zip(ours, rows, there) if has}
-        else:
-            raise ValueError(f"{self.file}: ia3_l of {theirs} has the shape {tuple(factor.shape)}, the model needs "
-                             f"{(out, 1)}, or {(1, width)} for factors on the inputs")
+def read_parts(metadata, file):
+    """{module of the file: rank of each of our parts}; of IA3: 1 or 0, whether the part has factors."""
+    try:
+        parts = json.loads(metadata.get("parts", "{}"))
+        if all(type(n) is int and n >= 0 for sizes in parts.values() for n in sizes):
+            return parts
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{file}: the metadata is damaged: parts={metadata['parts']!r}. Copy the file again")
 
 
-def rank_power(rank, rslora):
-    return math.sqrt(rank) if rslora else rank
+def decode_lora(saved, theirs, ours, found, sizes, config, model, file, family):
+    """A and B of a module of the file -> of our modules that it holds. sizes: their ranks; None: all share A."""
+    where, out = file.with_name(ADAPTER_FILES[0]), sum(model.get_submodule(name).out_features for name in ours)
+    R = setting("r", "rank_pattern", theirs, config, where)
+    alpha = setting("lora_alpha", "alpha_pattern", theirs, config, where)
+    needed = {"A.weight": (R, model.get_submodule(ours[0]).in_features), "B.weight": (out, R)}
+    needed |= {"magnitude": (out,)} if saved.method == "dora" else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != needed:
+        raise ValueError(f"{file}: the adapter of {theirs} has the shapes {shapes}, the model and r={R} need {needed}")
+    if sizes is not None and (len(sizes) != len(ours) or sum(sizes) != R):
+        raise ValueError(f"{file}: the metadata gives the parts of {theirs} the ranks {sizes}, it has {R}")
+    scale, end = alpha / (math.sqrt(R) if saved.rslora else R), 0
+    rows = {key: list(split(t, len(ours), family, model.config)) for key, t in found.items() if key != "A.weight"}
+    for part, name in enumerate(ours):
+        start, end = (0, R) if sizes is None else (end, end + sizes[part])
+        B = rows["B.weight"][part]
+        if B[:, start:end].count_nonzero() != B.count_nonzero():
+            raise ValueError(f"{file}: lora_B of {theirs} is not zero outside of the blocks that the metadata names")
+        if end > start:
+            saved.alpha = saved.alpha or scale * (end - start) ** (0.5 if saved.rslora else 1.0)
+            saved.scales[name] = scale
+            tensors = {"A.weight": found["A.weight"][start:end], "B.weight": B[:, start:end]}
+            tensors |= {"magnitude": rows["magnitude"][part]} if "magnitude" in rows else {}
+            saved.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def setting(key, by_module, theirs, config, where):
+    """r or lora_alpha of a module: of the first pattern that matches the end of its name, as in PEFT."""
+    patterns = config.get(by_module) or {}
+    try:
+        name = next((name for name in patterns if re.fullmatch(rf"(.*\.)?({name})", theirs)), None)
+        settings = {key: config.get(key, 8)} if name is None else patterns
+        return number(settings, key if name is None else name, None, where, whole=key == "r")
+    except (re.error, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {by_module}={patterns!r}: {error}") from None
+
+
+def decode_ia3(saved, theirs, ours, found, sizes, model, file, family):
+    """Factors of a module of the file: (1, in) on its inputs, the same for all parts, or (out, 1) on its outputs."""
+    out, width = sum(model.get_submodule(name).out_features for name in ours), model.get_submodule(ours[0]).in_features
+    factor = found["factor"]
+    if factor.shape == (1, width):
+        saved.inside |= set(ours)
+        saved.tensors |= {f"{name}.factor": factor[0] for name in ours}
+    elif factor.shape == (out, 1):
+        rows = split(factor[:, 0], len(ours), family, model.config)
+        there = sizes if sizes and len(sizes) == len(ours) else [1] * len(ours)
+        saved.tensors |= {f"{name}.factor": row for name, row, has in zip(ours, rows, there) if has}
+    else:
+        raise ValueError(f"{file}: ia3_l of {theirs} has the shape {tuple(factor.shape)}, the model needs {(out, 1)}, "
+                         f"or {(1, width)} for factors on the inputs")
 
 
 def check_whole(tensors, model, file):
@@ -486,4 +497,5 @@ def check_bottlenecks(tensors, model, file):
         down, up = (tensors.get(f"{owner}.{end}.weight") for end in ("down", "up"))
         if owner not in owners or part not in ("down", "up") or down is None or up is None or \
                 down.shape != up.T.shape or len(up) != owners[owner].out_features:
-            raise ValueError(f"{file}: {name} of shape {tuple(tensor.shape)} does not fit the model. Copy the file again")
+            raise ValueError(f"{file}: {name} of shape {tuple(tensor.shape)} does not fit the model. Copy the file "
+                             "again")

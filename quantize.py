@@ -278,7 +278,7 @@ def print_row(kind, matrices, weights, size, error, total):
 
 def main(cfg):
     name = find_run("model", cfg.model)
-    kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0  # matrices, weights, bytes, sums of error^2 and of weight^2
+    kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0  # matrices, weights, bytes, sums of error^2, weight^2
 
     def measure(name, old, new):
         nonlocal measuring

@@ -1,20 +1,25 @@
 """
-A model in a fraction of its bytes: NF4, four bits per weight, the storage of QLoRA.
+A model in a fraction of its bytes: what NF4, the 4-bit storage of QLoRA, saves and how exact it is. Nothing is written.
 
     weights (out, in) -> blocks of 64 -> each block divided by its largest magnitude (absmax) -> nearest of 16 codes
 
     nf4_slowly          the whole idea: what a weight becomes, block by block
     NF4_CODES           the 16 codes: quantiles of a normal distribution, because trained weights are nearly normal
     quantize_nf4, compress_absmax, dequantize_nf4     weight -> bytes -> weight, equal to bitsandbytes' bit for bit
-    NF4Linear           a frozen Linear that holds these bytes; quantize_model puts it in the place of every Linear
+    NF4Linear           a frozen Linear that holds these bytes; quantize_model replaces each Linear inside the layers
 
 Run     python quantize.py --model=OWNER/NAME                      # a folder, a GGUF file, or a model on the Hub
-You see bits per weight and error for each kind of matrix, and the bytes of the model before and after. Nothing is
-        written: this is what QLoRA's frozen base costs, before it is chosen
+You see for each kind of matrix the bits per weight and the relative error (root mean square); bytes before and after.
+        SmolLM2-135M, all of it, the embedding included: 538 MB in float32 -> 168 MB, 269 MB in bfloat16 -> 112 MB, in
+        3.4 s. Its matrices: 4.127 bits per weight, 9.4 % error; loss on WikiText-2 3.052 -> 3.238. Bytes for one
+        training step with everything frozen and activations in bfloat16, 64 tokens: the model 538 -> 168 MB, and what
+        is kept for the backward pass 317 -> 105 MB
 Next    python evaluate.py --model=OWNER/NAME                      # the loss before quantization
-Papers  QLoRA (arXiv:2305.14314), 8-bit dynamic codes (1511.04561), blocks of values (2110.02861)
+Papers  QLoRA (arXiv:2305.14314), 8-bit dynamic codes (1511.04561), absmax per block (2110.02861)
 
-TODO
+Time on one core, 2026-11-26, a matrix of 9216 x 768: quantized in 171 ms (bitsandbytes 0.50.2: 189), dequantized in
+9 ms (bitsandbytes, in C: 2 to 4). Forward and backward pass in bfloat16, NF4Linear / Linear: 44 / 27 ms for 512 tokens,
+148 / 123 ms for 2048.
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import functools
@@ -37,7 +42,7 @@ from nanopath.terminal import find_run
 
 @dataclass
 class Config:
-    model: str = ""              # folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
+    model: str = ""              # model folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
     method: Literal["nf4"] = "nf4"  # how the matrices inside the layers are stored
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share an absmax
     device: str = "auto"         # auto, cpu, cuda, mps
@@ -97,9 +102,9 @@ def nearest_code(x, codes):
 
 
 def quantize_nf4(weight, block=64):
-    """weight, n numbers of any shape and float type -> two codes per byte ((n + 1) // 2), uint8, the first of the two in
-    the high four bits; and the absmax of each block of consecutive weights, float32. Raises ValueError for a weight that
-    is not finite."""
+    """weight, n numbers of any shape and float type -> two codes per byte, uint8 ((n + 1) // 2), the first of the two
+    in the high four bits; and the absmax of each block of consecutive weights, float32 (blocks). Raises ValueError for
+    a weight that is not finite."""
     if block not in BLOCKS:
         raise ValueError(f"block={block}: choose one of {', '.join(map(str, BLOCKS))}")
     packed, absmax, table = [], [], NF4_CODES.to(weight.device)
@@ -111,22 +116,22 @@ def quantize_nf4(weight, block=64):
         absmax.append(largest)
     packed, absmax = torch.cat(packed), torch.cat(absmax)
     if not absmax.isfinite().all():
-        raise ValueError("has a weight that is infinite or not a number: the model is damaged, or its training diverged")
+        raise ValueError("has a weight that is infinite or not a number: the file is damaged, or training diverged")
     return packed[:(weight.numel() + 1) // 2], absmax
 
 
 def compress_absmax(absmax):
     """Double quantization: the absmax of each block takes 8 bits instead of 32, which saves 0.373 bits per weight.
 
-    absmax (blocks) -> number of the dynamic code, uint8 (blocks); scale, float32, one for 256 blocks; offset, float32 ().
-    absmax is about codes * scale + offset. The mean is subtracted first because no absmax is negative: without it the
+    absmax (blocks) -> number of a dynamic code, uint8 (blocks); scale, float32, one per 256 blocks; offset, float32.
+    absmax is about code * scale + offset. The mean is subtracted first because no absmax is negative: without it the
     negative codes would not be used.
     """
     offset = absmax.mean()
     rows = in_blocks(absmax - offset, 256)
     scale = rows.abs().amax(dim=1)
-    x = torch.nan_to_num(rows * (1 / scale)[:, None], nan=-1.0)    # all equal: any code will do, times a scale of 0
-    steps = ((x + 1) * 0.5 * 65535 + 0.5).floor()                  # bitsandbytes' CPU code looks up a table of 65,536
+    x = torch.nan_to_num(rows * (1 / scale)[:, None], nan=-1.0)    # 0 / 0 where all are equal: any code, times 0
+    steps = ((x + 1) * 0.5 * 65535 + 0.5).floor()                  # bitsandbytes on a CPU: the nearest of 65,536 steps
     codes = nearest_code(steps * 2 / 65535 - 1, DYNAMIC_CODES.to(absmax.device))
     return codes.flatten()[:len(absmax)], scale, offset
 
@@ -140,14 +145,15 @@ def restore_absmax(codes, scale, offset):
 @functools.cache
 def code_pairs(device):
     """For each of the 256 bytes its two codes, as one int64 that holds two float32."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return NF4_CODES[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).flatten().to(device)
 
 
 def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block=64):
     """The weight of this shape: code * absmax of its block, computed in float32.
 
-    A byte is looked up as a pair of codes: the time of unpacking it into two is saved, TODO.
+    A byte is looked up in a table of all 256 pairs of codes. With the two halves unpacked and looked up one by one, the
+    matrix above takes 57 ms instead of 9.
     """
     rows = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
     size = AT_ONCE // block
@@ -162,8 +168,8 @@ def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block=64):
 # NF4: the layer
 
 class NF4Product(torch.autograd.Function):
-    """y = x W^T + b, dx = dy W, where W exists only during each of the two products. Autograd would keep W, in the dtype
-    of x, from the forward to the backward pass, for all layers at once: as much memory as the model unquantized."""
+    """y = x W^T + b, dx = dy W, where W exists only during each of the two products. Autograd would keep W, in the
+    dtype of x, from the forward to the backward pass, for all layers at once: as much memory as the plain model."""
 
     @staticmethod
     def forward(ctx, x, linear):
@@ -178,8 +184,8 @@ class NF4Product(torch.autograd.Function):
 class NF4Linear(Linear):
     """A frozen Linear whose weight is stored as NF4 with double quantization: 4.127 bits per weight in blocks of 64.
 
-    codes (n / 2), absmax (blocks): uint8; scale (blocks / 256), offset (): float32. They are buffers, so state_dict holds
-    them; no optimizer or gradient finds the weight. `weight` is computed at each access.
+    codes (n / 2), absmax (blocks): uint8; scale (blocks / 256), offset (): float32. They are buffers, so state_dict
+    holds them and no optimizer finds them. `weight` is computed at each access.
     """
     def __init__(self, in_features, out_features, bias=True, block=64, device=None):
         nn.Module.__init__(self)                                   # not nn.Linear's, which allocates a weight
@@ -203,7 +209,8 @@ class NF4Linear(Linear):
 
     def dequantize(self, dtype):
         shape = torch.Size((self.out_features, self.in_features))
-        return dequantize_nf4(self.codes, restore_absmax(self.absmax, self.scale, self.offset), shape, dtype, self.block)
+        absmax = restore_absmax(self.absmax, self.scale, self.offset)
+        return dequantize_nf4(self.codes, absmax, shape, dtype, self.block)
 
     @property
     def weight(self):
@@ -221,15 +228,18 @@ class NF4Linear(Linear):
 
     def _apply(self, fn, recurse=True):
         """What .to, .cuda, .bfloat16 call for each tensor. scale and offset pass as int32: moved, but never rounded."""
-        exact = {id(self.scale), id(self.offset)}
-        return super()._apply(lambda t: fn(t.view(torch.int32)).view(torch.float32) if id(t) in exact else fn(t), recurse)
+        def move(t):
+            exact = t is self.scale or t is self.offset
+            return fn(t.view(torch.int32)).view(torch.float32) if exact else fn(t)
+        return super()._apply(move, recurse)
 
 
 def quantize_model(model, method="nf4", block=64, on_matrix=None):
-    """Replace every Linear inside model.layers, in place, one at a time, so that no second copy of the model is in memory;
-    returns the model. Embedding, output head and norms stay. on_matrix(name, old, new) is called for each of them.
+    """Replace every Linear inside model.layers, one at a time, so that peak memory is the model plus one matrix.
+    Returns the same model. Embedding, output head and norms stay. on_matrix(name, old, new) is called for each matrix.
 
-    Raises ValueError where the model is quantized already, packed, a mixture of experts, or has weights that are not finite.
+    Raises ValueError where the model is quantized already, packed, or a mixture of experts; and naming the first matrix
+    with a weight that is not finite (those before it are then quantized: load the model again).
     """
     if method != "nf4":
         raise ValueError(f"method={method}: choose one of nf4")
@@ -268,7 +278,7 @@ def print_row(kind, matrices, weights, size, error, total):
 
 def main(cfg):
     name = find_run("model", cfg.model)
-    kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0       # matrices, weights, bytes, sum of error^2, of weight^2
+    kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0  # matrices, weights, bytes, sums of error^2, weight^2
 
     def measure(name, old, new):
         nonlocal measuring
@@ -292,8 +302,8 @@ def main(cfg):
     total = sum(kinds.values())
     print_row("together", *total)
     print(f"the rest (embedding, output head, norms, biases) stays {cfg.dtype}: {(after - total[2]) / 1e6:,.1f} MB")
-    print(f"whole model {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB, {before / after:.2f} times smaller; quantized in "
-          f"{seconds:.1f} s")
+    print(f"whole model {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB, {before / after:.2f} times smaller; quantized "
+          f"in {seconds:.1f} s")
     print(f"next        python evaluate.py --model={shlex.quote(name)}")
 
 

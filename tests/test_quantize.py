@@ -171,6 +171,7 @@ def test_moving_does_not_round():
     assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in after.items())
     empty = q.NF4Linear(64, 64, device="meta").to_empty(device="cpu")
     empty.load_state_dict(before)
+    assert not empty.bias.requires_grad
     other = q.NF4Linear(64, 64, device="meta")
     other.load_state_dict(before, assign=True)
     x = torch.randn(5, 64)

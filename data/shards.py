@@ -88,7 +88,7 @@ class Tokens:
 
 
 class PackedRows:
-    """Examples for fine-tuning, (ids, mask) from encode_examples, in rows of at most T ids, and their order in training.
+    """Examples for fine-tuning, (ids, mask) from encode_examples, in rows of at most T ids, and their order.
 
     Several examples share a row; with pack=False each has its own. Every epoch shuffles the rows. T becomes the length
     of the longest row. folder: Path of the dataset, for its name.

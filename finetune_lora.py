@@ -32,22 +32,83 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sample
-from data.examples import encode_examples, find_examples, read_examples, show_example
-from data.shards import Batches, MixedRows, PackedRows, open_dataset
+from data.examples import encode_examples, find_examples, read_examples
+from data.shards import Batches, MixedRows, PackedRows, Tokens
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
-from model import Linear, load_model, load_tokenizer, save_model, visible
-from nanopath.checkpoint import Progress, steps_saved
+from model import GPT, Linear, load_model, load_tokenizer, save_model, visible
+from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
+from nanopath.finetuning import Watch, describe, newest_pretrained, open_base_text, settle
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
-from nanopath.parallel import parallelize, whole, whole_model
+from nanopath.hub import find_folder, is_adapter
+from nanopath.parallel import evaluation, parallelize, whole, whole_model
 from nanopath.peft import SavedAdapter, find_base, missing_parts, read_adapter, write_adapter
-from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
+from nanopath.run import Guard, Log, check_settings, earlier_run, keep_earlier_run, run_stage, writing
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
+RATES = {"full": 0.1, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
 BLOCKS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
+METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
+
+
+@dataclass
+class Config:
+    model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest pretrained run under out/
+    dataset: str = ""               # chats: a folder under data/, or a path to a folder or file; empty: the tiny world
+    out: str = "out/finetuned"      # folder to write
+    task: Literal["chat", "classify"] = "chat"  # classify: texts with labels instead of chats
+    # what is learnt
+    method: METHODS = "lora"        # full: all weights; the others leave the model as it is and learn something beside it
+    rank: Positive = 16             # columns of A and rows of B (R); width of an adapter
+    alpha: Rate = 32.0              # scale = alpha / rank; with a fixed alpha the best rate hardly moves with the rank
+    rslora: bool = False            # scale = alpha / sqrt(rank)
+    dropout: Share = 0.0            # of the input of A
+    targets: tuple[str, ...] = ()   # matrices with an adapter, such as q_proj lm_head; empty: all of every block
+    virtual_tokens: Positive = 20   # of --method=prefix and prompt
+    # batch and length
+    block_size: Count = 0           # longest example, in tokens; 0: as the data want, at most 1024
+    packing: bool = True            # several examples in one row; they do not see each other
+    batch_size: Positive = 16       # rows per optimizer step, summed over all processes
+    micro_batch: Count = 0          # rows per forward pass and process; 0: all of its share; halved when memory is full
+    epochs: Rate = 3.0              # passes over the examples
+    max_steps: Count = 0            # optimizer steps; 0: as --epochs say
+    # optimizer
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: as RATES say, by method and width
+    weight_decay: Rate = 0.0        # decoupled
+    warmup_steps: Count = 0         # linear warm-up
+    cooldown: Share = 1.0           # last part of the run, in which the rate falls linearly to zero
+    grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
+    patience: Count = 0             # stop after so many evaluations without a better loss; 0: never
+    # forgetting
+    base_text: str = ""             # prepared dataset whose validation text shows it; empty: the model's own
+    replay: Share = 0.0             # share of every batch that is text of that dataset
+    l2sp: Rate = 0.0                # pull of all weights towards where they began; full and bitfit only
+    ewc: Rate = 0.0                 # the same, stronger for weights that matter to that text (their Fisher information)
+    # watching and saving
+    eval_every: Count = 50          # steps between validations; 0: only at the end
+    sample_every: Count = 0         # steps between the answers to three questions; 0: before and after
+    save_every: Count = 200         # steps between checkpoints to resume from; 0: only at the end
+    log_every: Positive = 10        # steps between lines on the screen; log.jsonl has every step
+    max_new_tokens: Positive = 60   # of those answers
+    wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
+    # machine
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # number format of the matmuls
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
+    seed: Count = 0                 # of initialisation, data order and answers
+    resume: bool = False            # continue the run in --out with its own settings; flags still win
+    # instead of training
+    merge: str = ""                 # adapter folder to merge with its base into the plain model --out
+    compare: bool = False           # run all --methods with these settings, each in a process of its own
+    methods: tuple[METHODS, ...] = ("full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
+    # what train.py's parts ask for and this page has no flag for
+    tensor_parallel: ClassVar[int] = 1
+    shards: ClassVar[int] = 0
+    dry_run: ClassVar[bool] = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +281,7 @@ class SoftPrompt(nn.Module):
 
     def keys_values(self, model):
         recorder = Recorder(model)
-        model.hidden_states(self.embeddings[None], recorder)
+        model.hidden_states(self.embeddings[None], (1, len(self.embeddings)), recorder)
         return [torch.stack(tensors) for tensors in zip(*recorder.seen)]         # (L, K, n, D) each
 
     def in_front(self, model):
@@ -336,16 +397,19 @@ def merge(model):
     if model.prefix is not None or any(not hasattr(adapter, "merged") for adapter in found.values()):
         raise ValueError("prefix, prompt and adapter cannot be merged: no single matrix computes the same")
     for name, adapter in found.items():
-        weight, bias = adapter.merged()
-        linear = Linear(adapter.in_features, adapter.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight)
-        linear.bias = None if bias is None else nn.Parameter(bias)
-        replace_module(model, name, linear)
+        replace_module(model, name, plain_linear(*adapter.merged()))
     if "lm_head" in found and model.config.tie_embeddings:
         warnings.warn(f"merge: the output head shared its matrix with the embedding; now it has one of its own, with "
                       f"{found['lm_head'].weight.numel():,} parameters")
         model.config = replace(model.config, tie_embeddings=False)
     return found
+
+
+def plain_linear(weight, bias):
+    linear = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    linear.bias = None if bias is None else nn.Parameter(bias)
+    return linear
 
 
 def unmerge(model, found):
@@ -437,3 +501,227 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
     load_adapter(model, folder, base)
     model.config = add_stop_ids(model.config, folder)
     return model.eval(), tokenizer
+
+
+# Data: chats, and the text that must not be forgotten
+
+def open_base(cfg, machine):
+    """The model of --model with what --method learns in it, and its tokenizer."""
+    torch.manual_seed(cfg.seed % 2 ** 63)
+    try:
+        folder = find_folder(cfg.model)
+        if is_adapter(folder):
+            raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={folder}")
+        model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
+        ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
+        model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
+        if machine.dtype == torch.float64:
+            model.double()
+        if cfg.method == "qlora":
+            quantize_model(model, "nf4")
+        add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
+    except ValueError as error:
+        raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
+    model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    return model.train(), tokenizer
+
+
+def read_data(cfg, tokenizer, limit, packing):
+    """(rows to train on, rows to validate on or None, the chats of these, what was left out, cfg with the names and
+    numbers that were open). limit: the context of the model."""
+    try:
+        *files, name = find_examples(cfg.dataset)
+        chats = [read_examples(path) if path else [] for path in files]
+        coded, lost = zip(*(encode_examples(rows, tokenizer, min(cfg.block_size or 1024, limit), path)
+                            for rows, path in zip(chats, files) if rows))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    longest = max(len(ids) for part in coded for ids, _ in part)
+    T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
+    rows = [PackedRows(part, T, cfg.seed, Path(name), packing) for part in coded]
+    return rows[0], rows[1] if rows[1:] else None, chats[1] or chats[0], lost, replace(
+        cfg, dataset=cfg.dataset or files[0].parent.as_posix(), block_size=T)
+
+
+def answer_loss(model, rows, machine, micro, packing):
+    """Mean loss (nats per token) of the answers in some PackedRows; every process reads its share."""
+    total, step = 0.0, machine.world * micro
+    with evaluation(model):
+        for first in range(0, rows.windows, step):
+            x, y, segments = (t.to(machine.device) for t in rows.rows_from(first + machine.rank * micro, micro))
+            total += whole(model(x, y, reduction="sum", segments=segments if packing else None)).item()
+    return machine.sum([total])[0] / rows.targets
+
+
+def three_answers(model, tokenizer, chats, cfg):
+    """What the model answers to three questions (>), below the question (?) and the answer of the data (=)."""
+    chats = [chats[i * len(chats) // 3]["messages"] for i in range(min(3, len(chats)))]
+    room = min(cfg.max_new_tokens, model.config.block_size // 2)
+    prompts = [tokenizer.render(chat[:-1], add_generation_prompt=True)[0][room - model.config.block_size:]
+               for chat in chats]
+    answers = sample.generate(model, prompts, room, temperature=0.0, stop_ids=model.config.stop_ids)
+    shown = []
+    for chat, ids in zip(chats, answers):
+        texts = chat[-2]["content"], chat[-1]["content"], tokenizer.decode(ids)
+        shown += [f"  {mark} {' '.join(text.split())[:300]}" for mark, text in zip("?=>", texts)]
+    return "\n".join(shown)
+
+
+def answers_of(raw, tokenizer, chats, cfg, machine):
+    """three_answers of the model as one process would have it; all processes must call it."""
+    n = cfg.virtual_tokens if raw.prefix is not None else 0
+    config = replace(raw.config, block_size=raw.config.block_size + n)
+    full = whole_model(raw, machine.rank, lambda: add_adapters(GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha,
+                                                               0.0, cfg.rslora, cfg.virtual_tokens))
+    return three_answers(full.to(machine.device), tokenizer, chats, cfg) if machine.rank == 0 else ""
+
+
+def write_model(raw, tokenizer, cfg, guard):
+    """The run's folder: a whole model, or an adapter."""
+    if cfg.method == "full":
+        return guard.write(save_model, whole_model(raw, guard.machine.rank), tokenizer)
+    with writing(guard.out, guard.again):
+        save_adapter(guard.out, raw, cfg.model, tokenizer, "nf4" if cfg.method == "qlora" else "", guard.machine.rank)
+
+
+def answer_bytes(rows, tokenizer):
+    """Bytes of text of all answers in some PackedRows."""
+    special, ids = set(tokenizer.specials.values()), () if rows is None else rows.labels[rows.labels >= 0].tolist()
+    return sum(len(tokenizer.bytes_of[i]) for i in ids if i not in special)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Not to forget
+
+class Anchor:
+    """Pulls weights back to where they began: adds strength F (w - w0) to their gradient, which is the gradient of
+    strength / 2 sum F (w - w0)^2. F is 1 (L2-SP), or how much a weight matters to the old text (EWC)."""
+    def __init__(self, params, strength, importance=None):
+        self.params, self.strength = list(params), strength
+        self.began = [p.detach().clone() for p in self.params]
+        self.importance = importance or [1.0] * len(self.params)
+
+    @torch.no_grad()
+    def pull(self):
+        for p, w0, F in zip(self.params, self.began, self.importance):
+            p.grad += self.strength * F * (p - w0)
+
+
+def fisher(model, params, tokens, machine, sequences=64):
+    """The diagonal of the Fisher information: mean square of the gradient of log p(sequence), for every trained weight,
+    divided by the mean over all weights, so that --ewc and --l2sp have the same unit."""
+    params = list(params)
+    squares = [torch.zeros_like(p) for p in params]
+    for i in range(sequences):
+        x, y = (t.to(machine.device) for t in tokens.batch(i, 1))
+        model.zero_grad()
+        model(x, y, reduction="sum").backward()
+        for square, p in zip(squares, params):
+            square += p.grad.detach() ** 2
+    model.zero_grad()
+    mean = sum(float(whole(square.sum())) for square in squares) / sum(p.numel() for p in params)
+    return [square / mean for square in squares]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def merge_folder(cfg):
+    """--merge: an adapter and its base -> a plain model folder."""
+    out = Path(cfg.out if cfg.out != Config.out else "out/merged")
+    try:
+        if not is_adapter(Path(cfg.merge)):
+            raise ValueError("is not an adapter folder (no adapter_config.json)")
+        model, tokenizer = open_adapter(Path(cfg.merge), torch.device("cpu"), torch.float32)
+        merge(model)
+    except ValueError as error:
+        raise SystemExit(f"--merge={cfg.merge}: {error}") from None
+    for name, linear in linears(model).items():
+        if type(linear) is not Linear:                             # quantized, without an adapter
+            replace_module(model, name, plain_linear(linear.weight, linear.bias))
+    with writing(out, f"python finetune_lora.py --merge={cfg.merge} --out={out}"):
+        keep_earlier_run(out)
+        save_model(out, model, tokenizer)
+    print(f"{out}: a plain model of {model.num_params():,} parameters\nNext: python sample.py --model={out}")
+
+
+def main(cfg):
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    if cfg.merge or cfg.compare:
+        return merge_folder(cfg) if cfg.merge else compare_methods(cfg)
+    machine = Machine(cfg.device)
+    cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
+    cfg = replace(cfg, model=cfg.model or newest_pretrained())
+    machine.measure(cfg.dtype)
+    check_settings(cfg, out, machine)
+    raw, tokenizer = open_base(cfg, machine)
+    packing = cfg.packing and raw.prefix is None and not raw.dynamic     # else an example's place in its row would count
+    rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
+    cfg = settle(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
+    text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
+    model = parallelize(raw, cfg, machine)                         # what the training forward calls
+    params = trained(raw)
+    optimizer = AdamW([dict(params=list(params.values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
+                      betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
+    importance = fisher(raw, params.values(), text[0], machine) if cfg.ewc else None
+    anchor = Anchor(params.values(), cfg.l2sp + cfg.ewc, importance) if cfg.l2sp or cfg.ewc else None
+
+    log = Log(out, cfg, machine)
+    guard = Guard(log, raw, [optimizer], before, compiled=False)
+    progress, flops, tokens_per_step = guard.progress, raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
+    stream = MixedRows(rows, Tokens(text[0].folder, "train", rows.T, cfg.seed), cfg.replay) if cfg.replay else rows
+    batches = Batches(stream, cfg.batch_size, machine)
+    log.announce(raw, before, guard, rows)
+    log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
+    watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, chats, cfg, machine),
+                  lambda: evaluate_loss(raw, text[1], 8, machine, limit=100_000) if text else None,
+                  lambda: write_model(raw, tokenizer, cfg, guard), answer_bytes(val_rows, tokenizer))
+    if progress.step == 0:
+        describe(cfg, raw, sum(p.numel() for p in params.values()), rows, lost, tokenizer, machine)
+        with adapters_off(raw):
+            watch.begin()
+
+    while progress.step < cfg.max_steps and not guard.stop:
+        log.start_step()
+        rate = lr_at(progress.step, cfg) * progress.lr_factor
+        set_rates([optimizer], rate)
+        x, y, segments, targets = batches.at(progress.step)
+        segments, scale = segments if packing else None, progress.loss_scale * machine.world / tokens_per_step
+        loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
+        if loss is None:                                           # a signal in the middle of a step: the step is dropped
+            guard.stop = True
+            guard.save(last=True)
+            break
+        loss, targets, asked = machine.sum([loss, targets, guard.asked])               # the one all-reduce of a step
+        correction = tokens_per_step / max(targets, 1) / progress.loss_scale
+        loss *= correction / machine.world                         # mean over the tokens of all answers, of all processes
+        norm = finish_gradients(raw, correction, 0.0 if anchor else cfg.grad_clip)
+        if anchor:
+            anchor.pull()
+            norm = finish_gradients(raw, 1.0, cfg.grad_clip)
+        progress.step, guard.stop = progress.step + 1, asked > 0
+        if math.isfinite(norm):                                    # the same on all processes
+            guard.update()
+            log.step(progress, loss, norm, rate, flops)
+        elif guard.not_finite(loss, norm, (x, y)):
+            continue
+
+        evaluating, sampling, saving = guard.due()
+        if evaluating:
+            loss = val_rows and guard.fewer_rows(guard.micro, lambda n: answer_loss(raw, val_rows, machine, n, packing))
+            if val_rows is None or watch.validation(loss, val_rows.targets):
+                watch.keep()
+            guard.stop |= 0 < cfg.patience <= progress.waited
+        if sampling:
+            log.say(watch.answers())
+        if saving or guard.stop:
+            guard.save(last=guard.stop or progress.step == cfg.max_steps)
+        log.plot()
+
+    batches.close()
+    watch.finish()
+    log.finish(progress, early=0 < cfg.patience <= progress.waited)
+    machine.close()
+
+
+if __name__ == "__main__":
+    run_stage(main, Config, {}, __doc__)

@@ -103,6 +103,7 @@ class GPTConfig:
     eos_token_id: int | None = None  # id that ends a document
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # more ids that end an answer (generation_config.json)
+    labels: tuple[str, ...] = ()  # a classifier: names of the classes, of which the head has a row each
 
     def __post_init__(self):
         check_config(self)
@@ -214,6 +215,14 @@ def visible(query, key, window=0):
     """True where a query at position `query` (.., T) may see a key at position `key` (.., S): (.., T, S)."""
     query, key = query[..., :, None], key[..., None, :]
     return (key <= query) & (key > query - window) if window else key <= query
+
+
+def positions_within(segments):
+    """Position of each id within its document, (B, T), from the numbers of the documents. Rotary positions need no new
+    start, because only their differences count."""
+    positions = torch.arange(segments.shape[1], device=segments.device)
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return positions - (positions * first).cummax(dim=1).values
 
 
 def attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
@@ -362,7 +371,7 @@ class GPT(nn.Module):
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, len(config.labels) or config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.make_buffers()
@@ -422,7 +431,7 @@ class GPT(nn.Module):
         """
         if cache is None and self.prefix is not None:
             cache = self.prefix.in_front(self)
-        x = self.hidden_states(self.embed_tokens(ids), cache, counts, segments)          # (B, T, C)
+        x = self.hidden_states(self.embed_tokens(ids), ids.shape, cache, counts, segments)       # (B, T, C)
         if last:
             x = x[:, -1] if counts is None else x[torch.arange(len(x)), torch.tensor(counts) - 1]
         x = self.norm(x)
@@ -431,10 +440,10 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return (logits, x) if hidden else logits
 
-    def hidden_states(self, x, cache=None, counts=None, segments=None):
-        """Embeddings of tokens x (B, T, C) -> what the last block makes of them, (B, T, C). The rest as in forward."""
-        B, T, _ = x.shape
-        config, device = self.config, x.device
+    def hidden_states(self, x, shape, cache=None, counts=None, segments=None):
+        """Embeddings x (B, T, C) -> what the last block makes of them, (B, T, C). shape: B and T, because under tensor
+        parallel x is only a part of the sequence. The rest as in forward."""
+        (B, T), config, device = shape, self.config, x.device
         assert cache is None or segments is None, "segments cannot be combined with a cache"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:
@@ -454,9 +463,9 @@ class GPT(nn.Module):
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd ** 0.5, dtype=x.dtype)
         if config.position == "learned":
-            x = x + self.embed_positions(positions)
+            x = x + self.embed_positions(positions if segments is None else positions_within(segments))
         elif config.position == "sinusoidal":
-            x = x + self.sinusoids[positions]
+            x = x + self.sinusoids[positions if segments is None else positions_within(segments)]
         x, ropes = self.embed_norm(x.to(self.dtype)), self.rope_tables(positions, T, cache)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -533,7 +542,9 @@ class GPT(nn.Module):
         return self
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())
+        """Quantized weights count too, although they are no parameters of torch."""
+        stored = [m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters]
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in stored)
 
     def flops_per_token(self, T):
         """Floating-point operations of one training token (forward and backward) in a context of T tokens."""
@@ -648,9 +659,10 @@ class KVCache:
 
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
-    assert getattr(model.lm_head, "packed", None) is None, "a packed model cannot be saved: load it without pack()"
-    assert model.prefix is None and not any(hasattr(module, "base") for module in model.modules()), \
-        "a model with adapters: finetune_lora.save_adapter saves them, merge makes a plain model"
+    changed = [type(m).__name__ for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear
+               or hasattr(m, "base")]
+    assert not changed and model.prefix is None, f"a model with {changed or 'a prefix'} cannot be saved: merge it first"
+    assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
     write_folder(folder, model, tokenizer)
 
 

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 import sample
-from data.shards import Batches, open_dataset
+from data.shards import Batches, data_hashes, default_dataset, open_dataset, open_splits
 from model import GPT, GPTConfig, load_model, save_model
 from nanopath.checkpoint import steps_saved
 from nanopath.devices import Machine
@@ -385,11 +385,13 @@ def write_sample(model, tokenizer, cfg, device):
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # samples may hold any character
+    cfg = replace(cfg, dataset=cfg.dataset or default_dataset())   # the manifest of a run names its dataset
     folder, tokenizer = open_dataset(cfg)
     machine = Machine(cfg.device, cfg.tensor_parallel)
     cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
     machine.measure(cfg.dtype)
-    train_tokens, val_tokens = check_settings(cfg, folder, out, machine)
+    check_settings(cfg, out, machine)
+    train_tokens, val_tokens = open_splits(cfg, folder)
 
     raw, cfg = build_model(cfg, tokenizer, before, before and steps_saved(out, machine), machine)   # the bare module
     check_model(cfg, raw.config, before, tokenizer, folder, out)
@@ -408,7 +410,7 @@ def main(cfg):
         return dry_run(raw, guard, lambda micro: accumulate(
             model, x[:micro], y[:micro], documents_of(x[:micro], eos), micro, 1 / tokens_per_step),
             validation=len(val_tokens), rates=[lr_at(i * cfg.max_steps // 64, cfg) for i in range(64)])
-    log.open(progress, tokenizer, folder, raw.config, before)
+    log.open(progress, tokenizer, data_hashes(folder), raw.config, before)
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()

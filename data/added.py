@@ -73,8 +73,10 @@ def offsets(tokenizer, text, allowed, literal=()):
         sides.append((original, "".join(part for part, _ in parts)))
         for part, i in parts:
             for word in tokenizer.split(part) if i is None else [part]:
-                found = tokenizer.merge_cached(word) if i is None else [i]
-                ends += (end + np.cumsum([len(tokenizer.bytes_of[j]) for j in found[:-1]], dtype=int)).tolist()
+                found, at = tokenizer.merge_cached(word) if i is None else [i], end
+                for j in found[:-1]:
+                    at += len(tokenizer.bytes_of[j])
+                    ends.append(at)
                 end += len(word if isinstance(word, bytes) else word.encode("utf-8"))
                 ends += [end] * bool(found)                        # bytes that are left out belong to the last token
                 ids += found
@@ -84,6 +86,8 @@ def offsets(tokenizer, text, allowed, literal=()):
 def characters_at(ends, parts):
     """Ends of tokens in bytes of the normalized text -> in characters of the text itself, rounded up.
     parts: [(text, normalized text), ...]"""
+    if all(text == normalized and text.isascii() for text, normalized in parts):
+        return ends
     borders, characters, at, count = [0], [0], 0, 0
     for text, normalized in parts:
         # NFC changes nothing across the borders of grapheme clusters

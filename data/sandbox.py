@@ -16,7 +16,7 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-SECONDS = 10          # for one rendering
+SECONDS = 10          # for one request, which is one rendering or several short ones
 MEGABYTES = 1024      # address space of the process
 LONGEST = 10_000_000  # characters of a text
 
@@ -25,7 +25,7 @@ LONGEST = 10_000_000  # characters of a text
 # The process that asks
 
 class Worker:
-    """The other process. One rendering at a time; requests and replies are lines of JSON."""
+    """The other process. Requests (lists of renderings) and replies (lists of what came of them) are lines of JSON."""
     def __init__(self):
         self.process, self.lock = None, threading.Lock()
         atexit.register(self.stop)
@@ -75,13 +75,27 @@ def run_template(source, variables, opening="", closing=""):
     """The text that a template makes of its variables. What it writes between {% generation %} and {% endgeneration %}
     stands between the strings `opening` and `closing`. ValueError: the template is not valid, refuses the variables
     (its own words), fails, reads what it may not, or needs too much time or memory."""
-    request = json.dumps([source, variables, opening, closing], default=lambda value: f"<{type(value).__name__}>")
-    reply = WORKER.ask(request.encode("ascii"))
-    if reply is None:
-        raise ValueError(f"the chat template was stopped: it needs more than {SECONDS} s or {MEGABYTES} MB")
-    if "error" in reply:
-        raise ValueError(reply["error"])
-    return reply["text"]
+    text = next(run_templates([(source, variables, opening, closing)]))
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def run_templates(renderings):
+    """Yield what run_template returns, or the ValueError that it raises, for each of (source, variables, opening,
+    closing). One request renders them together, equal ones once. All share the limits of a single rendering, so those
+    that do not succeed together are repeated one by one."""
+    requests = [json.dumps(rendering, default=lambda value: f"<{type(value).__name__}>") for rendering in renderings]
+    distinct = list(dict.fromkeys(requests))
+    replies = WORKER.ask(f"[{', '.join(distinct)}]".encode("ascii")) or [None] * len(distinct)
+    known = {request: reply for request, reply in zip(distinct, replies)
+             if len(distinct) == 1 or reply is not None and "text" in reply}
+    for request in requests:
+        if request not in known:
+            known[request] = (WORKER.ask(f"[{request}]".encode("ascii")) or [None])[0]
+        reply = known[request] or {"error": f"the chat template was stopped: it needs more than {SECONDS} s or "
+                                            f"{MEGABYTES} MB"}
+        yield ValueError(reply["error"]) if "error" in reply else reply["text"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,9 +169,15 @@ def serve():
         alarm = threading.Timer(SECONDS + 5, os._exit, [1])
         alarm.daemon = True
         alarm.start()
-        reply = rendered(*json.loads(line))
+        replies, room = [], LONGEST
+        for rendering in json.loads(line):
+            replies.append(rendered(*rendering))
+            room -= len(replies[-1].get("text", ""))
+            if room < 0:                                           # too much together: the asker repeats the others
+                replies[-1] = None
+                break
         alarm.cancel()
-        sys.stdout.buffer.write(json.dumps(reply).encode("ascii") + b"\n")
+        sys.stdout.buffer.write(json.dumps(replies).encode("ascii") + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -1,7 +1,9 @@
 """
 Reading what prepare.py wrote: shards of token ids on disk that read like one long array, and the order in which
 training uses them. A dataset that is damaged, incomplete or has another tokenizer than its shards is refused.
+PackedRows does the same for the examples of fine-tuning.
 """
+import hashlib
 import json
 import os
 import shlex
@@ -13,7 +15,12 @@ import torch
 
 from bpe import Tokenizer
 from data.dataset import default_dataset, default_folder, prepared_datasets, verify_shards
+from data.examples import pack_examples
 from nanopath.files import read_json
+
+
+def epoch_generator(seed, epoch):
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
 
 
 class Tokens:
@@ -71,13 +78,88 @@ class Tokens:
         for sequence in range(first, first + count):
             epoch, index = divmod(sequence, self.windows)
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
+                generator = epoch_generator(self.seed, epoch)
                 self.offset = int(torch.randint(self.T, (1,), generator=generator))
                 self.order = torch.randperm(self.windows, generator=generator)
                 self.epoch = epoch
             rows.append(self.read(self.offset + int(self.order[index]) * self.T, self.T + 1))
         xy = torch.from_numpy(np.stack(rows))
         return xy[:, :-1], xy[:, 1:]
+
+
+class PackedRows:
+    """Examples for fine-tuning, (ids, mask) from encode_examples, in rows of at most T ids, and their order in training.
+
+    Several examples share a row; with pack=False each has its own. Every epoch shuffles the rows. T becomes the length
+    of the longest row. folder: Path of the dataset, for its name.
+    """
+    def __init__(self, examples, T, seed=0, folder=Path("data"), pack=True):
+        lengths = [len(ids) for ids, _ in examples]
+        rows = pack_examples(lengths, T) if pack else [[number] for number in range(len(examples))]
+        self.folder, self.seed, self.epoch, self.windows = Path(folder), seed, None, len(rows)
+        self.examples, self.first = len(examples), examples[0]
+        order = [number for row in rows for number in row]
+        self.ids = np.concatenate([examples[number][0] for number in order]).astype(np.int64)
+        mask = np.concatenate([examples[number][1] for number in order])
+        # mask is false on the first id of every example, so no target lies in another example than its input
+        self.labels = np.append(np.where(mask[1:], self.ids[1:], -100), -100)
+        self.segments = np.concatenate([np.full(lengths[number], place, dtype=np.int64)
+                                        for row in rows for place, number in enumerate(row, 1)])
+        self.starts = np.cumsum([0] + [sum(lengths[number] for number in row) for row in rows])
+        self.T, self.targets = int(np.diff(self.starts).max()), int(mask.sum())
+        digest = hashlib.sha256()
+        for ids, mask in examples:
+            digest.update(len(ids).to_bytes(8, "little") + ids.astype("<u4").tobytes() + mask.tobytes())
+        self.hash = digest.hexdigest()
+
+    def __len__(self):
+        return len(self.ids)
+
+    def rows(self, numbers):
+        """x, y, segments (count, T) of some rows. segments: 1, 2, ... for the examples of a row, 0 for the padding
+        behind them, which therefore sees only padding. There x is 0 and y -100, as in rows that do not exist."""
+        x, segments = torch.zeros(2, len(numbers), self.T, dtype=torch.int64)
+        y = torch.full_like(x, -100)
+        for i, number in enumerate(numbers):
+            if number < self.windows:
+                start, stop = self.starts[number:number + 2]
+                for filled, source in ((x, self.ids), (y, self.labels), (segments, self.segments)):
+                    filled[i, :stop - start] = torch.from_numpy(source[start:stop])
+        return x, y, segments
+
+    def rows_from(self, first, count):
+        """Rows first ... first + count - 1 in the order of the file; padding beyond the last."""
+        return self.rows(range(first, first + count))
+
+    def batch(self, first, count):
+        """Rows first to first + count - 1 of the endless shuffled stream."""
+        numbers = []
+        for sequence in range(first, first + count):
+            epoch, index = divmod(sequence, self.windows)
+            if epoch != self.epoch:
+                self.order = torch.randperm(self.windows, generator=epoch_generator(self.seed, epoch))
+                self.epoch = epoch
+            numbers.append(int(self.order[index]))
+        return self.rows(numbers)
+
+
+class MixedRows:
+    """The stream of some PackedRows in which a share of the rows is text of a prepared dataset (rehearsal). tokens: its
+    Tokens in windows of rows.T."""
+    def __init__(self, rows, tokens, share):
+        self.rows, self.tokens, self.share = rows, tokens, share
+
+    def batch(self, first, count):
+        """Sequence s is text where the number of texts before it, the whole part of s * share, grows by one."""
+        found = []
+        for sequence in range(first, first + count):
+            before = int(sequence * self.share)
+            if int((sequence + 1) * self.share) > before:
+                x, y = self.tokens.batch(before, 1)
+                found.append((x, y, torch.ones_like(x)))
+            else:
+                found.append(self.rows.batch(sequence - before, 1))
+        return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 class Batches:
@@ -92,14 +174,15 @@ class Batches:
         self.reader, self.ahead = ThreadPoolExecutor(1), {}
 
     def at(self, step):
-        """x, y (share, T) on the device, and how many targets of y count (are not -100)."""
+        """x, y (share, T) and whatever else tokens.batch gives, on the device, and how many targets of y count (are not
+        -100)."""
         reads = {}
         for wanted in (step, step + 1):                            # after a rollback what was read ahead is forgotten
             first = wanted * self.batch_size + self.first
             reads[wanted] = self.ahead.get(wanted) or self.reader.submit(self.tokens.batch, first, self.share)
-        x, y = reads.pop(step).result()
+        batch = reads.pop(step).result()
         self.ahead = reads
-        return x.to(self.device), y.to(self.device), (y != -100).sum().item()
+        return *(part.to(self.device) for part in batch), (batch[1] != -100).sum().item()
 
     def close(self):
         self.reader.shutdown(cancel_futures=True)
@@ -132,6 +215,22 @@ def open_dataset(cfg):
     except (ValueError, KeyError, OSError) as error:
         raise SystemExit(f"--dataset={name}: {error}. Prepare it again: {prepare_command(folder)}") from None
     return folder, tokenizer
+
+
+def open_splits(cfg, folder):
+    """The train and validation split, with at least one window of --block_size tokens to train on."""
+    splits = []
+    for split in ("train", "val"):
+        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
+        if split == "val" and not len(tokens):
+            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to "
+                             f"validate on. Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
+        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
+            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
+                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
+                             "python prepare.py PATH...")
+        splits.append(tokens)
+    return splits
 
 
 def data_hashes(folder):

@@ -4,6 +4,7 @@ writes.
 
     render_text   messages -> text; which of its characters the assistant says; where a user wrote a special token
     render        the same as ids and mask: for the chat, for fine-tuning and for the server
+    render_many   the same for many chats, faster
     answer_ends   the ids that end an answer
     is_chat       was this model fine-tuned on chats?
 
@@ -16,18 +17,66 @@ is a character that no message contains; a second rendering, without marks, must
 """
 import json
 import re
+from functools import lru_cache
+from itertools import islice
 
 from bpe import CHAT_TEMPLATE
-from data.sandbox import run_template
+from data.sandbox import run_templates
 
 SPOKEN = ("content", "text", "reasoning_content", "thinking", "name", "arguments")   # keys of a message that are said
+
+
+TOGETHER = 64   # chats whose renderings are asked for together
 
 
 def render(tokenizer, messages, add_generation_prompt=False, **variables):
     """Messages [{"role", "content", ...}] -> ids, mask. mask is 1 on what the assistant writes, the token that ends its
     turn included: there fine-tuning computes its loss. tokenizer: of bpe.py or data/foreign.py. ids equal those of
     transformers' apply_chat_template, except that special tokens in a message are ordinary text."""
-    text, spans, literal = render_text(tokenizer, messages, add_generation_prompt, **variables)
+    return encode_rendered(tokenizer, *render_text(tokenizer, messages, add_generation_prompt, **variables))
+
+
+def render_many(tokenizer, chats):
+    """Yield render(tokenizer, messages) of each chat. ValueError begins with the number of the chat, counted from 1.
+
+    A chat needs one to five renderings, and a request to the other process costs more than a rendering. So one request
+    asks for the first rendering of many chats, the next one for the second rendering of each, and so on."""
+    for first in range(0, len(chats), TOGETHER):
+        jobs = {number: render_steps(tokenizer, messages)
+                for number, messages in enumerate(chats[first:first + TOGETHER], first + 1)}
+        done, replies = {}, [(number, None) for number in jobs]
+        while len(done) < len(jobs):
+            wanted = {}
+            for number, reply in replies:
+                try:
+                    wanted[number] = answer_step(jobs[number], reply)
+                except StopIteration as end:
+                    done[number] = end.value
+                except ValueError as error:
+                    raise ValueError(f"example {number}: {error}") from None
+            replies = zip(wanted, run_templates(wanted.values()))
+        for number in jobs:
+            yield encode_rendered(tokenizer, *done[number])
+
+
+def answer_step(steps, reply):
+    """Give a generator of renderings the reply to its last one (None at its start), a text or a ValueError. Returns the
+    next rendering that it asks for; StopIteration holds its result."""
+    return steps.throw(reply) if isinstance(reply, ValueError) else steps.send(reply)
+
+
+def run_steps(steps):
+    """The result of a generator of renderings, which are made one after the other."""
+    reply = None
+    try:
+        while True:
+            reply = next(run_templates([answer_step(steps, reply)]))
+    except StopIteration as end:
+        return end.value
+
+
+def encode_rendered(tokenizer, text, spans, literal):
+    """What render_text returns -> ids, mask."""
     ids, ends = tokenizer.encode_offsets(text, allowed_special="all", literal=literal)
     mask, number = [0] * len(ids), 0
     for i, (begin, end) in enumerate(zip([0, *ends], ends)):
@@ -41,15 +90,20 @@ def render(tokenizer, messages, add_generation_prompt=False, **variables):
 def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
     """(text, spans, literal): spans are the [begin, end) of what the assistant writes, in characters; literal holds the
     positions of special tokens that stand in a message. ValueError: no template, bad messages, or what it refuses."""
+    return run_steps(render_steps(tokenizer, messages, add_generation_prompt, **variables))
+
+
+def render_steps(tokenizer, messages, add_generation_prompt=False, **variables):
+    """render_text as a generator. It yields each rendering that it needs, (source, variables, opening, closing) of
+    run_template, and is sent the text."""
     source = choose_template(tokenizer.chat_template, variables.get("tools"))
     messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
-    special = one_of(tokenizer.specials)
-    begun = re.compile(f"(?:{one_of(name[:n] for name in tokenizer.specials for n in range(1, len(name))).pattern})\\Z")
+    special, begun = special_patterns(tuple(tokenizer.specials))
     begin, end, alien = marks = free_characters(messages, variables, source)
 
     def fill(messages, variables, prompt=add_generation_prompt):
         given = known | variables | dict(messages=messages, add_generation_prompt=prompt)
-        return run_template(source, given, begin, end)
+        return source, given, begin, end
 
     def guard(text):                                               # "<|im_end|>" becomes "<", alien, "|im_end|>"
         text = special.sub(lambda found: found[0][:1] + alien + found[0][1:], text)
@@ -60,15 +114,15 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
         return re.sub(f"[{marks}]", "", text)
 
     guarded, safe = on_texts(guard, messages), on_texts(guard, variables)
-    text = fill(guarded, safe)
-    if (guarded != messages or safe != variables) and without(alien, text) != fill(messages, variables):
+    text = yield fill(guarded, safe)
+    if (guarded != messages or safe != variables) and without(alien, text) != (yield fill(messages, variables)):
         raise ValueError("the chat template changes the text of the messages, so a special token in a message cannot "
                          "be told from the template's own. Remove special tokens from the messages")
     has_spans = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
     if not has_spans and any(message["role"] == "assistant" for message in messages):
         for mark in (bracket, bracket_words):                      # the second where a template splits at <think>
-            marked = fill([on_texts(lambda text: mark(text, begin, end), message, SPOKEN)
-                           if message["role"] == "assistant" else message for message in guarded], safe)
+            marked = yield fill([on_texts(lambda text: mark(text, begin, end), message, SPOKEN)
+                                 if message["role"] == "assistant" else message for message in guarded], safe)
             if without(begin + end, marked) == text and balanced(marked, begin, end):
                 text = marked
                 break
@@ -80,9 +134,10 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
     literal = {place - 1 for place in places[alien]}
     spans = list(zip(places[begin], places[end]))
     if spans and not has_spans:
-        first, prompted = (fill([dict(role="user", content="a")], variables, asks) for asks in (False, True))
+        first = yield fill([dict(role="user", content="a")], variables, False)
+        prompted = yield fill([dict(role="user", content="a")], variables, True)
         opening = prompted.removeprefix(first) if prompted.startswith(first) else ""
-        ends = [found.span() for found in one_of(answer_end_texts(tokenizer)).finditer(text)]
+        ends = [found.span() for found in one_of((yield from end_steps(tokenizer))).finditer(text)]
         ends = [end for end in ends if end[0] not in literal]
         spans = list(dict.fromkeys(widen(text, span, opening, ends) for span in spans))
     return text, spans, literal
@@ -129,13 +184,14 @@ def take_marks(text, marks):
     return "".join(parts[::2]), places
 
 
-def answer_end_texts(tokenizer):
-    """The special tokens that end an answer: the first after the assistant's words, and the tokenizer's eos_token."""
-    known, names = special_texts(tokenizer.chat_config), one_of(tokenizer.specials)
+def end_steps(tokenizer):
+    """The special tokens that end an answer: the first after the assistant's words, and the tokenizer's eos_token.
+    A generator like render_steps."""
+    known, names = special_texts(tokenizer.chat_config), special_patterns(tuple(tokenizer.specials))[0]
     ends = [known["eos_token"]] if known.get("eos_token") in tokenizer.specials else []
     question, answer = dict(role="user", content="a"), dict(role="assistant", content="\U0010fffd")
     try:
-        text = run_template(choose_template(tokenizer.chat_template), known | dict(messages=[question, answer]))
+        text = yield choose_template(tokenizer.chat_template), known | dict(messages=[question, answer]), "", ""
     except ValueError:                                             # it wants other messages; the eos_token must do
         return ends
     _, found, rest = text.partition("\U0010fffd")
@@ -145,7 +201,7 @@ def answer_end_texts(tokenizer):
 
 def answer_ends(tokenizer):
     """The ids that end an answer in a chat, as a frozenset; empty without a template."""
-    texts = answer_end_texts(tokenizer) if tokenizer.chat_template else ()
+    texts = run_steps(end_steps(tokenizer)) if tokenizer.chat_template else ()
     return frozenset(tokenizer.specials[text] for text in texts)
 
 
@@ -155,6 +211,13 @@ def is_chat(tokenizer, stop_ids):
     if tokenizer.chat_template in (None, CHAT_TEMPLATE):
         return tokenizer.im_end_id is not None and tokenizer.im_end_id in stop_ids
     return True
+
+
+@lru_cache(maxsize=8)
+def special_patterns(names):
+    """Patterns that find any of these special tokens, and the beginning of such a token at the end of a text."""
+    begun = one_of(name[:n] for name in names for n in range(1, len(name)))
+    return one_of(names), re.compile(f"(?:{begun.pattern})\\Z")
 
 
 def one_of(texts):
@@ -176,7 +239,7 @@ def on_texts(function, value, keys=None):
 def free_characters(*values):
     """Three characters for private use that none of the values contains."""
     used = set(json.dumps(values, ensure_ascii=False, default=str))
-    return [mark for mark in map(chr, range(0x100000, 0x100400)) if mark not in used][:3]
+    return list(islice((mark for mark in map(chr, range(0x100000, 0x100400)) if mark not in used), 3))
 
 
 def special_texts(config):

@@ -28,6 +28,7 @@ class Progress:
     lr_factor: float = 1.0          # on all rates; halved by a rollback
     loss_scale: float = 1.0         # float16 only: keeps small gradients above its smallest number
     skipped: int = 0                # steps in a row without a finite gradient
+    waited: int = 0                 # evaluations in a row without a better loss
 
 
 class SaveError(RuntimeError):
@@ -35,8 +36,9 @@ class SaveError(RuntimeError):
 
 
 def state_tensors(model, optimizers):
-    """Every tensor a run is made of, by name: weights, optimizer state, random state. Sharded tensors stay sharded."""
-    names = {p: name for name, p in model.named_parameters()}
+    """Every tensor that a run changes, by name: weights that are not frozen, optimizer state, random state. Sharded
+    tensors stay sharded."""
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for p, name in names.items()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
@@ -133,7 +135,7 @@ def load_tensors(folder, model, optimizers, machine):
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {f"model.{name}": p.shape for name, p in named.items()} != \
             {name: meta.size for name, meta in saved.items() if name.startswith("model.")}:
         raise SystemExit(f"--resume: {folder} holds a model of another shape. Leave out the flags that change the "

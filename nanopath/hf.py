@@ -60,6 +60,10 @@ def config_to_hf(config, family=None, dtype="float32"):
     """GPTConfig -> the dictionary of config.json, with the keys of both transformers 4 and 5."""
     c, family = config, family or family_of(config)
     hf = {"architectures": [ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "dtype": dtype}
+    if c.labels:                                                   # transformers: the logits of the last token
+        hf["architectures"] = [re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", ARCHITECTURES[family])]
+        names = dict(enumerate(c.labels))
+        hf |= {"id2label": {str(i): name for i, name in names.items()}, "label2id": {n: i for i, n in names.items()}}
     if family == "nanopath":
         return hf | asdict(c)
     hf |= {theirs: getattr(c, ours) for ours, theirs in NAMES[family].items()}
@@ -153,9 +157,12 @@ def config_from_hf(hf, where="config.json"):
     if family == "nanopath":
         outer = ("architectures", "model_type", "torch_dtype", "dtype")
         values = {key: value for key, value in hf.items() if key not in outer}
-        for key in ("window_layers", "rope_layers", "stop_token_ids"):
+        for key in ("id2label", "label2id"):
+            values.pop(key, None)
+        for key in ("window_layers", "rope_layers", "stop_token_ids", "labels"):
             values[key] = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
-        return values | {"stop_token_ids": values["stop_token_ids"] or ()}
+        return values | {key: values[key] or () for key in ("stop_token_ids", "labels")}
+    labels = labels_from_hf(hf, where)
     check_fixed(hf, FIXED[family], where)
     hf = {key: value for key, value in hf.items() if key in READS[family]}
     for alias, key in ALIASES.get(family, {}).items():
@@ -189,7 +196,18 @@ def config_from_hf(hf, where="config.json"):
             raise ValueError(f"{where}: attn_config={attention!r}: must be an object")
         check_fixed(attention, MPT_ATTENTION, f"{where}: attn_config")
         v["attn_scale"] = attention.get("softmax_scale") or 0.0
-    return v
+    return v | labels
+
+
+def labels_from_hf(hf, where):
+    """The names of the classes, where the model is a classifier."""
+    kind, names = as_list(hf.get("architectures")), hf.get("id2label")
+    if not kind or not str(kind[0]).endswith("ForSequenceClassification"):
+        return {}
+    try:
+        return dict(labels=tuple(names[str(i)] for i in range(len(names))), tie_embeddings=False)
+    except (KeyError, TypeError):
+        raise ValueError(f"{where}: id2label={names!r}: must name the classes 0, 1, ...") from None
 
 
 def check_fixed(hf, fixed, where):
@@ -407,6 +425,7 @@ def check_config(config):
              f"rotary_dim={c.rotary_dim}: must be even and at most head_dim={c.head_dim}"),
             (c.parallel_block and c.norm_place != "pre", f"norm_place={c.norm_place}: parallel blocks need pre"),
             (c.norm_offset and c.norm != "rms", f"norm={c.norm}: norm_offset needs rms"),
+            (c.labels and c.tie_embeddings, f"tie_embeddings={c.tie_embeddings}: a classifier has a head of its own"),
             (c.qk_norm_whole and not c.qk_norm, f"qk_norm={c.qk_norm}: qk_norm_whole needs it"),
             (c.rope_local_theta and c.position != "rope", f"position={c.position}: rope_local_theta needs rope")):
         if wrong:
@@ -478,7 +497,7 @@ def read_tensors(folder, files, model, dtype, device):
     """
     tensors, (family, found) = {}, open_files(folder, files, device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    shapes |= {"lm_head.weight": shapes["embed_tokens.weight"]}
+    shapes.setdefault("lm_head.weight", shapes["embed_tokens.weight"])          # of a tied head
     for file, key, stored in found:
         for name, tensor in tensors_from_hf(key, stored, family, model.config):
             if name not in shapes:
@@ -546,7 +565,7 @@ def tensors_from_hf(key, tensor, family, config):
     layer = (layer or "").replace(f"{stack}.", "layers.")
     if family == "mixtral":
         module = ".".join(MIXTRAL_MODULES.get(part, part) for part in module.split("."))
-    module = MODULES.get(family, {}).get(module, module)
+    module = MODULES.get(family, {}).get(module, "lm_head" if module == "score" else module)
     if family == "gpt2" and layer and tensor.dim() == 2:           # stored as (in, out)
         tensor = tensor.T.contiguous()
     if module == "mlp.gate_up":
@@ -605,7 +624,7 @@ def names_to_hf(ours, family, c):
         if family == "mixtral" and ".experts." in name or module.endswith("mlp.gate") and family == "mixtral":
             module = ".".join(mixtral.get(part, part) for part in module.split("."))
         p = p.T if family == "gpt2" and layer and p.dim() == 2 else p
-        module = modules.get(module, module)
+        module = "score" if c.labels and module == "lm_head" else modules.get(module, module)
         prefix = "" if name.startswith("lm_head") else PREFIX.get(family, "model.")
         prefix += f"{STACK.get(family, 'layers')}.{layer}." if layer else ""
         theirs[f"{prefix}{module}.{kind}"] = p

@@ -150,12 +150,14 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_model(raw, rank):
+def whole_model(raw, rank, build=None):
     """The model as one process would have it, to save or to sample: raw itself, or on rank 0 a gathered copy. All
-    processes must call it; the other ranks get None where the model is sharded."""
+    processes must call it; the other ranks get None where the model is sharded. build: makes the model that the copy
+    fills, where it is more than its class and its config."""
     if not any(hasattr(p, "full_tensor") for p in raw.parameters()):
         return raw
-    copy = type(raw)(raw.config).to(next(raw.parameters()).dtype) if rank == 0 else None
+    build = build or (lambda: type(raw)(raw.config))
+    copy = build().to(next(raw.parameters()).dtype) if rank == 0 else None
     places = dict(copy.named_parameters()) if rank == 0 else {}
     for name, p in raw.named_parameters():
         tensor = whole(p.detach())

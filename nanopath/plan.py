@@ -25,14 +25,15 @@ from nanopath.parallel import shards_of
 def bytes_needed(cfg, model, dtype, world):
     """Of one process: (weights, gradients and optimizer state; what one step of Muon takes temporarily)."""
     stacks = Counter()                                             # matrices of one shape are orthogonalized together
-    for p in model.layers.parameters():
+    for p in model.layers.parameters() if hasattr(cfg, "muon_lr") else ():
         stacks[tuple(sorted(p.shape))] += p.numel() * (p.dim() == 2)
     N, inside, size = model.num_params(), sum(stacks.values()), 8 if dtype == torch.float64 else 4
-    state = (2 * N + inside + 2 * (N - inside)) * size             # Muon keeps one moment, AdamW two
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = (N + trained + inside + 2 * (trained - inside)) * size     # Muon keeps one moment, AdamW two
     parts = shards_of(cfg, world) * cfg.tensor_parallel
     if cfg.parallel == "zero2" and world > cfg.tensor_parallel:    # during a step weights and gradients are whole
         state += parts * N * (dtype.itemsize + 4) / cfg.tensor_parallel
-    return state / parts, 3 * max(stacks.values()) * dtype.itemsize / parts          # three copies of the largest stack
+    return state / parts, 3 * max(stacks.values(), default=0) * dtype.itemsize / parts   # copies of the largest stack
 
 
 def surely_fits(c, device):

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.shards import Tokens, data_hashes, default_dataset, prepare_command
+from data.shards import data_hashes, default_dataset
 from nanopath.checkpoint import (Progress, SaveError, broken_state, checkpoints, json_hash, load_state, save_state,
                                  steps_saved)
 from nanopath.devices import free_memory, memory_used, out_of_memory
@@ -48,6 +48,16 @@ def command(*words, **flags):
     quoted."""
     given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
     return shlex.join(["python", *map(str, words), *given])
+
+
+def stage_of(cfg):
+    """The script that this Config, or its class, belongs to: train.py."""
+    return Path(sys.modules[cfg.__module__].__file__).name
+
+
+def rates_of(cfg):
+    """The flags of its learning rates, in words."""
+    return "--muon_lr and --learning_rate" if hasattr(cfg, "muon_lr") else "--learning_rate"
 
 
 def run_folder(out, dataset):
@@ -71,14 +81,13 @@ def parse_run(Config, presets, doc, args=None):
                          "no effect. Leave out --preset; single flags such as --max_steps can be changed")
     default = Config(**({} if known.preset is None else {"preset": known.preset} | presets[known.preset]))
     if known.resume:
-        out = run_folder(known.out, known.dataset)
+        out = run_folder(known.out or Config.out, known.dataset)
         if not (out / "manifest.json").is_file():
             raise SystemExit(f"--resume: {out} holds no run (no manifest.json). Start one: "
-                             + command("train.py", out=out))
+                             + command(stage_of(Config), out=out))
         default = saved_config(Config, out) | {"out": str(out), "resume": True}
         default = Config(**default)
-    cfg = parse(Config, doc, default=default, args=args)
-    return replace(cfg, dataset=cfg.dataset or default_dataset())  # the manifest of a run names its dataset
+    return parse(Config, doc, default=default, args=args)
 
 
 def read_manifest(out):
@@ -136,7 +145,7 @@ def earlier_run(cfg, machine):
     return cfg, out, read_manifest(out) if cfg.resume else None
 
 
-def new_manifest(cfg, machine, tokenizer, folder, config, before, progress):
+def new_manifest(cfg, machine, tokenizer, data, config, before, progress):
     """What made this run: settings, data, versions, commit. dtype is written as resolved, so that a resumed run does
     not decide again. A resume keeps the record of the start and adds its own to `resumed`."""
     root = Path(__file__).resolve().parents[1]
@@ -148,14 +157,13 @@ def new_manifest(cfg, machine, tokenizer, folder, config, before, progress):
     return {"config": asdict(cfg) | {"resume": False, "dtype": str(machine.dtype).removeprefix("torch.")},
             "model": asdict(config),
             "launch": launch(), "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-            "data": data_hashes(folder), "wandb": before["wandb"] if before else None,
+            "data": data, "wandb": before["wandb"] if before else None,
             "started": before["started"] if before else record,
             "resumed": [*before["resumed"], record] if before else []}
 
 
-def check_settings(cfg, folder, out, machine):
-    """Settings that cannot work together are refused before anything is written. Returns the train and validation
-    split."""
+def check_settings(cfg, out, machine):
+    """Settings that cannot work together are refused before anything is written."""
     world, data = machine.world, max(1, machine.world // cfg.tensor_parallel)
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise SystemExit("--wandb: the package is not installed: pip install wandb")
@@ -171,7 +179,7 @@ def check_settings(cfg, folder, out, machine):
                          "leave it out")
     if data % (cfg.shards or 1):
         raise SystemExit(f"--shards={cfg.shards}: must divide the {data} data-parallel processes. torchrun starts "
-                         "several: torchrun --standalone --nproc_per_node=N train.py ...")
+                         f"several: torchrun --standalone --nproc_per_node=N {stage_of(cfg)} ...")
     if cfg.batch_size % data:
         raise SystemExit(f"--batch_size={cfg.batch_size}: must be a multiple of the {data} data-parallel processes, so "
                          "that each has the same number of sequences")
@@ -189,18 +197,6 @@ def check_settings(cfg, folder, out, machine):
         if filled and not any((out / name).exists() for name in of_a_run) or (out / "meta.json").exists():
             raise SystemExit(f"--out={out}: this folder holds other files than a run. Choose a new folder such as "
                              "--out=out/name")
-    splits = []
-    for split in ("train", "val"):
-        tokens = Tokens(folder, split, cfg.block_size, cfg.seed)
-        if split == "val" and not len(tokens):
-            raise SystemExit(f"--dataset={cfg.dataset}: prepared with --val_fraction=0, so there is nothing to "
-                             f"validate on. Prepare it again: {prepare_command(folder, val_fraction=0.1)}")
-        if tokens.windows < 1 if split == "train" else len(tokens) < 2:
-            raise SystemExit(f"--block_size={cfg.block_size}: the {split} split of {folder} has only {len(tokens)} "
-                             "tokens. Use a smaller --block_size, or prepare more text (and a larger --val_fraction): "
-                             "python prepare.py PATH...")
-        splits.append(tokens)
-    return splits
 
 
 def check_writable(out):
@@ -238,13 +234,14 @@ def check_model(cfg, config, before, tokenizer, folder, out):
 # What a run tells and leaves behind
 
 @contextlib.contextmanager
-def writing(out):
-    """Around everything that writes into a run's folder: a disk that is full or gone ends the run with one line."""
+def writing(out, again):
+    """Around everything that writes into a run's folder: a disk that is full or gone ends the run with one line.
+    again: the command that resumes it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise SystemExit(f"--out={out}: cannot be written ({error}). What was saved before is complete: free some "
-                         "space, then " + command("train.py", resume=True, out=out)) from None
+                         f"space, then {again}") from None
 
 
 class Log:
@@ -255,8 +252,9 @@ class Log:
     def __init__(self, out, cfg, machine):
         self.out, self.cfg, self.machine, self.file, self.wandb, self.finished = out, cfg, machine, None, None, False
         self.losses, self.shown, self.printed, self.began = [], None, time.monotonic(), time.perf_counter()
+        self.again = command(stage_of(cfg), resume=True, out=out)
         if machine.rank == 0 and not cfg.dry_run:
-            with writing(out):
+            with writing(out, self.again):
                 out.parent.mkdir(parents=True, exist_ok=True)
                 self.lock = FileLock(out.parent / f".{out.name}.lock")
             try:
@@ -292,20 +290,20 @@ class Log:
         if guard.compiled and not cfg.dry_run:
             self.say("the first step compiles the blocks, which takes up to half a minute")
 
-    def open(self, progress, tokenizer, folder, config, before):
+    def open(self, progress, tokenizer, data, config, before):
         """All checks have passed: keep an earlier run under another name, write the manifest, open log.jsonl after
-        the steps that are done."""
+        the steps that are done. data: hashes of what is read."""
         self.finished = progress.step >= self.cfg.max_steps        # a finished run stays as it is
         if self.machine.rank or self.finished:
             return
-        manifest = new_manifest(self.cfg, self.machine, tokenizer, folder, config, before, progress)
+        manifest = new_manifest(self.cfg, self.machine, tokenizer, data, config, before, progress)
         if self.cfg.wandb:
             import wandb
             curve = wandb.init(project="nanopath", name=self.out.name, config=manifest["config"], id=manifest["wandb"],
                                resume="allow")
             wandb.define_metric("*", step_metric="step")           # W&B's own count of steps cannot go back, ours may
             self.wandb, manifest = wandb, manifest | {"wandb": curve.id}
-        with writing(self.out):
+        with writing(self.out, self.again):
             if not self.cfg.resume:
                 keep_earlier_run(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -316,13 +314,13 @@ class Log:
         """After a rollback: the steps after this one will be taken again."""
         self.shown = None
         if self.file:
-            with writing(self.out):
+            with writing(self.out, self.again):
                 self.file.close()
                 self.file = trim_log(self.out, step)
 
     def record(self, **row):
         if self.file:
-            with writing(self.out):
+            with writing(self.out, self.again):
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
             if self.wandb:
@@ -365,23 +363,24 @@ class Log:
         self.line(f"step {progress.step:5d}  validation {val_loss:.4f} nats per token, {bits:.4f} bits per byte"
                   + ("  <- best" if better else "" if math.isfinite(val_loss) else "  (not finite: not kept)"))
         self.record(step=progress.step, val_loss=val_loss, bits_per_byte=bits)
+        progress.waited = 0 if better else progress.waited + 1
         if better:
             progress.best = val_loss
         return better
 
     def plot(self):
         if self.file:
-            with writing(self.out):
+            with writing(self.out, self.again):
                 plot_losses(self.out)
 
-    def finish(self, progress):
-        """The last lines, with the next command; the lock ends."""
-        out, steps, again = self.out, self.cfg.max_steps, command("train.py", resume=True, out=self.out)
+    def finish(self, progress, early=False):
+        """The last lines, with the next command; the lock ends. early: no better loss was expected."""
+        out, steps = self.out, self.cfg.max_steps
         if self.finished:
-            self.say(f"{out} had all its {progress.step} steps already. Train longer: {again} "
+            self.say(f"{out} had all its {progress.step} steps already. Train longer: {self.again} "
                      f"--max_steps={2 * progress.step}")
-        elif progress.step < steps:
-            self.say(f"stopped at step {progress.step}; everything is saved. Continue: {again}")
+        elif progress.step < steps and not early:
+            self.say(f"stopped at step {progress.step}; everything is saved. Continue: {self.again}")
         elif progress.best is not None:
             self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss "
                      f"curve: {out / 'loss.png'}")
@@ -390,8 +389,8 @@ class Log:
             if self.file:
                 self.file.close()
             self.lock.release()
-        if progress.best is None and progress.step >= steps and not self.finished:
-            raise SystemExit(f"the validation loss of {out} was not finite. Lower --muon_lr and --learning_rate")
+        if progress.best is None and progress.step >= steps and not self.finished and progress.waited:
+            raise SystemExit(f"the validation loss of {out} was not finite. Lower {rates_of(self.cfg)}")
 
 
 def keep_earlier_run(out):
@@ -460,7 +459,7 @@ class Guard:
     All processes take the same branch: what one process alone notices is agreed on first.
     """
     def __init__(self, log, raw, optimizers, before, compiled):
-        self.log, self.out, self.cfg, self.machine = log, log.out, log.cfg, log.machine
+        self.log, self.out, self.cfg, self.machine, self.again = log, log.out, log.cfg, log.machine, log.again
         self.raw, self.optimizers, self.compiled = raw, optimizers, compiled
         self.progress = Progress(loss_scale=2.0 ** 16 if self.machine.dtype == torch.float16 else 1.0)
         self.resumed = self.cfg.resume and load_state(self.out, raw, optimizers, self.progress, self.machine,
@@ -514,7 +513,7 @@ class Guard:
             raise SystemExit("out of memory with one sequence per forward pass. Try --checkpointing, --parallel=fsdp, "
                              "a smaller --block_size or a smaller model")
         if not self.cfg.dry_run:                                   # for --resume
-            with writing(self.out):
+            with writing(self.out, self.again):
                 write_json(self.out / f"micro_batch.{machine.rank}.json", {"micro_batch": micro})
         if machine.world > 1:
             again = "" if self.cfg.dry_run else (": torchrun --max_restarts=3 does that by itself, or add it to "
@@ -603,7 +602,7 @@ class Guard:
         progress, rates = self.progress, self.progress.lr_factor
         back = progress.rollbacks + 1
         if progress.rollbacks or not steps_saved(self.out, self.machine):
-            give_up(self.out, reason, progress, batch, self.machine.rank)
+            give_up(self, reason, batch)
         load_state(self.out, self.raw, self.optimizers, progress, self.machine)
         progress.rollbacks, progress.lr_factor = back, rates / 2
         self.log.line(f"went back to step {progress.step} with half the learning rates")
@@ -624,11 +623,11 @@ class Guard:
         """save_state, with one line where the disk or the memory is full."""
         machine = self.machine
         try:
-            with writing(self.out):
+            with writing(self.out, self.again):
                 return save_state(self.out, self.raw, self.optimizers, self.progress, machine)
         except SaveError as error:                                 # the only one that all processes get
             if not out_of_memory(error):
-                with writing(self.out):
+                with writing(self.out, self.again):
                     raise error.args[0] from None
         free_memory(machine.device)
         newest = max((path.name for path in checkpoints(self.out).values()), default="nothing")
@@ -641,7 +640,7 @@ class Guard:
     def write(self, save, *args):
         """save(folder of the run, *args) on rank 0."""
         if self.machine.rank == 0:
-            with writing(self.out):
+            with writing(self.out, self.again):
                 save(self.out, *args)
 
 
@@ -651,21 +650,21 @@ def first_broken(raw):
                  getattr(p.grad, "_local_tensor", p.grad).isfinite().all()), "their sum, or on another process")
 
 
-def give_up(out, reason, progress, batch, rank):
+def give_up(guard, reason, batch):
     """The end of a run that neither skipping nor going back could help: keep the batch, say what to try."""
-    kept = ""
+    kept, progress, out, again = "", guard.progress, guard.out, guard.again
     if batch is not None:
-        path = out / f"bad_batch_{rank}.safetensors"
+        path = out / f"bad_batch_{guard.machine.rank}.safetensors"
         x, y = (ids.cpu().clone(memory_format=torch.contiguous_format) for ids in batch)
-        with writing(out):
+        with writing(out, again):
             save_file({"x": x, "y": y}, path)
         kept = f" The batch is in {path}."
     tried = [f"skipping {progress.skipped} batches"] * bool(progress.skipped)
     tried += ["going back"] * bool(progress.rollbacks)
-    saved = f"; what was saved is from before: {command('train.py', resume=True, out=out)}" if progress.rollbacks else \
+    saved = f"; what was saved is from before: {again}" if progress.rollbacks else \
         "; nothing was saved yet, so start again"
     helped = f" {' and '.join(tried).capitalize()} did not help." if tried else ""
-    raise SystemExit(f"{reason}.{helped}{kept} Lower --muon_lr and --learning_rate{saved}")
+    raise SystemExit(f"{reason}.{helped}{kept} Lower {rates_of(guard.cfg)}{saved}")
 
 
 def run_stage(main, Config, presets, doc):
@@ -691,5 +690,5 @@ def run_stage(main, Config, presets, doc):
         if not out_of_memory(error):
             raise
         raise SystemExit(f"out of memory ({str(error).strip().split(chr(10))[0]}). Try --checkpointing, "
-                         "--parallel=fsdp or a smaller model; what was saved before is complete: python train.py "
-                         "--resume, same --out") from None
+                         "--parallel=fsdp or a smaller model; what was saved before is complete: python "
+                         f"{stage_of(Config)} --resume, same --out") from None

@@ -40,7 +40,7 @@ def find_run(flag, name):
         return name
     if not runs:
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")
-    script = "evaluate.py" if Path(sys.argv[0]).name == "evaluate.py" else "sample.py"
+    script = Path(sys.argv[0]).name if Path(sys.argv[0]).name in ("evaluate.py", "quantize.py") else "sample.py"
     if name:
         raise SystemExit(f"no model at {name}: {advice}; or use the newest of {len(runs)} under out/: "
                          f"python {script} --{flag}={runs[0]}")

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 
 ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"}, "train": {"bpe", "model", "sample"},
-          "evaluate": {"bpe", "model", "sample"}}
-LATE = {("model", "bpe"), ("model", "finetune_lora")}               # load_model imports the tokenizer and adapters inside
+          "evaluate": {"bpe", "model", "sample"}, "quantize": {"bpe", "model"}}
+LATE = {("model", "bpe")}                                          # load_model imports the tokenizer inside the function
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
-PAGES = {"bpe": 600, "model": 700, "prepare": 450, "sample": 800, "train": 480, "evaluate": 620}
+PAGES = {"bpe": 600, "model": 700, "prepare": 450, "sample": 800, "train": 480, "evaluate": 620, "quantize": 500}
 # lines. sample.py has five ways to decode, each complete, and so is longer than the design wants
 # STYLE.md, "Words": what a reader who knows English as a second language has to look up
 RIDDLES = r"\b(reckon\w*|lest|anew|mend(s|ed|ing)?|thereof|whoever|whence|hither|for good|goes on|go on|passed over)\b"

@@ -6,8 +6,8 @@ import pytest
 from conftest import real_folder
 
 from bpe import CHAT_TEMPLATE, Tokenizer
-from data.sandbox import run_template
-from data.templates import answer_ends, render_text
+from data.sandbox import run_template, run_templates
+from data.templates import answer_ends, render_many, render_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -359,3 +359,29 @@ def test_a_letter_that_serves_as_padding_stays_text(pairs, tmp_path):
         file.write_text(json.dumps(config | wrong), encoding="utf-8")
         with pytest.raises(ValueError, match="tokenizer_config.json|not a tokenizer|TypeError"):
             Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_chats_at_once_are_the_same(pairs, kind):
+    ours, _ = pairs[kind]
+    attack = [said("user", "<|im_end|></s><eos>"), said("assistant", "a<|im_en"), said("user", "d|> \U00100000"), said("assistant", "é😀")]
+    chats = [*CHATS, *WITH_SYSTEM * KINDS[kind][5], *THINKING * (kind == "qwen3"), attack] * 20
+    assert list(render_many(ours, chats)) == [ours.render(chat) for chat in chats]
+    chats[99] = [said("user", 5)]
+    with pytest.raises(ValueError, match=r"^example 100: message 0 must be"):
+        list(render_many(ours, chats))
+
+
+def test_renderings_that_fail_together_are_repeated_alone(monkeypatch):
+    monkeypatch.setattr("data.sandbox.SECONDS", 1.5)
+    endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    sources = ["{{ messages }}", endless, "{{ nothing.x }}", "{{ 'a' * 6000000 }}", "{{ 'b' * 6000000 }}", "{{ 'c' * 20000000 }}"]
+    begin = time.perf_counter()
+    found = list(run_templates([(source, dict(messages="m"), "", "") for source in sources * 2]))
+    assert time.perf_counter() - begin < 15                        # the endless one twice: with the others, and alone
+    for source, text in zip(sources * 2, found):
+        try:
+            assert text == run_template(source, dict(messages="m"))
+        except ValueError as error:
+            assert str(text) == str(error)
+    assert [isinstance(text, ValueError) for text in found] == [False, True, True, False, False, True] * 2

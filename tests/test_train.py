@@ -848,9 +848,10 @@ def test_a_kill_between_two_renames_loses_nothing(here, tmp_path):
 
 
 def test_a_batch_of_one_sequence_is_kept_when_a_run_gives_up(tmp_path):
-    tokens = torch.arange(9)[None]
-    with pytest.raises(SystemExit, match="too large. .*bad_batch_0.safetensors"):
-        rescue.give_up(tmp_path, "too large", Progress(skipped=3), (tokens[:, :-1], tokens[:, 1:]), 0)
+    tokens, guard = torch.arange(9)[None], guard_of(GPT(GPTConfig()), tmp_path)
+    guard.out, guard.progress = tmp_path, Progress(skipped=3)
+    with pytest.raises(SystemExit, match="too large. .*bad_batch_0.safetensors.*--muon_lr"):
+        rescue.give_up(guard, "too large", (tokens[:, :-1], tokens[:, 1:]))
     kept = load_file(tmp_path / "bad_batch_0.safetensors")
     assert torch.equal(kept["x"][0], tokens[0, :-1]) and torch.equal(kept["y"][0], tokens[0, 1:])
 

@@ -411,7 +411,8 @@ def read_prompt_embeddings(saved, config, tensors, c, file, family):
     pairs = stored.float().view(n, c.n_layer, 2, c.n_kv_head, -1, c.head_dim).permute(1, 2, 3, 4, 0, 5)
     if not torch.equal(pairs, pairs[:, :, :, :1].expand_as(pairs)):
         raise ValueError(f"{file}: each of the {c.n_head} query heads has a prefix of its own; here the queries of a "
-                         "group share their keys and values. Train the prefix again: python finetune_lora.py --method=prefix")
+                         "group share their keys and values. Train the prefix again: python finetune_lora.py "
+                         "--method=prefix")
     keys, values = pairs[:, :, :, 0].unbind(dim=1)                 # (L, K, n, D) each
     saved.tensors |= {"prefix.keys": keys.contiguous(), "prefix.values": values.contiguous()}
 
@@ -457,11 +458,13 @@ def decode_lora(saved, theirs, ours, found, sizes, config, model, file, family):
 def setting(key, by_module, theirs, config, where):
     """r or lora_alpha of a module: of the first pattern that matches the end of its name, as in PEFT."""
     patterns = config.get(by_module) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{where}: {by_module}={patterns!r}: must be an object")
     try:
         name = next((name for name in patterns if re.fullmatch(rf"(.*\.)?({name})", theirs)), None)
         settings = {key: config.get(key, 8)} if name is None else patterns
         return number(settings, key if name is None else name, None, where, whole=key == "r")
-    except (re.error, TypeError, AttributeError) as error:
+    except re.error as error:
         raise ValueError(f"{where}: {by_module}={patterns!r}: {error}") from None
 
 

@@ -113,9 +113,10 @@ def apart(a, b):
     return (a - b).abs().max().item()
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "prefix", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt"])
 @pytest.mark.parametrize("family", CHOSEN)
 def test_adapters_of_peft_open_here_and_ours_there(family, method, bases, tmp_path):
+    method = "rslora" if method == "lora" and CHOSEN.index(family) % 2 else method
     theirs, folder = bases(family)
     if family == "falcon 40b" and method == "prefix":              # a prefix of its own for each query head: see below
         pytest.skip("our heads share keys and values in groups")
@@ -131,14 +132,14 @@ def test_adapters_of_peft_open_here_and_ours_there(family, method, bases, tmp_pa
     again, _ = m.load_model(tmp_path / "ours", device="cpu")
     assert torch.equal(logits(again, ids), logits(ours, ids)) or method == "prompt" and ours.config.embed_scale
     with torch.no_grad():                                          # our cache against theirs, past the end of a window
-        options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, attention_mask=torch.ones(1, 20))
-        generated = wrapped.generate(input_ids=ids[:1, :20], **options)[0, -10:].tolist()
+        options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones(1, 20))
+        generated = wrapped.generate(input_ids=ids[:1, :20], **options)[0, -6:].tolist()
         cache, new = m.KVCache(ours, 1, 40), []
         scores = ours(ids[:1, :20], cache=cache, last=True)
-        for _ in range(10):
+        for _ in range(6):
             new.append(int(scores.argmax()))
             scores = ours(torch.tensor([new[-1:]]), cache=cache, last=True)
-        assert new == generated == greedy(ours, ids[:1, :20], 10)[0, 20:].tolist()
+        assert new == generated == greedy(ours, ids[:1, :20], 6)[0, 20:].tolist()
         assert apart(ours(ids, cache=None)[:, :20], ours(ids[:, :20])) < CLOSE
 
 
@@ -246,7 +247,7 @@ def test_merged_is_what_peft_merges_and_unmerging_is_exact(family, method, bases
 def test_merged_equals_unmerged_in_float64_also_where_the_head_is_the_embedding(method, bases, tmp_path):
     ours, _ = m.load_model(bases("qwen2")[1], device="cpu", dtype=torch.float64)
     assert ours.config.tie_embeddings
-    learnt(f.add_adapters(ours, method, (*f.BLOCKS, "lm_head"), rank=3)).double()
+    learnt(f.add_adapters(ours, method, (*f.BLOCKS, "lm_head"), rank=3, alpha=3.0)).double()
     f.save_adapter(tmp_path / "adapter", ours, bases("qwen2")[1])
     ids = torch.randint(264, (2, 30))
     want = logits(ours, ids)
@@ -391,7 +392,7 @@ def tuned(bases, tmp_path):
     (dict(target_parameters=["x"]), "target_parameters"), (dict(trainable_token_indices=[3]), "trainable_token_indices"),
     (dict(use_qalora=True), "use_qalora"), (dict(of_the_future={"a": 1}), "of_the_future"),
     (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported: it changed the weights"),
-    (dict(init_lora_weights="olora"), "olora"), (dict(r=4), r"lora_A|shapes.*\(3, 32\).*r=4 need"), (dict(r=0), "r=0: must be a whole"),
+    (dict(init_lora_weights="olora"), "olora"), (dict(r=4), r"has the shapes .* and r=4 need"), (dict(r=0), "r=0: must be a whole"),
     (dict(r="3"), "r='3'"), (dict(lora_alpha=None), "lora_alpha=None"), (dict(rank_pattern={"(": 3}), r"rank_pattern=.*\("),
     (dict(rank_pattern=[3]), "rank_pattern"), (dict(use_dora=False), "shapes"),
     (dict(base_model_name_or_path=None), "base_model_name_or_path=None"),

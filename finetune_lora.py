@@ -32,14 +32,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sample
-from data.examples import encode_examples, find_examples, read_examples
+from data.examples import encode_examples, encode_labels, find_examples, find_labels, read_examples
 from data.shards import Batches, MixedRows, PackedRows, Tokens
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
 from model import GPT, Linear, load_model, load_tokenizer, save_model, visible
 from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
-from nanopath.finetuning import Watch, describe, newest_pretrained, open_base_text, settle
+from nanopath.classes import class_table, predict
+from nanopath.finetuning import (Watch, answer_bytes, check_flags, describe, newest_pretrained, open_base_text, settle)
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
 from nanopath.hub import find_folder, is_adapter
@@ -59,7 +60,7 @@ class Config:
     model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest pretrained run under out/
     dataset: str = ""               # chats: a folder under data/, or a path to a folder or file; empty: the tiny world
     out: str = "out/finetuned"      # folder to write
-    task: Literal["chat", "classify"] = "chat"  # classify: texts with labels instead of chats
+    task: Literal["chat", "classify"] = "chat"  # classify: texts with labels, from CSV or JSONL, instead of chats
     # what is learnt
     method: METHODS = "lora"        # full: all weights; the others leave the model as it is and learn something beside it
     rank: Positive = 16             # columns of A and rows of B (R); width of an adapter
@@ -103,6 +104,7 @@ class Config:
     resume: bool = False            # continue the run in --out with its own settings; flags still win
     # instead of training
     merge: str = ""                 # adapter folder to merge with its base into the plain model --out
+    predict: str = ""               # file of texts that the classifier --model labels
     compare: bool = False           # run all --methods with these settings, each in a process of its own
     methods: tuple[METHODS, ...] = ("full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
     # what train.py's parts ask for and this page has no flag for
@@ -515,32 +517,45 @@ def open_base(cfg, machine):
         model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
         ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
         model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
-        if machine.dtype == torch.float64:
-            model.double()
         if cfg.method == "qlora":
             quantize_model(model, "nf4")
         add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
     model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
-    return model.train(), tokenizer
+    return (model.double() if machine.dtype == torch.float64 else model).train(), tokenizer
 
 
 def read_data(cfg, tokenizer, limit, packing):
-    """(rows to train on, rows to validate on or None, the chats of these, what was left out, cfg with the names and
-    numbers that were open). limit: the context of the model."""
+    """(rows to train on, rows to validate on or None, the chats to ask about or the names of the classes, what was left
+    out, cfg with the names and numbers that were open). limit: the context of the model."""
+    if cfg.block_size > limit:
+        raise SystemExit(f"--block_size={cfg.block_size}: the model reads at most {limit} tokens. Choose a smaller one")
+    most = min(cfg.block_size or 1024, limit)
     try:
-        *files, name = find_examples(cfg.dataset)
-        chats = [read_examples(path) if path else [] for path in files]
-        coded, lost = zip(*(encode_examples(rows, tokenizer, min(cfg.block_size or 1024, limit), path)
-                            for rows, path in zip(chats, files) if rows))
+        if cfg.task == "classify":
+            *parts, asked = find_labels(cfg.dataset)
+            coded, name = [encode_labels(*part, tokenizer, most) for part in parts], cfg.dataset
+        else:
+            *files, name = find_examples(cfg.dataset)
+            parts = [(read_examples(path), path) for path in files if path]
+            coded, asked = [encode_examples(rows, tokenizer, most, path) for rows, path in parts], parts[-1][0]
+            name = cfg.dataset or files[0].parent.as_posix()
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    coded, lost = zip(*coded)
     longest = max(len(ids) for part in coded for ids, _ in part)
     T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
     rows = [PackedRows(part, T, cfg.seed, Path(name), packing) for part in coded]
-    return rows[0], rows[1] if rows[1:] else None, chats[1] or chats[0], lost, replace(
-        cfg, dataset=cfg.dataset or files[0].parent.as_posix(), block_size=T)
+    return rows[0], rows[1] if rows[1:] else None, asked, lost, replace(cfg, dataset=name, block_size=T)
+
+
+def make_classifier(model, names):
+    """Give the model a head with a row per class, which reads the last token of a text, instead of one per token."""
+    model.config = replace(model.config, labels=tuple(names), tie_embeddings=False)
+    model.lm_head = Linear(model.config.n_embd, len(names), bias=False, device=model.embed_tokens.weight.device,
+                           dtype=model.embed_tokens.weight.dtype)
+    nn.init.zeros_(model.lm_head.weight)
 
 
 def answer_loss(model, rows, machine, micro, packing):
@@ -567,27 +582,28 @@ def three_answers(model, tokenizer, chats, cfg):
     return "\n".join(shown)
 
 
-def answers_of(raw, tokenizer, chats, cfg, machine):
-    """three_answers of the model as one process would have it; all processes must call it."""
+def answers_of(raw, tokenizer, asked, val_rows, cfg, machine):
+    """three_answers of the model as one process would have it, or the table of a classifier's answers; all processes must
+    call it."""
+    if cfg.task == "classify":
+        return class_table(raw, val_rows, machine, asked)
     n = cfg.virtual_tokens if raw.prefix is not None else 0
     config = replace(raw.config, block_size=raw.config.block_size + n)
     full = whole_model(raw, machine.rank, lambda: add_adapters(GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha,
                                                                0.0, cfg.rslora, cfg.virtual_tokens))
-    return three_answers(full.to(machine.device), tokenizer, chats, cfg) if machine.rank == 0 else ""
+    return three_answers(full.to(machine.device), tokenizer, asked, cfg) if machine.rank == 0 else ""
 
 
 def write_model(raw, tokenizer, cfg, guard):
-    """The run's folder: a whole model, or an adapter."""
-    if cfg.method == "full":
-        return guard.write(save_model, whole_model(raw, guard.machine.rank), tokenizer)
+    """The run's folder: a whole model, or an adapter. A classifier is always a whole model."""
+    if cfg.method == "full" or cfg.task == "classify":
+        full = whole_model(raw, guard.machine.rank, lambda: add_adapters(
+            GPT(raw.config), cfg.method, cfg.targets, cfg.rank, cfg.alpha, 0.0, cfg.rslora))
+        found = merge(full) if guard.machine.rank == 0 else {}
+        guard.write(save_model, full, tokenizer)
+        return unmerge(full, found) if guard.machine.rank == 0 else None
     with writing(guard.out, guard.again):
         save_adapter(guard.out, raw, cfg.model, tokenizer, "nf4" if cfg.method == "qlora" else "", guard.machine.rank)
-
-
-def answer_bytes(rows, tokenizer):
-    """Bytes of text of all answers in some PackedRows."""
-    special, ids = set(tokenizer.specials.values()), () if rows is None else rows.labels[rows.labels >= 0].tolist()
-    return sum(len(tokenizer.bytes_of[i]) for i in ids if i not in special)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,8 +662,11 @@ def merge_folder(cfg):
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    check_flags(cfg)
     if cfg.merge or cfg.compare:
         return merge_folder(cfg) if cfg.merge else compare_methods(cfg)
+    if cfg.predict:
+        return predict(cfg, load_model)
     machine = Machine(cfg.device)
     cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
     cfg = replace(cfg, model=cfg.model or newest_pretrained())
@@ -655,7 +674,9 @@ def main(cfg):
     check_settings(cfg, out, machine)
     raw, tokenizer = open_base(cfg, machine)
     packing = cfg.packing and raw.prefix is None and not raw.dynamic     # else an example's place in its row would count
-    rows, val_rows, chats, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
+    rows, val_rows, asked, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
+    if cfg.task == "classify":
+        make_classifier(raw, asked)
     cfg = settle(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
     text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
@@ -672,7 +693,7 @@ def main(cfg):
     batches = Batches(stream, cfg.batch_size, machine)
     log.announce(raw, before, guard, rows)
     log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
-    watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, chats, cfg, machine),
+    watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, asked, val_rows, cfg, machine),
                   lambda: evaluate_loss(raw, text[1], 8, machine, limit=100_000) if text else None,
                   lambda: write_model(raw, tokenizer, cfg, guard), answer_bytes(val_rows, tokenizer))
     if progress.step == 0:
@@ -691,14 +712,14 @@ def main(cfg):
             guard.stop = True
             guard.save(last=True)
             break
-        loss, targets, asked = machine.sum([loss, targets, guard.asked])               # the one all-reduce of a step
+        loss, targets, signals = machine.sum([loss, targets, guard.asked])             # the one all-reduce of a step
         correction = tokens_per_step / max(targets, 1) / progress.loss_scale
         loss *= correction / machine.world                         # mean over the tokens of all answers, of all processes
         norm = finish_gradients(raw, correction, 0.0 if anchor else cfg.grad_clip)
         if anchor:
             anchor.pull()
             norm = finish_gradients(raw, 1.0, cfg.grad_clip)
-        progress.step, guard.stop = progress.step + 1, asked > 0
+        progress.step, guard.stop = progress.step + 1, signals > 0
         if math.isfinite(norm):                                    # the same on all processes
             guard.update()
             log.step(progress, loss, norm, rate, flops)

@@ -6,10 +6,11 @@ Fine-tuning data: chats -> ids and the mask of what is trained, several examples
     encode_examples  -> (ids, mask) of each, at most T ids. The mask comes from the chat template's own token spans
     pack_examples    -> rows of at most T ids (data/shards.py turns them into batches)
     show_example     text with the trained tokens in colour
-    read_labels      file -> texts and labels, for classification
+    find_labels, encode_labels   texts with labels, for classification
 
 ValueError says in one line which file and line is wrong, and what to do.
 """
+import hashlib
 import re
 from bisect import bisect_left, insort
 from collections import Counter
@@ -269,6 +270,47 @@ def read_labels(path, names=None):
     names = list(names) if names else sorted(labels, key=lambda label: (int(label), label) if whole else label)
     index = {name: number for number, name in enumerate(names)}
     return [text for text, _ in found], [index[label] for _, label in found], names
+
+
+def find_labels(dataset):
+    """--dataset of --task=classify -> (train (texts, labels), val (texts, labels), names). A folder has train and val (or
+    test, dev) files; of a single file, a tenth is for validation, chosen by the hash of the text."""
+    path = next((path for path in (Path(dataset).expanduser(), Path("data") / dataset) if dataset and path.exists()), None)
+    if path is None:
+        raise ValueError(f"--dataset={dataset}: no such file or folder. Give a CSV or JSONL file with the columns text and "
+                         "label")
+    if path.is_dir():
+        kinds = ("json", "csv", "parquet")
+        files = {split: next((file for file in sorted(path.glob(f"{split}.*")) if kind_of(file) in kinds), None)
+                 for split in ("train", "val", "validation", "dev", "test")}
+        held = next((file for split, file in files.items() if file and split != "train"), None)
+        if files["train"] is None or held is None:
+            raise ValueError(f"--dataset={dataset}: needs the files train and val (.csv, .jsonl or .parquet)")
+        *train, names = read_labels(files["train"])
+        return train, read_labels(held, names)[:2], names
+    texts, labels, names = read_labels(path)
+    held = [hashlib.sha256(text.encode("utf-8")).digest()[0] < 26 for text in texts]
+    if not any(held) or all(held):
+        raise ValueError(f"{path}: {len(texts)} texts are too few to keep a tenth for validation")
+    split = [([t for t, h in zip(texts, held) if h == v], [n for n, h in zip(labels, held) if h == v]) for v in (False, True)]
+    return *split, names
+
+
+def encode_labels(texts, labels, tokenizer, T):
+    """Texts with labels as examples of (ids, mask): after the text stands the number of its label, where the next id
+    would, and it alone is trained. A text longer than T - 1 ids loses its beginning."""
+    found, report = [], Counter()
+    for text, label in zip(texts, labels):
+        ids = tokenizer.prompt(text)
+        report["text cut"] += len(ids) >= T
+        ids = [*ids[-(T - 1):], label]
+        found.append((np.array(ids, dtype=np.uint32), np.arange(len(ids)) == len(ids) - 1))
+    return found, report
+
+
+def read_texts(path):
+    """The texts of a file with a column of TEXTS."""
+    return convert_rows(path, lambda row: column_of(row, TEXTS), "Correct or remove it")
 
 
 def column_of(row, columns):

@@ -18,6 +18,22 @@ from nanopath.scores import manifest_of
 SAME = ("model", "task", "method", "rank", "alpha", "rslora", "targets", "virtual_tokens", "packing")   # in a resumed run
 
 
+def check_flags(cfg):
+    """Refuse flags that contradict each other, before anything is loaded."""
+    for name in ("l2sp", "ewc"):
+        if getattr(cfg, name) and (cfg.method not in ("full", "bitfit") or cfg.l2sp and cfg.ewc):
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: one of --l2sp and --ewc, with --method=full or bitfit: the "
+                             "other methods leave the model's own weights as they are")
+    if cfg.method == "qlora" and cfg.parallel == "fsdp":
+        raise SystemExit("--method=qlora --parallel=fsdp: quantized weights are not sharded. Use --parallel=ddp, or "
+                         "--method=lora")
+    if cfg.task == "classify" and cfg.method in ("qlora", "adapter", "prefix", "prompt"):
+        raise SystemExit(f"--task=classify --method={cfg.method}: a classifier is saved as one plain model, into which "
+                         f"{cfg.method} cannot be merged. Choose lora, dora, ia3, bitfit or full")
+    if cfg.predict and cfg.task != "classify":
+        raise SystemExit(f"--predict={cfg.predict}: labels texts with a classifier: add --task=classify")
+
+
 def newest_pretrained():
     """The newest run under out/ that was not fine-tuned."""
     files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -39,10 +55,6 @@ def settle(cfg, rate, rows, before, out):
     if before and before["data"] != {"rows": rows.hash}:
         raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with. Give that one, or "
                          "choose another --out")
-    for name in ("l2sp", "ewc"):
-        if getattr(cfg, name) and (cfg.method not in ("full", "bitfit") or cfg.l2sp and cfg.ewc):
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: one of --l2sp and --ewc, with --method=full or bitfit: the "
-                             "other methods leave the model's own weights as they are")
     steps = cfg.max_steps * (saved.get("epochs", cfg.epochs) == cfg.epochs)
     steps = steps or max(1, round(cfg.epochs * rows.windows / cfg.batch_size))
     return replace(cfg, max_steps=steps, learning_rate=cfg.learning_rate or rate)
@@ -81,6 +93,12 @@ def describe(cfg, raw, learnt, rows, lost, tokenizer, machine):
                     "fine-tuning, whatever its rank")
     machine.say("the first example, with the tokens that count in the loss marked:\n"
                 + show_example(tokenizer, *rows.first, color=sys.stdout.isatty()))
+
+
+def answer_bytes(rows, tokenizer):
+    """Bytes of text of all answers in some PackedRows; 0 for None."""
+    special, ids = set(tokenizer.specials.values()), () if rows is None else rows.labels[rows.labels >= 0].tolist()
+    return sum(len(tokenizer.bytes_of[i]) for i in ids if i not in special and i in tokenizer.bytes_of)
 
 
 class Watch:

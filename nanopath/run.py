@@ -115,7 +115,8 @@ def saved_config(Config, out):
     if unknown:
         raise SystemExit(f"--resume: the run in {out} was made with --{unknown[0]}, which this script does not have. "
                          "Resume it with the version that began it, or start a new run with another --out")
-    return config
+    tuples = {field.name for field in fields(Config) if isinstance(field.default, tuple)}        # lists in JSON
+    return {name: tuple(value) if name in tuples else value for name, value in config.items()}
 
 
 def launch():
@@ -381,9 +382,9 @@ class Log:
                      f"--max_steps={2 * progress.step}")
         elif progress.step < steps and not early:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {self.again}")
-        elif progress.best is not None:
-            self.say(f"{progress.seconds:.0f} s of training in all; best validation loss {progress.best:.4f}. Loss "
-                     f"curve: {out / 'loss.png'}")
+        elif progress.best is not None or not progress.waited:     # or there is nothing to validate on
+            best = "" if progress.best is None else f"; best validation loss {progress.best:.4f}"
+            self.say(f"{progress.seconds:.0f} s of training in all{best}. Loss curve: {out / 'loss.png'}")
             self.say(f"Next: {command('sample.py', model=out)}")
         if self.machine.rank == 0:
             if self.file:

@@ -83,9 +83,11 @@ def rows_of(world, tokenizer, file="val.jsonl", T=96, pack=True):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_its_folder_is_what_was_measured(tune, world, method):
     rate = dict(prefix=0.1, prompt=0.1, ia3=0.05, bitfit=0.05).get(method, 0.02)
-    text, out = tune(f"--method={method}", "--max_steps=24", "--eval_every=6", f"--learning_rate={rate}", f"--base_text={world / 'tables'}")
-    losses = logged(out, "loss")
-    assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.05
+    packed = method not in ("prefix", "prompt")
+    text, out = tune(f"--method={method}", "--max_steps=16", "--eval_every=4", f"--learning_rate={rate}", "--grad_clip=0",
+                     f"--batch_size={9 if packed else 18}", f"--base_text={world / 'tables'}")
+    losses = logged(out, "loss")                                   # every batch holds all rows
+    assert losses[-1] < losses[0] - (0.03 if method == "prompt" else 0.1)
     model, tokenizer = load_model(out, "cpu")
     rows = rows_of(world, tokenizer)
     x, y, segments = rows.rows_from(0, rows.windows)
@@ -221,7 +223,7 @@ def test_a_resumed_run_must_be_the_same(tune, world):
         with pytest.raises(SystemExit, match=message):
             tune("--resume", flag)
     with pytest.raises(SystemExit, match="not what the run"):
-        tune("--resume", dataset="chats.jsonl")
+        tune("--resume", dataset="val.jsonl")
     assert "had all its" in tune("--resume", "--rank=4")[0]
 
 
@@ -305,17 +307,10 @@ def test_merge_makes_a_plain_model(tune, world, tmp_path):
 
 def test_bad_input_is_one_line_and_writes_nothing(tune, world, tmp_path):
     (world / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', encoding="utf-8")
-    (world / "bare").mkdir(exist_ok=True)
-    for file in (world / "base").iterdir():
-        (world / "bare" / file.name).write_bytes(file.read_bytes())
-    config = json.loads((world / "bare/tokenizer_config.json").read_text(encoding="utf-8"))
-    config.pop("chat_template", None)
-    (world / "bare/tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (world / "bare/chat_template.jinja").unlink(missing_ok=True)
     cases = [(("--targets=w_qkv",), "no such matrix.*q_proj"), (("--rank=40",), "larger than.*matrix"),
              (("--block_size=4",), "none of 18 examples"), (("--block_size=4000",), "block_size"),
              (("--ewc=1",), "--method=full"), (("--replay=0.5",), "--base_text"), (("--l2sp=1", "--method=lora"), "--l2sp"),
-             ((f"--model={world / 'nowhere'}",), "does not exist"), ((f"--model={world / 'bare'}",), "chat template"),
+             ((f"--model={world / 'nowhere'}",), "does not exist"),
              ((f"--base_text={world / 'chats.jsonl'}",), "dataset"), (("--method=qlora", "--parallel=fsdp"), "ddp")]
     for flags, message in cases:
         with pytest.raises(SystemExit, match=message):
@@ -332,6 +327,25 @@ def test_the_command_line_from_end_to_end(tune, world, tmp_path):
     assert "validation" in text and "learns" in text and "[[" in text
     answer = run(ROOT / "sample.py", f"--model={tmp_path / 'cli'}", "--prompt=Colour", "--max_new_tokens=5", "--device=cpu", cwd=tmp_path)
     assert answer.stdout.startswith("Colour")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method):
+    text, out = tune("--task=classify", f"--method={method}", "--epochs=6", "--learning_rate=0.02", "--packing", dataset="labels.csv")
+    assert "accuracy 1.0000, mean F1 1.0000" in text and "-> cold" in text
+    (tmp_path / "new.jsonl").write_text('{"text": "red 99"}\n{"text": "blue 77 and more"}\n', encoding="utf-8")
+    done = run(ROOT / "finetune_lora.py", "--task=classify", f"--model={out}", f"--predict={tmp_path / 'new.jsonl'}", "--device=cpu", cwd=tmp_path)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["label"] for row in rows] == ["warm", "cold"]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = Tokenizer.load(out)
+    for row in rows:
+        probabilities = theirs(torch.tensor([tokenizer.prompt(row["text"])])).logits[0].softmax(-1)
+        assert theirs.config.id2label[int(probabilities.argmax())] == row["label"] and abs(probabilities.max().item() - row["probability"]) < 1e-3
+    for bad, message in (("--method=prefix", "cannot be merged"), ("--dataset=nowhere.csv", "no such file")):
+        with pytest.raises(SystemExit, match=message):
+            tune("--task=classify", bad)
 
 
 def test_comparison(tune, world, tmp_path):

@@ -706,13 +706,14 @@ def main(cfg):
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
         x, y, segments, targets = batches.at(progress.step)
-        segments, scale = segments if packing else None, progress.loss_scale * machine.world / tokens_per_step
+        tokens, segments = (segments > 0).sum().item(), segments if packing else None
+        scale = progress.loss_scale * machine.world / tokens_per_step
         loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
         if loss is None:                                           # a signal in the middle of a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
             break
-        loss, targets, signals = machine.sum([loss, targets, guard.asked])             # the one all-reduce of a step
+        loss, targets, tokens, signals = machine.sum([loss, targets, tokens, guard.asked])     # the only all-reduce
         correction = tokens_per_step / max(targets, 1) / progress.loss_scale
         loss *= correction / machine.world                         # mean over the tokens of all answers, of all processes
         norm = finish_gradients(raw, correction, 0.0 if anchor else cfg.grad_clip)
@@ -722,7 +723,7 @@ def main(cfg):
         progress.step, guard.stop = progress.step + 1, signals > 0
         if math.isfinite(norm):                                    # the same on all processes
             guard.update()
-            log.step(progress, loss, norm, rate, flops)
+            log.step(progress, loss, norm, rate, flops, tokens)
         elif guard.not_finite(loss, norm, (x, y)):
             continue
 

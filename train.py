@@ -430,7 +430,7 @@ def main(cfg):
         progress.step, guard.stop = progress.step + 1, asked > 0
         if math.isfinite(norm):                                    # the same on all processes
             guard.update()
-            log.step(progress, loss, norm, rate, flops)
+            log.step(progress, loss, norm, rate, flops, tokens_per_step)
         elif guard.not_finite(loss, norm, (x, y)):
             continue
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bpe import Tokenizer
 from data.dataset import default_dataset, default_folder, prepared_datasets, verify_shards
@@ -116,15 +117,15 @@ class PackedRows:
         return len(self.ids)
 
     def rows(self, numbers):
-        """x, y, segments (count, T) of some rows. segments: 1, 2, ... for the examples of a row, 0 for the padding
-        behind them, which therefore sees only padding. There x is 0 and y -100, as in rows that do not exist."""
-        x, segments = torch.zeros(2, len(numbers), self.T, dtype=torch.int64)
+        """x, y, segments (count, length of the longest) of some rows. segments: 1, 2, ... for the examples of a row, 0
+        for the padding behind them, which therefore sees only padding. There x is 0 and y -100, as in rows that do not
+        exist."""
+        places = [self.starts[number:number + 2] if number < self.windows else (0, 0) for number in numbers]
+        x, segments = torch.zeros(2, len(places), max(1, *(stop - start for start, stop in places)), dtype=torch.int64)
         y = torch.full_like(x, -100)
-        for i, number in enumerate(numbers):
-            if number < self.windows:
-                start, stop = self.starts[number:number + 2]
-                for filled, source in ((x, self.ids), (y, self.labels), (segments, self.segments)):
-                    filled[i, :stop - start] = torch.from_numpy(source[start:stop])
+        for i, (start, stop) in enumerate(places):
+            for filled, source in ((x, self.ids), (y, self.labels), (segments, self.segments)):
+                filled[i, :stop - start] = torch.from_numpy(source[start:stop])
         return x, y, segments
 
     def rows_from(self, first, count):
@@ -159,6 +160,9 @@ class MixedRows:
                 found.append((x, y, torch.ones_like(x)))
             else:
                 found.append(self.rows.batch(sequence - before, 1))
+        width = max(x.shape[1] for x, _, _ in found)
+        found = [[F.pad(part, (0, width - part.shape[1]), value=empty) for part, empty in zip(parts, (0, -100, 0))]
+                 for parts in found]
         return tuple(torch.cat(parts) for parts in zip(*found))
 
 

@@ -253,6 +253,7 @@ class Log:
     def __init__(self, out, cfg, machine):
         self.out, self.cfg, self.machine, self.file, self.wandb, self.finished = out, cfg, machine, None, None, False
         self.losses, self.shown, self.printed, self.began = [], None, time.monotonic(), time.perf_counter()
+        self.tokens = 0                                            # read since this process began
         self.again = command(stage_of(cfg), resume=True, out=out)
         if machine.rank == 0 and not cfg.dry_run:
             with writing(out, self.again):
@@ -330,28 +331,30 @@ class Log:
     def start_step(self):
         self.began = time.perf_counter()
 
-    def step(self, progress, loss, norm, rate, flops):
+    def step(self, progress, loss, norm, rate, flops, tokens):
         """One optimizer step: a row in log.jsonl; a line on the screen at the first step, every log_every steps, at the
         last one, and after ten seconds of silence. flops: per token; mfu is the share of the measured matmul speed.
-        Seconds are those of training alone."""
+        tokens: that the step has read. Seconds are those of training alone."""
         cfg, step = self.cfg, progress.step
+        self.tokens += tokens
         progress.seconds += time.perf_counter() - self.began
         self.losses = [*self.losses[1 - cfg.log_every:], loss] if cfg.log_every > 1 else [loss]
-        row = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": rate, "seconds": progress.seconds}
+        row = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": rate, "seconds": progress.seconds,
+               "tokens": tokens}
         if step == 1 or step % cfg.log_every == 0 or step == cfg.max_steps or time.monotonic() - self.printed > 10:
             speed = ""
             if self.shown and step > self.shown[0]:                # the first step, with its compilation, is left out
-                tokens = (step - self.shown[0]) * cfg.batch_size * cfg.block_size
-                row["tokens_per_second"] = tokens / max(progress.seconds - self.shown[1], 1e-9)
+                spent = max(progress.seconds - self.shown[1], 1e-9)
+                row["tokens_per_second"] = (self.tokens - self.shown[2]) / spent
                 row["mfu"] = row["tokens_per_second"] * flops / self.machine.peak
-                left = int((cfg.max_steps - step) * cfg.batch_size * cfg.block_size / row["tokens_per_second"])
+                left = int((cfg.max_steps - step) * spent / (step - self.shown[0]))
                 speed = f"{row['tokens_per_second']:,.0f} tok/s  mfu {row['mfu']:.0%}  " \
                     f"left {left // 60}:{left % 60:02d}  "
-            self.shown = (step, progress.seconds)
+            self.shown = (step, progress.seconds, self.tokens)
             row["memory"] = memory_used(self.machine.device)
             self.line(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(self.losses):.4f}  lr x{rate:.2f}  grad "
                       f"{norm:.2f}  {speed}{row['memory'] / 1e9:.1f} GB")
-        self.shown = self.shown or (step, progress.seconds)
+        self.shown = self.shown or (step, progress.seconds, self.tokens)
         self.record(**row)
 
     def line(self, text):

@@ -41,7 +41,7 @@ from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, c
                           sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
 from data.templates import answer_ends, is_chat
-from model import KVCache, load_model
+from model import load_model
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
 from nanopath.judge import compare_models, show_ratings
@@ -103,14 +103,13 @@ def loglikelihood(model, pairs, batch_tokens=8192):
 
 
 @dataclass
-class Group:
-    """Rows that begin with the same ids. row: (number of the pair, its ids, how many of them are scored)."""
-    family: tuple                   # ids that this group has in common with many others, such as the same examples
-    prefix: list                    # ids that its rows have in common; includes the family's; no scored id but perhaps
-    rows: list = field(default_factory=list)                       # the first is to be predicted from within it
-
-    def size(self):
-        return max(len(ids) for _, ids, _ in self.rows) - 1
+class Tree:
+    """Texts whose common beginnings are stored once: their ids in depth-first order, the position of each in its text,
+    and the index after its last descendant."""
+    ids: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    ends: list = field(default_factory=list)
+    pairs: list = field(default_factory=list)                      # (number, indices that predict it, continuation)
 
 
 def common(a, b):
@@ -118,112 +117,71 @@ def common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def make_groups(pairs, T, share):
-    """Groups of neighbouring pairs whose contexts begin alike, those with the same family together, by length."""
-    rows = []
+def make_trees(pairs, T, share=True, limit=256):
+    """Trees of `limit` ids, more where a new tree would repeat a long beginning, or of one text; the longest first.
+    share=False: every text has its own tree."""
+    texts, trees, last, path = [], [], [], []
     for number, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= T:
             raise ValueError(f"pair {number}: {len(context)} ids of context, {len(continuation)} of continuation; both "
                              f"need at least 1, the continuation at most {T}, the model's context")
-        rows.append((number, [*context, *continuation][-(T + 1):], len(continuation)))
-    heads, families = [ids[:len(ids) - n] for _, ids, n in rows], defaultdict(set)
-    for head in heads if share else ():
-        families[tuple(head[:24])].add(tuple(head))
-    families = {key: min(some)[:min(common(min(some), max(some)), min(map(len, some)) - 1)]
-                for key, some in families.items() if len(some) >= 4 and len(key) == 24}
-    groups = []
-    for row, head in zip(rows, heads):
-        family, last = families.get(tuple(head[:24]), ()), groups[-1] if groups else None
-        if share and last and last.family == family:
-            n, skip = common(last.prefix, head), len(family)
-            if 2 * (n - skip) >= max(len(last.prefix), len(head)) - skip:              # at least half is the same
-                last.prefix = last.prefix[:n]
-                last.rows.append(row)
-                continue
-        groups.append(Group(family, head, [row]))
-    for group in groups:                                           # one pass is better than two for a long answer
-        if not group.family and len(group.rows) == 1 and len(group.prefix) <= group.rows[0][2]:
-            group.prefix = []
-    return sorted(groups, key=lambda group: (group.family, -group.size()))
-
-
-def make_batches(groups, batch_tokens):
-    """Lists of groups of one family whose rows, padded to equal lengths, have at most batch_tokens ids."""
-    batch, rows, longest = [], 0, 0
-    for group in groups:
-        rows, longest = rows + len(group.rows), max(longest, group.size())
-        if batch and (rows * longest > batch_tokens or batch[0].family != group.family
-                      or bool(batch[0].prefix) != bool(group.prefix)):
-            yield batch
-            batch, rows, longest = [], len(group.rows), group.size()
-        batch.append(group)
-    if batch:
-        yield batch
+        texts.append(([*context, *continuation][-(T + 1):], number, len(continuation)))
+    for ids, number, n in sorted(texts):                           # sorted: texts that begin alike are neighbours
+        read = ids[:-1]                                            # nothing is predicted after the last id
+        shared = common(last, read)
+        if not share or not trees or len(trees[-1].ids) + len(read) - shared > limit + 2 * shared:
+            trees.append(Tree())
+            shared = 0
+        tree, last = trees[-1], read
+        path = path[:shared] + [len(tree.ids) + i for i in range(len(read) - shared)]    # indices of `read`
+        tree.ids += read[shared:]
+        tree.positions += range(shared, len(read))
+        tree.ends += read[shared:]
+        for index in path:
+            tree.ends[index] = len(tree.ids)
+        tree.pairs.append((number, path[-n:], ids[-n:]))
+    return sorted(trees, key=lambda tree: -len(tree.ids))
 
 
 @torch.inference_mode()
 def score_pairs(model, pairs, batch_tokens=8192):
     """Yield (number of the pair, (sum of log-probabilities, is greedy)) as batches are done, long ones first."""
-    share = not model.dynamic                                      # dynamic NTK: angles depend on the length
+    if next(model.parameters()).device.type == "cpu":              # larger activations leave the processor's cache:
+        batch_tokens = min(batch_tokens, 1024)                     # 4096 are a quarter slower (2026-11-26)
+    share = not model.dynamic and model.prefix is None             # dynamic NTK: angles depend on the length
+    trees = make_trees(pairs, model.config.block_size, share)
     with sample.evaluating(model):
-        for batch in make_batches(make_groups(pairs, model.config.block_size, share), batch_tokens if share else 1):
-            yield from score_batch(model, batch)
+        while trees:
+            rows = 1 if model.dynamic else max(1, batch_tokens // len(trees[0].ids))
+            yield from score_trees(model, trees[:rows])
+            trees = trees[rows:]
 
 
-def pad(lists, device):
-    width = max(map(len, lists))
-    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in lists], device=device)
+def score_trees(model, trees):
+    """The pairs of some trees in one pass; the output head reads only the positions that predict a continuation."""
+    device, T = next(model.parameters()).device, len(trees[0].ids)
 
+    def pad(name, fill):                                           # (B, T)
+        return torch.tensor([getattr(tree, name) + [fill] * (T - len(tree.ids)) for tree in trees], device=device)
 
-def score_batch(model, groups):
-    """The pairs of some groups: their family is read once, then the prefix of each group, then the rest of each row."""
-    device, family = next(model.parameters()).device, groups[0].family
-    cache = KVCache(model, 1 if family else len(groups), max(group.size() for group in groups))
-    sums, greedy, rest = defaultdict(float), defaultdict(lambda: True), []
-
-    def count(numbers, logits, targets):
-        """Add what logits (N, V) say of targets (N,), which belong to the pairs `numbers`."""
-        targets = torch.tensor(targets, device=device)
-        logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        for number, logprob, best in zip(numbers, logprobs.tolist(), (logits.argmax(dim=-1) == targets).tolist()):
-            sums[number] += logprob
-            greedy[number] &= best
-
-    if family:
-        model(torch.tensor([family], device=device), cache=cache, last=True)
-        cache.keep([0] * len(groups))
-    if groups[0].prefix:
-        new = [group.prefix[len(family):] for group in groups]
-        counts = list(map(len, new))
-        logits = model(pad(new, device), cache=cache, last=True, counts=counts if len(set(counts)) > 1 else None)
-    for place, group in enumerate(groups):
-        known = len(group.prefix)
-        for number, ids, n in group.rows:
-            first = len(ids) - n                                   # the first scored id
-            if group.prefix and first == known:
-                count([number], logits[place:place + 1], [ids[first]])
-            if len(ids) - 1 > known:
-                rest.append((place, number, ids[known:], max(1, first - known)))
-    rest.sort(key=lambda row: -len(row[2]))
-    if rest:
-        cache.keep([place for place, *_ in rest])
-    columns, start = max(1, (1 << 24) // (model.config.vocab_size * max(1, len(rest)))), 0     # 64 MB of logits
-    while rest := [row for row in rest if len(row[2]) - 1 > start]:
-        new = [ids[start:min(start + columns, len(ids) - 1)] for _, _, ids, _ in rest]
-        counts = None if len(new[0]) == len(new[-1]) else list(map(len, new))
-        logits = model(pad(new, device), cache=cache, counts=counts)
-        where = [(i, at) for i, (_, _, ids, first) in enumerate(rest)      # ids[at + 1] is predicted at ids[at]
-                 for at in range(max(start, first - 1), start + len(new[i]))]
-        if where:
-            rows, places = zip(*where)
-            places = [at - start for at in places]
-            whole = len(where) == logits.shape[0] * logits.shape[1]        # no copy where all positions count
-            chosen = logits.flatten(0, 1) if whole else logits[list(rows), places]
-            count([rest[i][1] for i, _ in where], chosen, [rest[i][2][at + 1] for i, at in where])
-        start += columns
-    finished = {number: (sums[number], greedy[number]) for group in groups for number, _, _ in group.rows}
-    sample.finite(torch.tensor([total for total, _ in finished.values()]))
-    yield from finished.items()
+    chains = all(tree.positions[-1] == len(tree.ids) - 1 for tree in trees)              # no branches: the causal mask
+    tree = None if chains else (pad("positions", 0), pad("ends", T))
+    x = model(pad("ids", 0), tree=tree, hidden=True).flatten(0, 1)                       # (B T, C)
+    pairs = [(number, [row * T + i for i in places], wanted) for row, tree in enumerate(trees)
+             for number, places, wanted in tree.pairs]
+    places = torch.tensor([i for _, some, _ in pairs for i in some], device=device)
+    wanted = torch.tensor([i for _, _, some in pairs for i in some], device=device)
+    logprobs, greedy = torch.empty(len(wanted), dtype=torch.float64), torch.empty(len(wanted), dtype=torch.bool)
+    for part in places.unique().split(max(1, (1 << 22) // model.config.vocab_size)):     # 16 MB of logits
+        logits = model.logits(x[part])                                                   # (N, V)
+        here = torch.isin(places, part)
+        row, token = torch.searchsorted(part, places[here]), wanted[here]
+        logprobs[here.cpu()] = (logits[row, token] - logits.logsumexp(dim=-1)[row]).double().cpu()
+        greedy[here.cpu()] = (logits.argmax(dim=-1)[row] == token).cpu()
+    counts = [len(some) for _, _, some in pairs]
+    sums = sample.finite(torch.stack([part.sum() for part in logprobs.split(counts)]))
+    for (number, _, _), total, best in zip(pairs, sums, greedy.split(counts)):
+        yield number, (total, bool(best.all()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,8 +322,11 @@ def write_answers(cfg, model, tokenizer, task, items):
         batch, queue = queue[:rows], queue[rows:]
         asked = [prompts[item["index"]] for item in batch for _ in range(cfg.num_samples)]
         seeds = [(cfg.seed * 1_000_003 + item["index"]) * 1000 + n for item in batch for n in range(cfg.num_samples)]
-        written = sample.generate(model, asked, most, temperature=cfg.temperature, stop=task.stop, tokenizer=tokenizer,
-                                  seed=seeds)
+        written = [[] for _ in asked]
+        write = sample.stream if cfg.temperature else sample.speculative                 # faster, the same greedy ids
+        for row, token, _ in write(model, asked, most, temperature=cfg.temperature, stop=task.stop, tokenizer=tokenizer,
+                                   seed=seeds):
+            written[row].append(token)
         texts = [tokenizer.decode(ids) for ids in written]
         for end in task.stop:                                      # what stands after a stop string is dropped
             texts = [text.split(end)[0] for text in texts]

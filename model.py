@@ -419,7 +419,7 @@ class GPT(nn.Module):
         return self
 
     def forward(self, ids, targets=None, cache=None, counts=None, last=False, reduction="mean", segments=None,
-                hidden=False):
+                tree=None, hidden=False):
         """ids (B, T) -> logits (B, T, V) in fp32, or the cross-entropy in nats when targets (B, T) are given.
 
         targets     the next id at every position; -100 where no loss is counted. reduction: mean, sum or none (B, T).
@@ -427,27 +427,33 @@ class GPT(nn.Module):
         counts      with a cache: how many of the T ids of each row are real when rows are padded on the right.
         last=True   only the logits after each row's last real id: (B, V).
         segments    (B, T) number of the document each id belongs to: no id sees another document.
-        hidden=True returns (logits, input of the output head: (B, T, C), or (B, C) with last).
+        tree        (positions, ends), each (B, T): ids are a tree in depth-first order, position is an id's depth, and
+                    the id at index i is seen by those from i to ends[i] - 1, its descendants.
+        hidden=True returns the input of the output head instead: (B, T, C), or (B, C) with last. `logits` turns it
+                    into logits.
         """
         if cache is None and self.prefix is not None:
             cache = self.prefix.in_front(self)
-        x = self.hidden_states(self.embed_tokens(ids), ids.shape, cache, counts, segments)       # (B, T, C)
+        x = self.hidden_states(self.embed_tokens(ids), ids.shape, cache, counts, segments, tree)       # (B, T, C)
         if last:
             x = x[:, -1] if counts is None else x[torch.arange(len(x)), torch.tensor(counts) - 1]
         x = self.norm(x)
         if targets is not None:
             return self.loss(x, targets, reduction)
-        logits = self.logits(x)
-        return (logits, x) if hidden else logits
+        return x if hidden else self.logits(x)
 
-    def hidden_states(self, x, shape, cache=None, counts=None, segments=None):
+    def hidden_states(self, x, shape, cache=None, counts=None, segments=None, tree=None):
         """Embeddings x (B, T, C) -> what the last block makes of them, (B, T, C). shape: B and T, because under tensor
         parallel x is only a part of the sequence. The rest as in forward."""
         (B, T), config, device = shape, self.config, x.device
-        assert cache is None or segments is None, "segments cannot be combined with a cache"
+        assert cache is None or segments is tree is None, "segments and tree cannot be combined with a cache or a prefix"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
+        elif tree is not None:
+            (positions, ends), index = tree, torch.arange(T, device=device)
+            below = visible(index, index) & (index[:, None] < ends[:, None])             # (B, T, T)
+            masks = {window: (below & visible(positions, positions, window))[:, None] for window in set(config.windows)}
         else:
             if T > config.block_size:
                 raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")

@@ -336,7 +336,7 @@ class Context:
         out = self.model(ids, cache=self.cache, counts=None if min(counts) == T else counts, **how)
         if len(rows) > len(unread):
             self.cache.keep(rows)
-            out = out[rows] if torch.is_tensor(out) else tuple(part[rows] for part in out)
+            out = out[rows]
         return out
 
     def keep(self, rows):
@@ -678,7 +678,8 @@ def contrastive_search(model, prompts, max_new_tokens, top_k=4, contrast=0.6, st
     rows, new = list(range(len(prompts))), [[] for _ in prompts]
 
     def read(last):
-        logits, hidden = context.read(last=last, hidden=True)
+        hidden = context.read(last=last, hidden=True)
+        logits = model.logits(hidden)
         finite(logits.amax(dim=-1).flatten())
         return logits, F.normalize(hidden.float(), dim=-1)
 

@@ -4,7 +4,7 @@ How many questions per second does evaluate.py answer, against lm-evaluation-har
 Same model, same prompts, same answers: every log-likelihood of both is compared, and the largest difference is printed.
 Tasks are made from real texts at hand, in the benchmarks' own formats: choices of four sentences (HellaSwag's and ARC's
 shapes), of one letter (MMLU), two sentences (PIQA's), a name (WinoGrande's), and GSM8K's questions with examples, whose
-answers are written. Seconds are those of scoring: imports and loading the model are not counted. lm-eval runs with each of
+answers are written; "text" is the loss on one text, as lm-eval's wikitext task measures it, and counts tokens. Seconds are those of scoring: imports and loading the model are not counted. lm-eval runs with each of
 --batch_sizes, and its fastest counts. The two take turns.
 
 Run     python bench/evaluate.py --model=/path/to/SmolLM2-135M --harness=/path/to/venv/bin/python
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import evaluate  # noqa: E402
 from data.benchmarks import load_task  # noqa: E402
 from nanopath.flags import parse  # noqa: E402
-from nanopath.scores import compare_items, find_harness, run_harness  # noqa: E402
+from nanopath.scores import LM_EVAL, compare_items, find_harness, run_harness, run_quietly  # noqa: E402
 
 
 @dataclass
@@ -36,9 +36,10 @@ class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M"  # model folder, read by both
     harness: str = "python"         # a Python that has lm-eval
     data: str = ""                  # folder with the texts; empty: NANOPATH_DATA
-    tasks: tuple[str, ...] = ("hellaswag", "arc_easy", "mmlu", "piqa", "winogrande", "truthfulqa_mc1", "gsm8k")  # which
+    tasks: tuple[str, ...] = ("hellaswag", "arc_easy", "mmlu", "piqa", "winogrande", "truthfulqa_mc1", "gsm8k", "text")  # which
     items: int = 24                 # questions of each multiple-choice task
     written: int = 4                # questions of gsm8k, whose answers are written
+    characters: int = 12000         # of the text
     batch_sizes: tuple[int, ...] = (1, 8)  # of lm-eval
     threads: int = 1                # of torch, on both sides
     dtype: str = "float32"          # on both sides
@@ -88,6 +89,35 @@ def ours(cfg, model, tokenizer, bench):
     return time.perf_counter() - begin, records
 
 
+def time_text(cfg, model, tokenizer, tasks, folder, text):
+    """Print the row of the text: the sum of its log-probabilities by both."""
+    ids = tokenizer.prompt(text)
+    pairs = list(evaluate.rolling_pairs(ids, evaluate.prefix_of(tokenizer), model.config.block_size))
+    (folder / "page.jsonl").write_text(json.dumps({"page": text}) + "\n", encoding="utf-8")
+    task = dict(include=str(tasks / "wikitext/wikitext.yaml"), task="np_text", dataset_path="json", dataset_name=None,
+                dataset_kwargs={"data_files": {"test": str(folder / "page.jsonl")}}, training_split=None,
+                validation_split=None, doc_to_target="{{page}}")
+    (folder / "np_text.yaml").write_text(json.dumps(task), encoding="utf-8")
+    settings = dict(model=str(Path(cfg.model).resolve()), dtype=cfg.dtype, device="cpu", batch_size=1, tasks=[[0, ["np_text"]]])
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    def own():
+        begin = time.perf_counter()
+        total = sum(total for total, _ in evaluate.loglikelihood(model, pairs))
+        return time.perf_counter() - begin, total
+    first, total = own()
+    done = run_quietly([cfg.harness, "-c", LM_EVAL], folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    samples, seconds = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    difference = abs(total - float(samples["np_text"][0]["filtered_resps"][0]))
+    show("text", 0, len(ids), min(first, own()[0]), seconds["np_text"], 1, difference, 0)
+
+
+def show(name, shots, count, seconds, theirs, size, worst, differ):
+    print(f"{name:16s} {shots:5d} {count:10d} {count / seconds:8.2f} {count / theirs:9.2f} ({size}) {theirs / seconds:12.2f} "
+          f"{worst:19.1e} {differ:14d}", flush=True)
+
+
 def main(cfg):
     torch.set_num_threads(cfg.threads)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)               # of lm-eval
@@ -98,8 +128,10 @@ def main(cfg):
     with tempfile.TemporaryDirectory() as folder:
         folder = write_tasks(data, Path(folder), cfg.items, cfg.written)
         evaluate.loglikelihood(model, [([1, 2, 3], [4, 5])])       # the first pass sets torch up
+        if "text" in cfg.tasks:
+            time_text(cfg, model, tokenizer, tasks, folder, (data / "wikitext2/test.txt").read_text(encoding="utf-8")[:cfg.characters])
         for name in cfg.tasks:
-            for shots in (0, 5) if name == "mmlu" else (None,):
+            for shots in () if name == "text" else (0, 5) if name == "mmlu" else (None,):
                 bench = load_task(name, folder, shots)
                 seconds, records = ours(cfg, model, tokenizer, bench)
                 best = None
@@ -111,8 +143,7 @@ def main(cfg):
                 again, _ = ours(cfg, model, tokenizer, bench)
                 seconds, count = min(seconds, again), len(bench.items)
                 _, worst, prompts, scores = compare_items(records, theirs)
-                print(f"{name:16s} {bench.shots:5d} {count:10d} {count / seconds:8.2f} {count / best[0]:9.2f} ({best[1]})"
-                      f"{best[0] / seconds:13.2f} {worst:19.1e} {len(prompts) + len(scores):14d}", flush=True)
+                show(name, bench.shots, count, seconds, *best, worst, len(prompts) + len(scores))
 
 
 if __name__ == "__main__":

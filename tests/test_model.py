@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import model as m
 from bpe import Tokenizer
 from conftest import ROOT, run
@@ -467,6 +468,8 @@ def test_a_frozen_head_costs_nothing_and_bad_targets_are_refused():
         model(ids, torch.full_like(ids, -1))
     with pytest.raises(AssertionError, match="segments"):
         model(ids, cache=m.KVCache(model, 4, 64), segments=ids)
+    with pytest.raises(AssertionError, match="tree"):
+        model(ids, cache=m.KVCache(model, 4, 64), tree=(ids, ids))
 
 
 def test_balance_loss_equals_transformers(tmp_path):
@@ -649,10 +652,11 @@ def test_ntk_prompt_equals_one_shot_alone_and_beside_others():
 def test_last_and_hidden_give_what_they_say():
     model, ids = make(), torch.randint(264, (3, 9))
     with torch.no_grad():
-        logits, x = model(ids, hidden=True)
-        assert torch.equal(logits, model(ids)) and torch.allclose(model.lm_head(x), logits, atol=1e-5)
-        last, x_last = model(ids, cache=m.KVCache(model, 3, 9), counts=[9, 4, 1], last=True, hidden=True)
-        assert last.shape == (3, 264) and x_last.shape == (3, 32)
+        logits, x = model(ids), model(ids, hidden=True)
+        assert torch.equal(model.logits(x), logits) and torch.allclose(model.lm_head(x), logits, atol=1e-5)
+        x_last = model(ids, cache=m.KVCache(model, 3, 9), counts=[9, 4, 1], last=True, hidden=True)
+        last = model(ids, cache=m.KVCache(model, 3, 9), counts=[9, 4, 1], last=True)
+        assert last.shape == (3, 264) and x_last.shape == (3, 32) and torch.equal(model.logits(x_last), last)
         for row, n in enumerate((9, 4, 1)):
             assert torch.allclose(last[row], logits[row, n - 1], atol=1e-4)
 
@@ -670,6 +674,24 @@ def test_the_future_and_other_documents_are_invisible(name):
         windowed = make(window=4)
         parts = torch.cat([windowed(part) for part in ids.split([12, 10, 8], dim=1)], dim=1)
         assert (windowed(ids, segments=segments) - parts).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma2-2b", "gemma3-1b", "bloom-560m", "falcon-7b", "gpt2"])
+def test_a_tree_gives_what_each_of_its_texts_gives(name):
+    """Two branches after a common beginning, the second of which branches again; a chain beside them is padded."""
+    model = spread(m.GPT(m.GPTConfig(**shrunk(name)))).double()
+    model.dtype = torch.float64
+    a, b, c, d = (part.tolist() for part in torch.randint(264, (45,)).split([18, 12, 9, 6]))
+    texts = [a + b, a + c, a + c[:1] + d]
+    tree, = evaluate.make_trees([(text[:1], text[1:] + [0]) for text in texts], 64)
+    assert len(tree.ids) == 45
+    padded = torch.tensor([[*c, *[0] * 36], [*range(9), *[0] * 36], [9] * 9 + [45] * 36])
+    ids, positions, ends = torch.stack([torch.tensor([tree.ids, tree.positions, tree.ends]), padded], dim=1)
+    with torch.no_grad():
+        both = model(ids, tree=(positions, ends))
+        assert (both[1, :9] - model(torch.tensor([c]))[0]).abs().max() < 1e-10
+        for number, path, _ in tree.pairs:
+            assert (both[0, path] - model(torch.tensor([texts[number]]))[0]).abs().max() < 1e-10
 
 
 # ---- the parts

@@ -18,7 +18,7 @@ import json
 import re
 
 from bpe import CHAT_TEMPLATE
-from data.sandbox import run_template
+from data.sandbox import run_template, to_json
 
 SPOKEN = ("content", "text", "reasoning_content", "thinking", "name", "arguments")   # keys of a message that are said
 
@@ -175,6 +175,7 @@ def on_texts(function, value, keys=None):
 
 def free_characters(*values):
     """Three characters for private use that none of the values contains."""
+    to_json(values)                                                # refuses what no template can be given
     used = set(json.dumps(values, ensure_ascii=False, default=str))
     return [mark for mark in map(chr, range(0x100000, 0x100400)) if mark not in used][:3]
 

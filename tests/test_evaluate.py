@@ -98,7 +98,7 @@ def published(folder, n=8, seed=0):
         "sglue_rte": lambda i: dict(premise=text(), hypothesis=text(), label=entail[i % 2]),
         "wic": lambda i: dict(word="bank", sentence1="the bank of " + text(), sentence2=text(), start1=4, end1=8, start2=0,
                               end2=3, label=yes_no[i % 2]),
-        "wsc": lambda i: dict(text="Mark told Pete ( a friend ) that he did n't win .", label=yes_no[i % 2], target=dict(
+        "wsc": lambda i: dict(text=f"Mark told Pete ( a friend ) that he did n't win {i} times .", label=yes_no[i % 2], target=dict(
             span1_index=0, span1_text="Mark", span2_index=8, span2_text="he")),
     }
     for name, make in rows.items():
@@ -137,7 +137,7 @@ def test_every_converter_reads_its_published_format(benchmarks, name):
 @pytest.mark.skipif(not LMEVAL, reason="NANOPATH_LMEVAL names no python that has lm-eval")
 @pytest.mark.parametrize("shots", [0, 2])
 def test_every_item_equals_lm_eval(benchmarks, llama, tmp_path, shots):
-    tasks = [name for name, task in BENCHMARKS.items() if task.yaml and not (shots and name == "lambada")]
+    tasks = [name for name, task in BENCHMARKS.items() if task.yaml]
     done = run(ROOT / "evaluate.py", f"--model={llama}", "--tasks", *tasks, f"--benchmarks={benchmarks}", f"--shots={shots}",
                f"--harness={LMEVAL}", f"--out={tmp_path / 'out'}", "--device=cpu", timeout=1200)
     print(done.stdout, done.stderr)

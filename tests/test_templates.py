@@ -359,3 +359,19 @@ def test_a_letter_that_serves_as_padding_stays_text(pairs, tmp_path):
         file.write_text(json.dumps(config | wrong), encoding="utf-8")
         with pytest.raises(ValueError, match="tokenizer_config.json|not a tokenizer|TypeError"):
             Tokenizer.load(tmp_path)
+
+
+def test_odd_variables_are_refused_in_one_line():
+    deep, ring = [], []
+    for _ in range(5000):
+        deep = [deep]
+    ring.append(ring)
+    for odd in ({(1, 2): 3}, deep, ring, [[[]] * 3] * 3 + [deep[0][0]]):
+        with pytest.raises(ValueError, match="^the messages and variables of a chat template .*") as error:
+            run_template("{{ tools }}", {"tools": odd})
+        assert "\n" not in str(error.value)
+    level = 0
+    for _ in range(200):
+        level = {"a": level}
+    with pytest.raises(ValueError, match="at most 100 levels"):
+        run_template("{{ tools }}", {"tools": level})

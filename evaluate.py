@@ -4,7 +4,7 @@ Is this model better than that one? Loss on text, exact answers, and the common 
     loglikelihood       how probable is this text after that one? Every number on this page comes from this question
     text_losses         the loss per token of a text: perplexity, bits per byte, bits per character
     run_task            a benchmark: which answer is the most probable, or what does the model write?
-    run_harness         the same questions asked by lm-evaluation-harness, item by item beside ours
+    show_harness        the same questions asked by lm-evaluation-harness, item by item beside ours
 
 Run     python evaluate.py                                         # the newest run, on its validation text
         python evaluate.py --model out/a out/b --dataset=stdlib    # side by side, with a test of the difference
@@ -518,9 +518,12 @@ def check(cfg):
 
 
 def check_dataset(cfg, names):
-    """Settle the validation text that all models read. Returns the benchmark of the tiny world where it is of there."""
+    """Settle the validation text that all models read. Returns the questions of the tiny world where it is that."""
     trained = [made for made in map(manifest_of, names) if made.get("dataset")]
-    cfg.dataset = cfg.dataset or "".join(made["dataset"] for made in trained[:1])
+    sets = {made["dataset"]: None for made in trained}
+    if len(sets) > 1 and not cfg.dataset:
+        print(f"trained on different datasets, {', '.join(sets)}; all read --dataset={next(iter(sets))}")
+    cfg.dataset = cfg.dataset or next(iter(sets), "")
     if not cfg.dataset:
         raise SystemExit(f"--model={names[0]}: was not trained here, so it names no dataset. Give --dataset=NAME, "
                          "--text=FILE or --tasks=NAME")
@@ -533,6 +536,8 @@ def check_dataset(cfg, names):
     for unit, floor in read_json(folder / "meta.json").get("world", {}).get("floor", {}).items():
         print(f"a perfect model loses {floor:.4f} {unit.replace('_', ' ')}")
     world = folder / "questions_test.jsonl"                        # questions with exact answers
+    if cfg.limit and not world.is_file():
+        raise SystemExit(f"--limit={cfg.limit}: --dataset={cfg.dataset} has no questions; give --eval_tokens=N")
     return [load_task(str(world), "", None, cfg.limit)] if world.is_file() else []
 
 

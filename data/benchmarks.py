@@ -494,15 +494,16 @@ def check_question(item, place):
     need(are_texts(contexts, 0), f"the context must be text, not {contexts!r}")
     need(are_texts([item.get("question", "")], 0), f"the question must be text, not {item.get('question')!r}")
     if "test" in item:
-        return need(are_texts([item["test"], item["entry_point"]]), "'test' and 'entry_point' must be text")
-    if "target" in item:
+        need(are_texts([item["test"], item["entry_point"]]), "'test' and 'entry_point' must be text")
+    elif "target" in item:
         need(are_texts([item["target"]]), f"the answer must be text of at least one character, not {item['target']!r}")
+    if choices is None:
+        return
+    need(are_texts(choices), f"the choices must be a list of texts that are not empty, not {choices!r}")
     if "labels" in item:
-        need(are_texts(choices), f"the choices must be a list of texts that are not empty, not {choices!r}")
         need(len(item["labels"]) == len(choices) and {1} <= {*item["labels"]} <= {0, 1},
              f"'labels' must hold a 0 or 1 for each of the {len(choices)} choices, and a 1")
-    elif choices is not None:
-        need(are_texts(choices), f"the choices must be a list of texts that are not empty, not {choices!r}")
+    else:
         need(type(item["label"]) is int and 0 <= item["label"] < len(choices),
              f"'label' is {item['label']!r}; it must be 0 to {len(choices) - 1} (tests without published answers "
              "cannot be scored)")

@@ -42,6 +42,7 @@ def render_text(tokenizer, messages, add_generation_prompt=False, **variables):
     """(text, spans, literal): spans are the [begin, end) of what the assistant writes, in characters; literal holds the
     positions of special tokens that stand in a message. ValueError: no template, bad messages, or what it refuses."""
     source = choose_template(tokenizer.chat_template, variables.get("tools"))
+    to_json([messages, variables])                                 # refuses what no template can be given
     messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
     special = one_of(tokenizer.specials)
     begun = re.compile(f"(?:{one_of(name[:n] for name in tokenizer.specials for n in range(1, len(name))).pattern})\\Z")
@@ -175,7 +176,6 @@ def on_texts(function, value, keys=None):
 
 def free_characters(*values):
     """Three characters for private use that none of the values contains."""
-    to_json(values)                                                # refuses what no template can be given
     used = set(json.dumps(values, ensure_ascii=False, default=str))
     return [mark for mark in map(chr, range(0x100000, 0x100400)) if mark not in used][:3]
 

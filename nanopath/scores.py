@@ -146,6 +146,13 @@ class Results:
                                    high=high, p=p))
         return tested
 
+    def cell(self, task, metric, model):
+        """A score with its interval; "-" where the model has none."""
+        if model not in self.scores[task, metric]:
+            return "-"
+        low, high = self.intervals[task, metric, model]
+        return f"{float(self.scores[task, metric][model]):.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
+
     def show(self):
         """The table on the screen: a line per measure, a column per model."""
         if not self.scores:
@@ -154,9 +161,7 @@ class Results:
         lines = [["", "items", *(names[model] for model in self.models)]]
         for (task, metric), found in self.scores.items():
             counts = dict.fromkeys(f"{items_of(score):,}" for score in found.values() if items_of(score))
-            cells = [f"{float(found[model]):.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
-                     if model in found else "-" for model in self.models
-                     for low, high in [self.intervals.get((task, metric, model), (None, None))]]
+            cells = [self.cell(task, metric, model) for model in self.models]
             lines.append([f"{task} {metric}".strip(), " / ".join(counts), *cells])
         widths = [max(map(len, column)) for column in zip(*lines)]
         for line in lines:
@@ -325,7 +330,7 @@ def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size
 
 def compare_items(ours, theirs):
     """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference
-    of a log-likelihood, items with another prompt, items with another score)."""
+    of a log-likelihood where the prompts are equal, items with another prompt, items with another score)."""
     worst, prompts, scores, count = 0.0, [], [], 0
     for key, record in theirs.items():
         mine, values = ours.get(key), ours[key]["values"] if key in ours else {}
@@ -335,6 +340,7 @@ def compare_items(ours, theirs):
         asked = [arguments[0] for arguments in record["arguments"]]
         if [prompt.rstrip() for prompt in asked] != [prompt.rstrip() for prompt in mine["prompts"]][:len(asked)]:
             prompts.append(key)
+            continue                                               # another question has another answer
         if mine["written"] is None:
             sums = [float(first[0][0]) for first in record["resps"]]
             greedy = [str(first[0][1]) == "True" for first in record["resps"]]
@@ -359,4 +365,4 @@ def show_harness(cfg, name, tasks, benches, items, device):
     count, worst, prompts, scores = compare_items(ours, theirs)
     print(f"\nlm-eval on {name}:", *table, sep="\n")
     print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and "
-          f"{len(scores)} scores differ{': ' * bool(prompts + scores)}{str(prompts[:3] + scores[:3])[1:-1]}\n")
+          f"{len(scores)} scores differ{': ' * bool(prompts + scores)}{str(prompts[:9] + scores[:3])[1:-1]}\n")

@@ -362,7 +362,7 @@ def test_a_letter_that_serves_as_padding_stays_text(pairs, tmp_path):
 
 
 def test_odd_variables_are_refused_in_one_line():
-    deep, ring = [], []
+    tokenizer, deep, ring = Tokenizer.train("a", 264), [], []
     for _ in range(5000):
         deep = [deep]
     ring.append(ring)
@@ -370,6 +370,9 @@ def test_odd_variables_are_refused_in_one_line():
         with pytest.raises(ValueError, match="^the messages and variables of a chat template .*") as error:
             run_template("{{ tools }}", {"tools": odd})
         assert "\n" not in str(error.value)
+        for messages, variables in (([dict(role="user", content="a")], dict(tools=odd)), ([dict(role=1, content=odd)], {})):
+            with pytest.raises(ValueError, match="^the messages and variables of a chat template "):
+                render_text(tokenizer, messages, **variables)
     level = 0
     for _ in range(200):
         level = {"a": level}

@@ -4,7 +4,7 @@ Is this model better than that one? Loss on text, exact answers, and the common 
     loglikelihood       how probable is this text after that one? Every number on this page comes from this question
     text_losses         the loss per token of a text: perplexity, bits per byte, bits per character
     run_task            a benchmark: which answer is the most probable, or what does the model write?
-    run_harness         the same questions asked by lm-evaluation-harness, item by item beside ours
+    show_harness        the same questions asked by lm-evaluation-harness, item by item beside ours
 
 Run     python evaluate.py                                         # the newest run, on its validation text
         python evaluate.py --model out/a out/b --dataset=stdlib    # side by side, with a test of the difference
@@ -12,6 +12,7 @@ Run     python evaluate.py                                         # the newest 
         python evaluate.py --tasks hellaswag mmlu questions.jsonl --shots=5 --limit=200
         python evaluate.py --tasks=arc_easy --harness=/path/to/venv/bin/python
         python evaluate.py --model out/a out/b --questions=FILE --judge=out/c    # or --page=blind.html, for people
+        python evaluate.py --hypotheses a.txt b.txt --references=right.txt       # BLEU, ROUGE, ... of texts in files
 You see a table: every number with its 95 % interval, by resampling the items
 Reads   model folders, data/<dataset>/, data/benchmarks/<task>/ (data/benchmarks.py says which files)
 Writes  <out>/results.json, items.jsonl (every prompt, prediction and log-likelihood), results.png
@@ -21,10 +22,8 @@ Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math
-import os
 import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import sample
-from data.benchmarks import load_task, score_texts
+from data.benchmarks import load_task, score_texts, task_scores
 from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, cider, distinct, ece,  # noqa: F401
                           exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
                           sentence_bleu, wer)
@@ -45,8 +44,9 @@ from model import load_model
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse
 from nanopath.judge import compare_models, show_ratings
-from nanopath.scores import (ItemFile, Results, compare_items, find_harness, manifest_of, run_harness, stamp_of)
+from nanopath.scores import ItemFile, Results, check_together, manifest_of, show_harness, stamp_of
 from nanopath.terminal import find_run
+from nanopath.texts import compare_texts
 
 
 @dataclass
@@ -73,6 +73,10 @@ class Config:
     page: str = ""                  # write an HTML page on which people compare the answers of two models, blind
     ratings: tuple[str, ...] = ()   # files that such people saved: their scores, and whether they agree
     max_new_tokens: Positive = 300  # of an answer, and of a judge's verdict
+    # texts that somebody else wrote
+    hypotheses: tuple[str, ...] = ()     # a file per system: one text per line, or JSON lines with "text"
+    references: tuple[str, ...] = ()     # the right texts in the same order; several files where several are right
+    encoder: str = ""               # folder of a BERT, for BERTScore: needs transformers
     # output and machine
     out: str = "out/evaluation"     # folder to write
     resume: bool = False            # keep the items that an interrupted evaluation has written there
@@ -221,25 +225,30 @@ def validation_losses(model, tokens, targets, eos):
 
 
 def text_losses(cfg, name, model, tokenizer):
-    """{measure: Score} of the loss on --text, or on the validation split of --dataset."""
+    """({measure: Score} of the loss on --text, or on the validation split of --dataset; windows_of them)."""
     settings, T = manifest_of(name), cfg.context or min(1024, model.config.block_size)
     if T > model.config.block_size:
         raise SystemExit(f"--context={T}: {name} reads at most {model.config.block_size} tokens")
     if cfg.text:
-        text = Path(cfg.text).read_text(encoding="utf-8")
-        return losses_of_text(cfg, model, tokenizer, [text], cfg.context or model.config.block_size, end=False)
+        text, T = Path(cfg.text).read_text(encoding="utf-8"), cfg.context or model.config.block_size
+        return losses_of_text(cfg, model, tokenizer, [text], T, ends=0), windows_of(T, tokenizer)
     folder, own = open_dataset(cfg)
     tokens = Tokens(folder, "val", cfg.context or settings.get("block_size", T))
-    limit = settings.get("eval_tokens", 1_000_000) if cfg.eval_tokens is None else cfg.eval_tokens
-    targets = min(len(tokens) - 1, limit or len(tokens))
+    targets = min(len(tokens) - 1, cfg.eval_tokens or len(tokens))
     if targets < 1:
         raise SystemExit(f"--dataset={cfg.dataset}: its validation text is empty")
-    ids = tokens.read(0, targets + 1).tolist()
+    ids, windows = tokens.read(0, targets + 1).tolist(), windows_of(tokens.T, tokenizer)
     documents = [own.decode(part) for part in split_at(ids[1:], own.eos_id)]
     if own.hash != tokenizer.hash:                                 # the same text in other tokens
-        return losses_of_text(cfg, model, tokenizer, documents, tokens.T, end=True)
+        ends = len(documents) - (ids[-1] != own.eos_id)            # the last document may be cut by eval_tokens
+        return losses_of_text(cfg, model, tokenizer, documents, tokens.T, ends), windows
     losses = validation_losses(model, tokens, targets, own.eos_id if settings.get("document_mask") else None)
-    return loss_scores(losses, tokens.bytes_of(targets, own), documents)
+    return loss_scores(losses, tokens.bytes_of(targets, own), documents), windows
+
+
+def windows_of(T, tokenizer):
+    """What two models must have in common so that their windows are pairs."""
+    return f"windows of {T} tokens, tokenizer {tokenizer.hash[:8]}"
 
 
 def split_at(ids, eos):
@@ -253,10 +262,10 @@ def split_at(ids, eos):
     return [document for document in documents if document]
 
 
-def losses_of_text(cfg, model, tokenizer, documents, T, end):
-    """The loss of texts in rolling windows. end: predict the end-of-text id after each of them, as in training."""
-    prefix, after = prefix_of(tokenizer), [tokenizer.eos_id] * (end and tokenizer.eos_id is not None)
-    ids = [i for text in documents for i in [*tokenizer.prompt(text), *after]]
+def losses_of_text(cfg, model, tokenizer, documents, T, ends):
+    """The loss of texts in rolling windows. ends: predict the end-of-text id after so many of them, as in training."""
+    prefix, after = prefix_of(tokenizer), [tokenizer.eos_id] * (tokenizer.eos_id is not None)
+    ids = [i for number, text in enumerate(documents) for i in [*tokenizer.prompt(text), *after * (number < ends)]]
     if not ids:
         raise SystemExit("the text is empty: there is nothing to measure")
     pairs, losses = list(rolling_pairs(ids, prefix, T)), []
@@ -306,22 +315,25 @@ def encode_pair(tokenizer, context, answer):
     return head, tokenizer.prompt(context + answer)[len(head):]
 
 
-def write_answers(cfg, model, tokenizer, task, items):
+def write_answers(cfg, name, model, tokenizer, task, items):
     """Yield (item, [texts that the model writes]) for items whose answers are written, batch by batch."""
     T, most = model.config.block_size, task.max_new_tokens
     if most >= T:
         most = T // 2
-    prompts = {item["index"]: prompt_of(model, tokenizer, item) for item in items}
+    try:
+        prompts = {item["index"]: prompt_of(model, tokenizer, item) for item in items}
+    except ValueError as error:
+        raise SystemExit(f"--model={name}, chat_template.jinja or tokenizer_config.json: {error}") from None
     if long := sum(len(ids) > T - most for ids in prompts.values()):
         print(f"{long} of {len(items)} prompts are longer than {T - most} tokens, the context less {most} for the "
               "answer, and lose their beginning", file=sys.stderr)
     prompts = {index: ids[-(T - most):] for index, ids in prompts.items()}
-    queue = sorted(items, key=lambda item: -len(prompts[item["index"]]))
+    queue, count = sorted(items, key=lambda item: -len(prompts[item["index"]])), samples_of(cfg, task)
     while queue:
-        rows = max(1, cfg.batch_tokens // (len(prompts[queue[0]["index"]]) + most) // cfg.num_samples)
+        rows = max(1, cfg.batch_tokens // (len(prompts[queue[0]["index"]]) + most) // count)
         batch, queue = queue[:rows], queue[rows:]
-        asked = [prompts[item["index"]] for item in batch for _ in range(cfg.num_samples)]
-        seeds = [(cfg.seed * 1_000_003 + item["index"]) * 1000 + n for item in batch for n in range(cfg.num_samples)]
+        asked = [prompts[item["index"]] for item in batch for _ in range(count)]
+        seeds = [(cfg.seed * 1_000_003 + item["index"]) * 1000 + n for item in batch for n in range(count)]
         written = [[] for _ in asked]
         write = sample.stream if cfg.temperature else sample.speculative                 # faster, the same greedy ids
         for row, token, _ in write(model, asked, most, temperature=cfg.temperature, stop=task.stop, tokenizer=tokenizer,
@@ -331,7 +343,12 @@ def write_answers(cfg, model, tokenizer, task, items):
         for end in task.stop:                                      # what stands after a stop string is dropped
             texts = [text.split(end)[0] for text in texts]
         for place, item in enumerate(batch):
-            yield item, texts[place * cfg.num_samples:(place + 1) * cfg.num_samples]
+            yield item, texts[place * count:(place + 1) * count]
+
+
+def samples_of(cfg, task):
+    """How many texts are written for each question: several only for pass@k."""
+    return cfg.num_samples if "pass@1" in task.metrics else 1
 
 
 def prompt_of(model, tokenizer, item):
@@ -412,7 +429,7 @@ def run_task(cfg, name, model, tokenizer, bench, done, write):
                 known[item["index"]] = [scored for _, scored in sorted(found.pop(owner[number]).items())]
                 if not task.stop:
                     finish(item, known[item["index"]])
-        for item, texts in write_answers(cfg, model, tokenizer, task, todo) if task.stop else ():
+        for item, texts in write_answers(cfg, name, model, tokenizer, task, todo) if task.stop else ():
             finish(item, known.get(item["index"], []), texts)
 
 
@@ -422,51 +439,8 @@ def same_question(record, item):
         item["contexts"], item["scored"], item.get("labels", item.get("label")))
 
 
-def task_scores(task, records, num_samples):
-    """{metric: Score} of the records of a benchmark."""
-    rows = [record["values"] for record in records]
-    scores = {}
-    for metric in task.metrics:
-        labels = [record["label"] for record in records]
-        if metric == "mcc":
-            scores[metric] = mcc([row["prediction"] for row in rows], labels)
-        elif metric == "f1" and "f1" not in rows[0]:               # of class 1: from true, false and missed positives
-            stats = [(row["prediction"] == 1 == label, row["prediction"] == 1 != label, label == 1 != row["prediction"])
-                     for row, label in zip(rows, labels)]
-            scores[metric] = Score("f1", stats, lambda s: 2 * s[0] / (2 * s[0] + s[1] + s[2]) if sum(s) else 0.0)
-        elif metric == "pass@1":
-            if "correct" in rows[0]:
-                for k in (k for k in (1, 10, 100) if k <= num_samples):
-                    scores[f"pass@{k}"] = pass_at_k([num_samples] * len(rows), [row["correct"] for row in rows], k)
-        elif metric == "perplexity":                               # of the answer, each counts once
-            losses = [(row[metric], 1) for row in rows]
-            scores[metric] = Score(metric, losses, lambda s: math.exp(min(s[0] / s[1], 700.0)))
-        else:
-            scores[metric] = Score(metric, [(row[metric], 1) for row in rows], lambda s: s[0] / s[1])
-    for group in dict.fromkeys(record["group"] for record in records) if task.metrics == ("exact",) else ():
-        part = [(record["values"]["exact"], 1) for record in records if record["group"] == group]
-        scores[f"exact: {group}"] = Score("exact", part, lambda s: s[0] / s[1])
-    bits = [(row["bits"], row["bytes"]) for row in rows if "bits" in row]
-    if bits:
-        scores["answer bits per byte"] = Score("bits", bits, lambda s: s[0] / s[1])
-    return scores
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# A judge, or people (nanopath/judge.py)
-
-def speaker(cfg, name):
-    """A function messages -> answer of a model."""
-    model, tokenizer = open_for_scoring(name, cfg)
-    ends = model.config.stop_ids | answer_ends(tokenizer)
-
-    def answer(messages):
-        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
-        room = min(cfg.max_new_tokens, model.config.block_size // 2)
-        return tokenizer.decode(sample.generate(model, [ids[room - model.config.block_size:]], room, seed=cfg.seed,
-                                                temperature=cfg.temperature, stop_ids=ends)[0]).strip()
-    return answer
-
+# The command line
 
 def open_for_scoring(name, cfg):
     try:
@@ -477,95 +451,98 @@ def open_for_scoring(name, cfg):
 
 
 def check(cfg):
-    """Refuse what cannot work before anything is loaded. Returns (names of models, benchmarks, lm-eval's tasks)."""
-    if cfg.text and (cfg.dataset or cfg.tasks) or cfg.dataset and cfg.tasks:
-        raise SystemExit("--dataset, --text and --tasks: choose one; loss on text and benchmarks are measured apart")
-    if bool(cfg.questions) != bool(cfg.judge or cfg.page):
-        raise SystemExit("--questions=FILE needs --judge or --page, and these need --questions")
-    if cfg.questions and (len(set(cfg.model)) < 2 or cfg.page and len(set(cfg.model)) > 2 or cfg.tasks or cfg.text):
-        raise SystemExit("--questions: give two models to compare, --model A B (--judge: or more), and neither "
-                         "--tasks nor --text")
-    if cfg.harness and not cfg.tasks:
-        raise SystemExit("--harness compares benchmarks: add --tasks=NAME")
-    if cfg.num_samples > 1 and not cfg.temperature:
-        raise SystemExit(f"--num_samples={cfg.num_samples}: all are equal at --temperature=0; add --temperature=0.8")
-    if os.path.dirname(cfg.harness):                               # lm-eval runs in another folder
-        cfg.harness = os.path.abspath(cfg.harness)
+    """Refuse what cannot work before a model is loaded. Returns (names of models, benchmarks)."""
     names = list(dict.fromkeys(find_run("model", name) for name in cfg.model or ("",)))
     try:
         benches = [load_task(task, cfg.benchmarks, cfg.shots, cfg.limit) for task in dict.fromkeys(cfg.tasks)]
         if cfg.text:
             Path(cfg.text).read_text(encoding="utf-8")
+        if not cfg.text and not benches and not cfg.questions:
+            benches = check_dataset(cfg, names)
     except UnicodeDecodeError as error:
         raise SystemExit(f"--text={cfg.text}: {error}. Give a file of UTF-8 text") from None
     except OSError as error:
         raise SystemExit(f"--text={cfg.text}: {error.strerror}. Give a file of UTF-8 text") from None
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    if cfg.allow_code_execution and not any("test" in item for bench in benches for item in bench.items[:1]):
-        raise SystemExit("--allow_code_execution: only programs are executed; add --tasks=humaneval or leave it out")
+    programs = any("pass@1" in bench.task.metrics for bench in benches)
+    if (cfg.allow_code_execution or cfg.num_samples > 1) and not programs:
+        raise SystemExit("--allow_code_execution and --num_samples are for programs that a model writes: add "
+                         "--tasks=humaneval, or leave them out")
     called = [bench.name for bench in benches]
     if twice := [name for name in called if called.count(name) > 1]:
         raise SystemExit(f"--tasks: two are called {twice[0]}; rename a file")
-    if not cfg.text and not benches and not cfg.questions:
-        trained = [made["dataset"] for made in map(manifest_of, names) if made.get("dataset")]
-        cfg.dataset = cfg.dataset or "".join(trained[:1])
-        if not cfg.dataset:
-            raise SystemExit(f"--model={names[0]}: was not trained here, so it names no dataset. Give --dataset=NAME, "
-                             "--text=FILE or --tasks=NAME")
-        folder, _ = open_dataset(cfg)
-        world = folder / "questions_test.jsonl"                    # the tiny world: questions with exact answers
-        benches = [load_task(str(world), "", None, cfg.limit)] if world.is_file() else []
-        for unit, floor in read_json(folder / "meta.json").get("world", {}).get("floor", {}).items():
-            print(f"a perfect model loses {floor:.4f} {unit.replace('_', ' ')}")
-    return names, benches, find_harness(cfg.harness) if cfg.harness else None
+    if without := [bench.name for bench in benches if cfg.shots and not bench.shots]:
+        print(f"--shots={cfg.shots} has no effect on {', '.join(without)}: always asked without examples",
+              file=sys.stderr)
+    return names, benches
 
 
-def show_harness(cfg, name, tasks, benches, items):
-    """Ask lm-eval the same questions and print its table and the largest difference."""
-    with tempfile.TemporaryDirectory() as folder:
-        device = "cpu" if cfg.device == "auto" and not torch.cuda.is_available() else cfg.device.replace("auto", "cuda")
-        table, theirs, _ = run_harness(cfg.harness, tasks, name, benches, cfg.dtype, device, Path(folder))
-    ours = {(record["task"], record["index"]): record for record in items.records if record["stamp"] == stamp_of(name)}
-    count, worst, prompts, scores = compare_items(ours, theirs)
-    print(f"\nlm-eval on {name}:", *table, sep="\n")
-    print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and "
-          f"{len(scores)} scores differ{': ' * bool(scores)}{str(scores[:3])[1:-1]}\n")
+def check_dataset(cfg, names):
+    """Settle the validation text that all models read. Returns the questions of the tiny world where it is that."""
+    trained = [made for made in map(manifest_of, names) if made.get("dataset")]
+    sets = {made["dataset"]: None for made in trained}
+    if len(sets) > 1 and not cfg.dataset:
+        print(f"trained on different datasets, {', '.join(sets)}; all read --dataset={next(iter(sets))}")
+    cfg.dataset = cfg.dataset or next(iter(sets), "")
+    if not cfg.dataset:
+        raise SystemExit(f"--model={names[0]}: was not trained here, so it names no dataset. Give --dataset=NAME, "
+                         "--text=FILE or --tasks=NAME")
+    read = {made["eval_tokens"] for made in trained if "eval_tokens" in made}
+    if cfg.eval_tokens is None:
+        cfg.eval_tokens = 0 if 0 in read else max(read, default=1_000_000)
+        if len(read) > 1:
+            print(f"trained with different --eval_tokens, {sorted(read)}; all read --eval_tokens={cfg.eval_tokens}")
+    folder, _ = open_dataset(cfg)
+    for unit, floor in read_json(folder / "meta.json").get("world", {}).get("floor", {}).items():
+        print(f"a perfect model loses {floor:.4f} {unit.replace('_', ' ')}")
+    world = folder / "questions_test.jsonl"                        # questions with exact answers
+    if cfg.limit and not world.is_file():
+        raise SystemExit(f"--limit={cfg.limit}: --dataset={cfg.dataset} has no questions; give --eval_tokens=N")
+    return [load_task(str(world), "", None, cfg.limit)] if world.is_file() else []
 
 
 def main(cfg):
+    tasks = check_together(cfg)
     if cfg.ratings:
         return show_ratings(cfg.ratings, f"{cfg.page}.key.json")
-    names, benches, tasks = check(cfg)
+    if cfg.hypotheses:
+        return compare_texts(cfg)
+    names, benches = check(cfg)
     if cfg.questions:
-        return compare_models(cfg, names, lambda name: speaker(cfg, name))
+        return compare_models(cfg, names, open_for_scoring, sample.generate)
     out = Path(cfg.out)
     items, results = ItemFile(out, cfg.resume), Results(out, names)
     for name in names:
         model, tokenizer = open_for_scoring(name, cfg)
-        for metric, score in () if cfg.tasks else text_losses(cfg, name, model, tokenizer).items():
-            results.add("", metric, name, score)
+        if not cfg.tasks:
+            losses, windows = text_losses(cfg, name, model, tokenizer)
+            for metric, score in losses.items():
+                results.add("", metric, name, score, windows)
         key = dict(model=name, stamp=stamp_of(name), dtype=cfg.dtype)
         for bench in benches:
-            key |= dict(task=bench.name, shots=bench.shots, samples=cfg.num_samples, temperature=cfg.temperature,
-                        seed=cfg.seed, executed=cfg.allow_code_execution)
+            count = samples_of(cfg, bench.task)
+            key |= dict(task=bench.name, shots=bench.shots, samples=count, temperature=cfg.temperature, seed=cfg.seed,
+                        executed=cfg.allow_code_execution)
             done = {item["index"]: record for item in bench.items
                     if (record := items.of(**key).get(item["index"])) and same_question(record, item)}
             run_task(cfg, name, model, tokenizer, bench, done, lambda record: items.write(key | record))
             found = items.of(**key)
             records = [found[item["index"]] for item in bench.items if item["index"] in found]
             ids = [record["index"] for record in records]
-            for metric, score in task_scores(bench.task, records, cfg.num_samples).items() if records else ():
+            for metric, score in task_scores(bench.task, records, count).items() if records else ():
                 results.add(bench.name, metric, name, score, ids)
     results.show()
     results.save(vars(cfg))
     for name in names if tasks else ():
-        show_harness(cfg, name, tasks, benches, items)
+        show_harness(cfg, name, tasks, benches, items, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"Written to {out}/: results.json, results.png, items.jsonl\nNext: python sample.py --model={names[0]}")
 
 
 if __name__ == "__main__":
+    config = parse(Config, __doc__)
     try:
-        main(parse(Config, __doc__))
+        main(config)
     except KeyboardInterrupt:
-        raise SystemExit("stopped; continue with the same command and --resume") from None
+        kept = config.tasks or not (config.text or config.questions or config.ratings or config.hypotheses)
+        raise SystemExit("stopped" + "; continue with the same command and --resume" * bool(kept)) from None

@@ -9,47 +9,60 @@ A question is a dictionary, which is also our own format, one JSON object per li
     {"context" or "question", "choices": [...], "label": 0}    multiple choice; or "labels": [1, 0, ...]
     {"contexts": [...], "target": "...", "label": 0}           the same ending after different beginnings (WinoGrande)
     {"context", "target": "..."}                               the next words (LAMBADA)
-    {"question", "answer": "..."}                              the model writes an answer (GSM8K)
+    {"question" or "prompt", "answer": "..."}                  the model writes an answer (GSM8K)
     {"prompt", "test", "entry_point"}                          the model writes a program (HumanEval)
 
-Prompts, answers and the choice of examples are those of lm-evaluation-harness 0.4.13, so that the scores are equal. Two
-exceptions: a question is never among its own examples, which 0.4.13 allows where they come from another file with the
-same row, or from the same file of a benchmark with a test split (LAMBADA, BIG-bench).
+Prompts, answers and the choice of examples are those of lm-evaluation-harness 0.4.13, so that the scores are equal. One
+exception: a question is never among its own examples. 0.4.13 allows it where they come from another file with the same
+question, or from the same file of a benchmark with a test split (LAMBADA, BIG-bench).
 Files: FOLDER/<task>/, in it one file per split, whose path contains train, val or dev, test:
 hellaswag/hellaswag_val.jsonl, mmlu/test/anatomy_test.csv, rte/dev.tsv. JSON lines, JSON, the tables of GLUE and MMLU;
 each also as .gz; rows as in the authors' archives or as in the Hub's copy of them.
 """
 import csv
 import gzip
+import io
 import json
+import math
 import random
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.metrics import exact_match, f1
-from data.tinyworld import answer_matches
+from data.metrics import Score, exact_match, f1, mcc, pass_at_k
+from data.tinyworld import QUESTIONS, TASKS, grade
 
-LETTERS = "ABCD"
+LETTERS, SKILLS = ["A", "B", "C", "D"], list(dict.fromkeys(QUESTIONS + TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files -> rows, each with the place it stands at
 
+def ending_of(path):
+    """"csv" of "test.csv" and of "test.csv.gz"."""
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
 def read_rows(path):
     """Yield (place, row) for every row of a file; place is "file:line". ValueError names the place of what cannot be
     read."""
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    kind = ending_of(path)
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}). Give UTF-8 text, or a complete .gz file") from None
     if kind == "csv":                                              # MMLU: no header
-        yield from ((f"{path}:{n}", row) for n, row in enumerate(csv.reader(text.splitlines(keepends=True)), 1) if row)
+        table = csv.reader(io.StringIO(text, newline=""))
+        try:
+            yield from ((f"{path}:{table.line_num}", row) for row in table if row)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{table.line_num}: not CSV ({error})") from None
     elif kind in ("tsv", "txt"):                                   # GLUE: tabs, and quotes are ordinary characters
-        lines = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+        lines = [line.split("\t") for line in text.replace("\r\n", "\n").rstrip("\n").split("\n")]
         known = {"label", "Quality", "is_duplicate", "gold_label"} & set(lines[0])
         header = lines.pop(0) if known else None                   # CoLA has none
         names = header or ["source", "label", "mark", "sentence"]
@@ -78,8 +91,8 @@ def files_of_split(folder, name, split, one=False):
     """The files of one split of a benchmark."""
     words = {"validation": ("val", "dev"), "dev": ("dev", "val")}.get(split, (split,))
     here = folder / name
-    endings = (".jsonl", ".json", ".csv", ".tsv", ".txt")
-    files = [path for path in sorted(here.rglob("*")) if path.name.lower().removesuffix(".gz").endswith(endings)]
+    files = [path for path in sorted(here.rglob("*")) if ending_of(path) in ("jsonl", "json", "csv", "tsv", "txt")]
+    files = [path for path in files if path.suffix != ".gz" or path.with_suffix("") not in files]
     found = [path for path in files if any(word in path.relative_to(here).as_posix().lower() for word in words)]
     found = [path for path in found if "mismatched" not in path.name] or found
     found = [path for path in found if "xl" in path.stem.lower()] or found            # of WinoGrande's training sets
@@ -112,6 +125,8 @@ def mmlu_rows(row, place):
         if len(row) != 6:
             raise ValueError(f"{place}: {len(row)} columns; a row of MMLU has 6: question, A, B, C, D, answer")
         subject = re.sub(r"_(test|dev|val)\.csv.*", "", Path(place).name)
+        if row[5].strip() not in LETTERS:
+            raise ValueError(f"{place}: the answer is {row[5]!r}; it must be A, B, C or D")
         row = dict(question=row[0], subject=subject, choices=row[1:5], answer=LETTERS.index(row[5].strip()))
     yield row
 
@@ -213,7 +228,7 @@ def mmlu(row):
     choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"])]
     lines = [row["question"].strip(), *choices, "Answer:"]
     subject = row["subject"].replace("_", " ")
-    return dict(context="\n".join(lines), choices=list(LETTERS), label=row["answer"], group=row["subject"],
+    return dict(context="\n".join(lines), choices=LETTERS, label=row["answer"], group=row["subject"],
                 header=f"The following are multiple choice questions (with answers) about {subject}.\n\n")
 
 
@@ -327,19 +342,35 @@ def bigbench(row):
                 label=row["multiple_choice_targets"].index(row["targets"][0]))
 
 
+OWN_FIELDS = {"labels": ("choices", "labels"), "choices": ("choices", "label"), "target": ("target",),
+              "contexts": ("contexts", "target", "label"), "answer": ("answer",)}
+
+
 def own(row):
-    """Our own format, with "question" as a short form of a context."""
-    item = dict(row)
-    if "prompt" in row:
-        return humaneval(row)
-    if "question" in row:
-        item["context"] = row.get("context", f"Question: {row['question']}\nAnswer:")
-    if "answer" in row:
+    """Our own format, with "question" or "prompt" as a short form of a context. All other fields are left out."""
+    kind = own_kind(row)
+    item = {field: row[field] for field in OWN_FIELDS[kind or "answer"]}
+    if "context" in row or kind == "contexts":
+        item["context"] = row.get("context")
+    else:
+        item["question"] = row["prompt"] if "prompt" in row else row["question"]
+        item["context"] = f"Question: {item['question']}\nAnswer:"
+    if kind == "answer":
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         item |= dict(target=str(answers[0]), answers=[str(answer) for answer in answers])
-    if "skill" in row:
-        item["group"] = f"{row['skill']} {row.get('split', '')}".strip()
     return item
+
+
+def own_kind(row):
+    """The first field that tells the kind of a row, or None."""
+    return next((kind for kind in OWN if kind in row), None)
+
+
+def world(row):
+    """A question or a task of data/tinyworld.py."""
+    if row["skill"] not in SKILLS:
+        raise ValueError(f"the tiny world has no skill {row['skill']!r}; it has {', '.join(SKILLS)}")
+    return own(row) | dict(group=f"{row['skill']} {row.get('split', '')}".strip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +390,7 @@ class Task:
     yaml: str = ""                  # the same task in lm_eval/tasks
 
 
-ANSWER = dict(metrics=("exact_match", "f1"), stop=("\nQuestion:", "\n\n", "</s>"), max_new_tokens=64, shots_from="")
+ANSWER = dict(metrics=("exact_match", "f1"), stop=("\nQuestion:", "\n\n", "</s>"), max_new_tokens=64)
 ACC = dict(metrics=("acc", "acc_norm"))
 ARC = dict(rows=arc_rows, split="test", rule="random", **ACC)
 
@@ -412,12 +443,14 @@ BENCHMARKS = {
     "wic": super_glue("wic", wic),
     "wsc": super_glue("wsc", wsc),
 }
-OWN = {"skill": Task(own, ("exact",), shots_from="", stop=("\n",), max_new_tokens=48),              # the tiny world
-       "choices": Task(own, shots_from="test", **ACC), "contexts": Task(own, shots_from="test"),
-       "target": Task(own, ("acc", "perplexity"), shots_from="test"), "prompt": BENCHMARKS["humaneval"],
-       "answer": Task(own, **ANSWER | dict(shots_from="test"))}
-BIGBENCH = {True: Task(bigbench, rows=bigbench_rows, shots_from="test"),
-            False: Task(bigbench, rows=bigbench_rows, **ANSWER | dict(shots_from="test"))}
+OWN = {kind: Task(own, split="test", shots_from="test", **more) for kind, more in {
+    "labels": {}, "choices": ACC, "contexts": {}, "target": dict(metrics=("acc", "perplexity")),
+    "answer": ANSWER}.items()}
+WORLD = Task(world, ("exact",), shots_from="", stop=("\n",), max_new_tokens=48)
+BIGBENCH = {True: Task(bigbench, rows=bigbench_rows, split="test", shots_from="test", rule="random",
+                       yaml="bigbench/multiple_choice_template_a_yaml"),
+            False: Task(bigbench, ("exact_match", "f1"), bigbench_rows, split="test", shots_from="test", rule="random",
+                        stop=("\n\n",), max_new_tokens=128, yaml="bigbench/generate_until_template_yaml")}
 
 
 _KINDS = {"choices", "labels", "label", "target", "answer", "test", "names", "question"}      # fields that decide how
@@ -429,7 +462,7 @@ def read_split(task, name, files):
     for path in files:
         for place, row in read_rows(path):
             try:
-                if not isinstance(row, list if path.name.endswith("csv") else dict):
+                if not isinstance(row, list if ending_of(path) == "csv" else dict):
                     raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
                 for flat in task.rows(row, place):
                     item = task.convert(flat)
@@ -450,19 +483,30 @@ def read_split(task, name, files):
 
 def check_question(item, place):
     """ValueError for a question that cannot be asked."""
-    choices = item.get("contexts") or item.get("choices")
+    def need(fine, message):
+        if not fine:
+            raise ValueError(f"{place}: {message}"[:300])
+
+    def are_texts(values, least=1):
+        return isinstance(values, list) and values and all(isinstance(v, str) and len(v) >= least for v in values)
+    contexts = item["contexts"] if "contexts" in item else [item["context"]]
+    choices = item.get("contexts", item.get("choices"))
+    need(are_texts(contexts, 0), f"the context must be text, not {contexts!r}")
+    need(are_texts([item.get("question", "")], 0), f"the question must be text, not {item.get('question')!r}")
+    if "test" in item:
+        need(are_texts([item["test"], item["entry_point"]]), "'test' and 'entry_point' must be text")
+    elif "target" in item:
+        need(are_texts([item["target"]]), f"the answer must be text of at least one character, not {item['target']!r}")
     if choices is None:
-        if not isinstance(item["context"], str) or not isinstance(item["target"], str) or not item["target"]:
-            if "test" not in item:
-                raise ValueError(f"{place}: the answer must be text of at least one character, not {item['target']!r}")
-    elif not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f"{place}: the choices must be a list of texts that are not empty, not {choices!r}"[:300])
-    elif "labels" in item:
-        if len(item["labels"]) != len(choices) or not 0 < sum(item["labels"]):
-            raise ValueError(f"{place}: 'labels' must hold a 0 or 1 for each of the {len(choices)} choices, and a 1")
-    elif type(item["label"]) is not int or not 0 <= item["label"] < len(choices):
-        raise ValueError(f"{place}: 'label' is {item['label']!r}; it must be 0 to {len(choices) - 1} (tests without "
-                         "published answers cannot be scored)")
+        return
+    need(are_texts(choices), f"the choices must be a list of texts that are not empty, not {choices!r}")
+    if "labels" in item:
+        need(len(item["labels"]) == len(choices) and {1} <= {*item["labels"]} <= {0, 1},
+             f"'labels' must hold a 0 or 1 for each of the {len(choices)} choices, and a 1")
+    else:
+        need(type(item["label"]) is int and 0 <= item["label"] < len(choices),
+             f"'label' is {item['label']!r}; it must be 0 to {len(choices) - 1} (tests without published answers "
+             "cannot be scored)")
 
 
 def right_answer(item):
@@ -478,21 +522,40 @@ def as_example(item):
     return f"{context} {item.get('shot') or right_answer(item)}\n\n"
 
 
-def choose_examples(rule, pool, row, item, n, generator):
-    """n questions of the pool [(place, row, question)]. One `generator` for all questions of a task, in their order,
-    gives the same examples as lm-evaluation-harness. The question itself is never among them."""
-    others = [other for other in pool if other[1] != row]
-    if len(others) < n:
-        raise ValueError(f"--shots={n}: there are only {len(others)} other questions to take examples from")
-    if rule == "first":
-        same = [other for other in others if other[2].get("group") == item.get("group")]
-        if len(same) < n:
-            raise ValueError(f"--shots={n}: there are only {len(same)} examples of {item.get('group')}")
-        return same[:n]
-    drawn = [other for other in generator.sample(pool, n + (rule == "drop")) if other[1] != row][:n]
-    if len(drawn) < n:                                             # lm-eval keeps a question that another file repeats
-        drawn = (generator if rule == "drop" else random.Random(str(row))).sample(others, n)
-    return drawn
+def what_it_asks(item):
+    """Equal for rows that ask the same, though their numbers, or the words of the answer, differ."""
+    if "contexts" in item:
+        return tuple(sorted(item["contexts"])), item["target"]
+    return item["context"], tuple(sorted(item.get("choices", [])))
+
+
+class Pool:
+    """rows [(place, row, question)] to take examples from."""
+    def __init__(self, rows):
+        self.rows, self.asks = rows, [what_it_asks(item) for _, _, item in rows]
+        self.times, self.groups = Counter(self.asks), defaultdict(list)
+        for number, (_, _, item) in enumerate(rows):
+            self.groups[item.get("group")].append(number)
+
+    def choose(self, rule, row, item, n, generator):
+        """n rows that ask something else than `item`. One `generator` for all questions of a task, in their order,
+        gives the same examples as lm-evaluation-harness."""
+        asked = what_it_asks(item)
+        others = len(self.rows) - self.times[asked]
+        if others < n:
+            raise ValueError(f"--shots={n}: there are only {others} other questions to take examples from")
+        if rule == "first":
+            group = self.groups[item.get("group")]
+            found = list(islice((number for number in group if self.asks[number] != asked), n))
+            if len(found) < n:
+                raise ValueError(f"--shots={n}: there are only {len(found)} examples of {item.get('group')}")
+            return [self.rows[number] for number in found]
+        drawn = generator.sample(range(len(self.rows)), min(n + (rule == "drop"), len(self.rows)))
+        found = [number for number in drawn if self.asks[number] != asked][:n]
+        if len(found) < n:                                         # the question was drawn, perhaps several times
+            again = [number for number, other in enumerate(self.asks) if other != asked]
+            found = (generator if rule == "drop" else random.Random(str(row))).sample(again, n)
+        return [self.rows[number] for number in found]
 
 
 def find_task(name, folder):
@@ -507,7 +570,8 @@ def find_task(name, folder):
         if "inputs" in row or "input" in row:
             kind = BIGBENCH[bool(row.get("target_scores") or row.get("multiple_choice_targets"))]
             return (path.parent.name if path.stem == "task" else path.stem), kind, [path], lambda: [path]
-        kind = next((kind for field, kind in OWN.items() if field in row), None)
+        kind = WORLD if row.get("skill") in SKILLS else BENCHMARKS["humaneval"] if "prompt" in row and "test" in row \
+            else OWN.get(own_kind(row))
         if kind is None:
             raise ValueError(f"{place}: not a task; a row needs choices with a label, or target, or answer, or prompt "
                              f"with test, but has only {', '.join(row)}")
@@ -534,18 +598,18 @@ def load_task(name, folder, shots=None, limit=0):
     name, task, files, example_files = find_task(name, Path(folder))
     shots = (task.shots if shots is None else shots) if task.shots_from else 0
     found = read_split(task, name, files)
-    pool = [] if not shots else found if task.shots_from == task.split or task.convert in (own, bigbench) \
-        else read_split(task, name, example_files())
+    same = task.shots_from == task.split
+    pool = Pool(found if shots and same else read_split(task, name, example_files()) if shots else [])
     items, generator = [], random.Random(1234)
     for index, (place, row, item) in enumerate(found[:limit or None]):
-        examples = choose_examples(task.rule, pool, row, item, shots, generator) if shots else []
+        examples = pool.choose(task.rule, row, item, shots, generator) if shots else []
         before = item.get("header", "") + "".join(as_example(example) for _, _, example in examples)
         contexts = item.get("contexts") or [item["context"]] * len(item.get("choices", [0]))
         items.append(item | dict(
             index=index, place=place, row=row, contexts=[before + context for context in contexts],
             examples=[example[1] for example in examples],
             scored=[item["target"]] * len(contexts) if "target" in item else item["choices"]))
-    return Benchmark(name, task, shots, items, pool)
+    return Benchmark(name, task, shots, items, pool.rows)
 
 
 def number_of(text, pattern, last):
@@ -560,7 +624,7 @@ def score_texts(task, item, texts):
     if "test" in item:
         return {}
     if task.metrics == ("exact",):
-        return {"exact": int(answer_matches(item, texts[0]))}
+        return {"exact": grade(item["row"], texts[0])}
     if "flexible_match" in task.metrics:
         def bare(text):
             return re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()
@@ -570,3 +634,33 @@ def score_texts(task, item, texts):
         return {"exact_match": int(bare(strict) == known), "flexible_match": int(bare(flexible) == known)}
     answers = item.get("answers", [item["target"]])
     return {"exact_match": float(exact_match(texts[:1], [answers])), "f1": float(f1(texts[:1], [answers]))}
+
+
+def task_scores(task, records, num_samples):
+    """{metric: Score} of the records of a benchmark."""
+    rows = [record["values"] for record in records]
+    scores = {}
+    for metric in task.metrics:
+        labels = [record["label"] for record in records]
+        if metric == "mcc":
+            scores[metric] = mcc([row["prediction"] for row in rows], labels)
+        elif metric == "f1" and "f1" not in rows[0]:               # of class 1: from true, false and missed positives
+            stats = [(row["prediction"] == 1 == label, row["prediction"] == 1 != label, label == 1 != row["prediction"])
+                     for row, label in zip(rows, labels)]
+            scores[metric] = Score("f1", stats, lambda s: 2 * s[0] / (2 * s[0] + s[1] + s[2]) if sum(s) else 0.0)
+        elif metric == "pass@1":
+            if "correct" in rows[0]:
+                for k in (k for k in (1, 10, 100) if k <= num_samples):
+                    scores[f"pass@{k}"] = pass_at_k([num_samples] * len(rows), [row["correct"] for row in rows], k)
+        elif metric == "perplexity":                               # of the answer, each counts once
+            losses = [(row[metric], 1) for row in rows]
+            scores[metric] = Score(metric, losses, lambda s: math.exp(min(s[0] / s[1], 700.0)))
+        else:
+            scores[metric] = Score(metric, [(row[metric], 1) for row in rows], lambda s: s[0] / s[1])
+    for group in dict.fromkeys(record["group"] for record in records) if task.metrics == ("exact",) else ():
+        part = [(record["values"]["exact"], 1) for record in records if record["group"] == group]
+        scores[f"exact: {group}"] = Score("exact", part, lambda s: s[0] / s[1])
+    bits = [(row["bits"], row["bytes"]) for row in rows if "bits" in row]
+    if bits:
+        scores["answer bits per byte"] = Score("bits", bits, lambda s: s[0] / s[1])
+    return scores

@@ -19,6 +19,7 @@ from pathlib import Path
 SECONDS = 10          # for one request, which is one rendering or several short ones
 MEGABYTES = 1024      # address space of the process
 LONGEST = 10_000_000  # characters of a text
+LEVELS = 100          # of lists in lists in the variables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +72,20 @@ class Worker:
 WORKER = Worker()
 
 
+def to_json(value):
+    """JSON of messages or variables. ValueError: keys that JSON lacks, or lists in lists without end."""
+    try:
+        text, level = json.dumps(value, default=lambda other: f"<{type(other).__name__}>"), [value]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the messages and variables of a chat template must be plain JSON values: {error}") from None
+    for _ in range(LEVELS):
+        level = [inner for outer in level if isinstance(outer, (dict, list, tuple))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return text
+    raise ValueError(f"the messages and variables of a chat template have at most {LEVELS} levels of lists in lists")
+
+
 def run_template(source, variables, opening="", closing=""):
     """The text that a template makes of its variables. What it writes between {% generation %} and {% endgeneration %}
     stands between the strings `opening` and `closing`. ValueError: the template is not valid, refuses the variables
@@ -85,7 +100,7 @@ def run_templates(renderings):
     """Yield what run_template returns, or the ValueError that it raises, for each of (source, variables, opening,
     closing). One request renders them together, equal ones once. All share the limits of a single rendering, so those
     that do not succeed together are repeated one by one."""
-    requests = [json.dumps(rendering, default=lambda value: f"<{type(value).__name__}>") for rendering in renderings]
+    requests = [to_json(list(rendering)) for rendering in renderings]
     distinct = list(dict.fromkeys(requests))
     replies = WORKER.ask(f"[{', '.join(distinct)}]".encode("ascii")) or [None] * len(distinct)
     known = {request: reply for request, reply in zip(distinct, replies)
@@ -123,12 +138,12 @@ def compile_template(source, opening, closing):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):   # Jinja's escapes < and >
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):   # Jinja's escapes < and >
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                                extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = tojson
     environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
     return environment.from_string(source)
 

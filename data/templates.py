@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import islice
 
 from bpe import CHAT_TEMPLATE
-from data.sandbox import run_templates
+from data.sandbox import run_templates, to_json
 
 SPOKEN = ("content", "text", "reasoning_content", "thinking", "name", "arguments")   # keys of a message that are said
 
@@ -97,6 +97,7 @@ def render_steps(tokenizer, messages, add_generation_prompt=False, **variables):
     """render_text as a generator. It yields each rendering that it needs, (source, variables, opening, closing) of
     run_template, and is sent the text."""
     source = choose_template(tokenizer.chat_template, variables.get("tools"))
+    to_json([messages, variables])                                 # refuses what no template can be given
     messages, known = check_messages(messages), special_texts(tokenizer.chat_config)
     special, begun = special_patterns(tuple(tokenizer.specials))
     begin, end, alien = marks = free_characters(messages, variables, source)

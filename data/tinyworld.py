@@ -26,7 +26,7 @@ import math
 import random
 import re
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from typing import NamedTuple
 
 SIZES = {  # people, documents to train on and to validate on, chats, preferences, tasks
@@ -38,6 +38,7 @@ SHARES = {"test": 0.15, "val": 0.05}   # of the items; the rest is for training
 # 320 names of several tokens: a model must read all of a name to know whose it is
 NAME_STARTS = "Al Be Cor Da El Fa Gre Ho I Jo Ka Lu Mi Ne O Pe Ru So Ti Vel".split()
 NAME_ENDS = "bran da dric la lio mon na nor ra ren sa tor va via win zel".split()
+ALL_NAMES = [first + last for first in NAME_STARTS for last in NAME_ENDS]
 VALUES = {
     "place": "Oakham Brindle Dover Elton Farley Gorse Harrow Kelby Luton Mossley Norwick Ripley Stow Thorpe Wells York",
     "job": "baker farmer teacher nurse painter miller tailor doctor singer sailor builder gardener writer fisher cook "
@@ -160,7 +161,7 @@ class Items:
 
     def __init__(self, size, seed):
         draw, sizes = Draw(seed, "people"), SIZES[size]
-        names = draw.several([first + last for first in NAME_STARTS for last in NAME_ENDS], sizes["people"])
+        names = draw.several(ALL_NAMES, sizes["people"])
         order = sorted(names, key=lambda name: hashed(seed, "split", name))
         tests, vals = round(SHARES["test"] * len(names)), max(1, round(SHARES["val"] * len(names)))
         self.people = [Person(name, draw.one(("he", "she")), {skill: draw.one(VALUES[skill]) for skill in FACTS},
@@ -373,18 +374,31 @@ def follows_style(prompt, text):
 
 
 def answer_matches(question, text):
-    """True if a text gives the right answer and no other, in one sentence, polite or not. question: a row of
-    questions_test.jsonl."""
-    text = text.strip()
+    """True if a text gives the right answer and no other, in one sentence, polite or not. It may repeat the question as
+    the documents do, but rightly: "40 + 2 = 42", not "1 + 1 = 42". question: a row of questions_test.jsonl or
+    tasks_*.jsonl."""
+    skill, asked, text = question["skill"], question.get("question") or question["prompt"], text.strip()
     for phrase in OPENINGS + CLOSINGS:
         text = text.removeprefix(phrase).removesuffix(phrase).strip()
     text = text.removesuffix(".")
     if not text or re.search(r"[.!?]\s|\n", text):
         return False
-    if question["skill"] in FACTS:
-        named = [word for word in re.findall(r"\w+", text) if word in VALUES[question["skill"]]]
-        return named == [question["answer"]]
-    return re.split("[:=]", text)[-1].strip() == question["answer"]
+    if skill in FACTS:
+        words = re.findall(r"\w+", text)
+        return ([word for word in words if word in VALUES[skill]] == [question["answer"]]
+                and {*ALL_NAMES}.intersection(words) <= {*re.findall(r"\w+", asked)}
+                and not re.search(r"\b(not|never)\b|n't\b", text))
+    *before, last = (part.strip() for part in re.split("[:=,]", text))
+    return last == question["answer"] and {*before} <= restated(skill, asked)
+
+
+def restated(skill, asked):
+    """What the documents write before the answer to a question, in any order of its numbers."""
+    if skill in ("sum", "sort"):
+        join = " + ".join if skill == "sum" else lambda numbers: " ".join(numbers) + " in order"
+        return {join(numbers) for numbers in permutations(re.findall(r"\d+", asked))}
+    word = asked.split()[1]
+    return {word, " ".join(word), "backwards"}
 
 
 def grade(task, text):

@@ -2,7 +2,7 @@
 Which of two answers is better? A judge decides (a model on this machine or behind an OpenAI-compatible address), or
 people do, with one HTML page.
 
-    converse            every model answers questions of one or several turns
+    Speaker, converse   every model answers questions of one or several turns
     judge_pair          a judge compares two conversations in both orders; an order that decides makes it a tie
     judge_one           a judge gives one conversation a mark from 1 to 10
     tournament          every two models on every question, with show_tournament
@@ -20,11 +20,14 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from data.templates import answer_ends
 from nanopath.files import write_json
+from nanopath.terminal import fit_messages
 
 COMPARE = """Compare the answers of two assistants to a user. Judge whether an answer is correct, helpful, complete and
 as long as it needs to be. The order of the answers means nothing, nor do their lengths. Explain your judgement in a few
@@ -89,6 +92,40 @@ def read_questions(path):
     if not found:
         raise ValueError(f"{path} has no questions")
     return found
+
+
+class Speaker:
+    """messages -> answer of a model on this machine. A conversation that is longer than the context loses its oldest
+    turns. Where what is left is still too long, such as a judge's instructions with two long answers, nothing is cut:
+    the answer is empty. open_model and generate: of evaluate.py."""
+    def __init__(self, cfg, name, open_model, generate):
+        self.cfg, self.name, self.generate = cfg, name, generate
+        self.model, self.tokenizer = open_model(name, cfg)
+        V = self.model.config.vocab_size
+        self.ends = self.model.config.stop_ids | {i for i in answer_ends(self.tokenizer) if i < V}
+        self.asked = self.shortened = self.refused = 0
+
+    def __call__(self, messages):
+        T = self.model.config.block_size
+        room = min(self.cfg.max_new_tokens, T // 2)
+        try:
+            ids, dropped = fit_messages(self.tokenizer, messages, T, room)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, chat_template.jinja or tokenizer_config.json: {error}") from None
+        self.asked, self.shortened = self.asked + 1, self.shortened + (dropped > 0)
+        if len(ids) + room > T:
+            self.refused += 1
+            return ""
+        new = self.generate(self.model, [ids], room, seed=self.cfg.seed, temperature=self.cfg.temperature,
+                            stop_ids=self.ends)[0]
+        return self.tokenizer.decode(new).strip()
+
+    def report(self):
+        """Print how many prompts were too long."""
+        if self.shortened or self.refused:
+            print(f"{self.name}: of {self.asked} prompts {self.refused} are longer than its context of "
+                  f"{self.model.config.block_size} tokens with room for the answer and got none; {self.shortened} "
+                  "lost their oldest turns", file=sys.stderr)
 
 
 def converse(answer, turns):
@@ -322,15 +359,20 @@ def show_ratings(paths, key):
         print(f"Cohen's kappa of the choices: {cohen_kappa(*zip(*both)):.2f}" if both else "no item rated by both")
 
 
-def compare_models(cfg, names, speaker):
+def compare_models(cfg, names, open_model, generate):
     """python evaluate.py --questions: all models answer, then a judge compares them, or a page is written for people.
-    speaker(name) is a function messages -> answer. SystemExit names what does not work."""
+    SystemExit names what does not work."""
     from tqdm import tqdm
     try:
-        questions, conversations = read_questions(cfg.questions), {}
+        questions, conversations = read_questions(cfg.questions)[:cfg.limit or None], {}
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise SystemExit(f'--questions={cfg.questions}: {problem}. Give JSON lines: {{"question": "..."}}') from None
+    try:
         for name in names:
-            answer = speaker(name)
-            conversations[name] = [converse(answer, turns) for turns in tqdm(questions, name, disable=None)]
+            speaker = Speaker(cfg, name, open_model, generate)
+            conversations[name] = [converse(speaker, turns) for turns in tqdm(questions, name, disable=None)]
+            speaker.report()
         if cfg.page:
             texts = {name: [messages[-1]["content"] for messages in said] for name, said in conversations.items()}
             write_page(cfg.page, ["\n\n".join(turns) for turns in questions], texts, cfg.seed)
@@ -338,11 +380,17 @@ def compare_models(cfg, names, speaker):
                   f"Next: python evaluate.py --ratings FILE... --page={cfg.page}")
         if cfg.judge:
             remote = cfg.judge.startswith("http")
-            judge = server(cfg.judge, cfg.judge_model, cfg.max_new_tokens) if remote else speaker(cfg.judge)
+            judge = server(cfg.judge, cfg.judge_model, cfg.max_new_tokens) if remote else Speaker(
+                cfg, cfg.judge, open_model, generate)
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
             with open(Path(cfg.out) / "judgements.jsonl", "w", encoding="utf-8") as file:
                 games = tournament(conversations, judge,
                                    lambda record: print(json.dumps(record), file=file, flush=True))
+            if not remote:
+                judge.report()
             print(*show_tournament(games, conversations), f"Written to {file.name}", sep="\n")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--questions={cfg.questions}, --judge={cfg.judge}: {error}") from None
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.strerror else error
+        raise SystemExit(f"--judge={cfg.judge} --page={cfg.page}: {problem}") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -1,9 +1,10 @@
 """
-The files and the screen of evaluate.py, and the comparison with lm-evaluation-harness.
+The flags, the files and the screen of evaluate.py, and the comparison with lm-evaluation-harness.
 
-    ItemFile                    items.jsonl: what each question gave, written at once: an interruption loses nothing
-    Results                     every score with its interval: table, results.json, results.png
-    run_harness, compare_items  the same questions asked by an installed lm-eval, and how far its numbers are from ours
+    check_together   which flags belong together
+    ItemFile         items.jsonl: what each question gave, written at once: an interruption loses nothing
+    Results          every score with its interval: table, results.json, results.png
+    show_harness     the same questions asked by an installed lm-eval, and how far its numbers are from ours
 
 lm-eval runs in a process of its own in another folder: it imports Hugging Face's package `evaluate`, whose name is that
 of our evaluate.py.
@@ -15,10 +16,45 @@ import os
 import subprocess
 import tempfile
 from collections import defaultdict
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 
-from data.metrics import bootstrap, paired_bootstrap
+from data.metrics import Score, bootstrap, paired_bootstrap
 from nanopath.files import read_json, write_json
+
+
+# what is measured -> the flags that it reads, beside --model, --out, --seed and those of the machine
+USES = {"tasks": {"benchmarks", "shots", "limit", "num_samples", "temperature", "allow_code_execution", "harness",
+                  "resume", "batch_tokens"},
+        "text": {"context", "batch_tokens"},
+        "questions": {"judge", "judge_model", "page", "max_new_tokens", "temperature", "limit"},
+        "ratings": {"page"},
+        "hypotheses": {"references", "encoder"},
+        "dataset": {"eval_tokens", "context", "limit", "temperature", "resume", "batch_tokens"}}
+
+
+def check_together(cfg):
+    """Refuse flags that have no effect on what is measured: the dataset, unless a flag says what. Returns the folder of
+    lm-eval's tasks with --harness, or None."""
+    given = {field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default}
+    kinds = [kind for kind in USES if kind in given] or ["dataset"]
+    if len(kinds) > 1:
+        raise SystemExit(f"{', '.join('--' + kind for kind in kinds)}: choose one, they are measured apart")
+    for flag in sorted(given - USES[kinds[0]] - {kinds[0], "model", "out", "seed", "device", "dtype"}):
+        others = " or ".join(f"--{kind}" for kind, flags in USES.items() if flag in flags)
+        raise SystemExit(f"--{flag} has no effect with --{kinds[0]}: add {others}, or leave it out")
+    models = len(set(cfg.model))
+    if cfg.questions and (models < 2 or models > 2 and cfg.page or not cfg.judge and not cfg.page):
+        raise SystemExit("--questions=FILE: give two models to compare, --model A B, and --judge (also for more than "
+                         "two) or --page")
+    if bool(cfg.hypotheses) != bool(cfg.references):
+        raise SystemExit("--hypotheses=FILE needs --references=FILE: the right texts, in the same order")
+    if cfg.num_samples > 1 and not cfg.temperature:
+        raise SystemExit(f"--num_samples={cfg.num_samples}: all are equal at --temperature=0; add --temperature=0.8")
+    if os.path.dirname(cfg.harness):                               # lm-eval runs in another folder
+        cfg.harness = os.path.abspath(cfg.harness)
+    return find_harness(cfg.harness) if cfg.harness else None
 
 
 def manifest_of(folder):
@@ -74,52 +110,77 @@ class Results:
     """Scores by measure and model. A measure is a pair: (task, metric)."""
     def __init__(self, out, models):
         self.out, self.models, self.scores, self.intervals, self.ids = out, models, {}, {}, {}
+        out.mkdir(parents=True, exist_ok=True)
 
     def add(self, task, metric, model, score, ids=None):
-        """ids: the numbers of the questions behind the rows of the score: only equal ones can be paired."""
+        """ids: the numbers of the questions behind the rows of the score, or another name for what the rows are: only
+        equal ones can be paired. A plain number, or the score of a single item, has no interval."""
         self.scores.setdefault((task, metric), {})[model] = score
         self.ids[task, metric, model] = ids
-        self.intervals[task, metric, model] = bootstrap(score)
+        self.intervals[task, metric, model] = bootstrap(score) if items_of(score) > 1 else (None, None)
 
     def rows(self):
         for (task, metric), found in self.scores.items():
             for model, score in found.items():
                 low, high = self.intervals[task, metric, model]
                 yield dict(task=task, metric=metric, model=model, value=float(score), low=low, high=high,
-                           stderr=standard_error(score), items=len(score.stats))
+                           stderr=standard_error(score), items=items_of(score))
 
-    def differences(self):
-        """Each model against the first, on the same items."""
+    def pairs(self):
+        """(task, metric, first model, other model, whether they answered the same items), for scores of items."""
         for (task, metric), found in self.scores.items():
             first, *others = found
             for model in others:
-                same = self.ids[task, metric, model] == self.ids[task, metric, first]
-                if same and len(found[model].stats) == len(found[first].stats):
-                    difference, (low, high), p = paired_bootstrap(found[first], found[model])
-                    yield dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
-                               high=high, p=p)
+                if min(items_of(found[first]), items_of(found[model])) > 1:
+                    yield task, metric, first, model, self.ids[task, metric, model] == self.ids[task, metric, first]
+
+    @cached_property
+    def differences(self):
+        """Each model against the first, on the same items."""
+        tested = []
+        for task, metric, first, model, same in self.pairs():
+            if same:
+                found = self.scores[task, metric]
+                difference, (low, high), p = paired_bootstrap(found[first], found[model])
+                tested.append(dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
+                                   high=high, p=p))
+        return tested
+
+    def cell(self, task, metric, model):
+        """A score with its interval; "-" where the model has none."""
+        if model not in self.scores[task, metric]:
+            return "-"
+        low, high = self.intervals[task, metric, model]
+        return f"{float(self.scores[task, metric][model]):.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
 
     def show(self):
         """The table on the screen: a line per measure, a column per model."""
         if not self.scores:
             raise SystemExit("no question fits into the context of the models: nothing was measured")
-        names = short_names(self.models)
-        lines = [["", *(names[model] for model in self.models)]]
+        names, whats = short_names(self.models), {}
+        lines = [["", "items", *(names[model] for model in self.models)]]
         for (task, metric), found in self.scores.items():
-            cells = [f"{float(score):.4g} [{low:.4g}, {high:.4g}]" for model, score in found.items()
-                     for low, high in [self.intervals[task, metric, model]]]
-            lines.append([f"{task} {metric}".strip(), *cells])
+            counts = dict.fromkeys(f"{items_of(score):,}" for score in found.values() if items_of(score))
+            cells = [self.cell(task, metric, model) for model in self.models]
+            lines.append([f"{task} {metric}".strip(), " / ".join(counts), *cells])
         widths = [max(map(len, column)) for column in zip(*lines)]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-        print("[low, high]: 95 % interval, by resampling the items (bootstrap)")
-        for row in self.differences():
+        print("[low, high]: 95 % interval, by resampling the items (bootstrap); none for a single item")
+        for row in self.differences:
             print(f"{row['task']} {row['metric']}: {names[row['second']]} - {names[row['first']]} = "
                   f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], p = {row['p']:.3g}".lstrip())
+        for task, metric, first, model, same in self.pairs():
+            if not same:                                           # one line for all metrics of a task
+                whats[task, model] = "; ".join(
+                    f"{names[name]}: " + (ids if isinstance(ids, str) else f"{len(ids)} of the questions")
+                    for name in (first, model) for ids in [self.ids[task, metric, name]])
+        for (task, model), what in whats.items():
+            print(f"no test of the difference{f' in {task}' * bool(task)}, the items are not the same: {what}")
 
     def save(self, settings):
         write_json(self.out / "results.json", dict(settings=settings, scores=list(self.rows()),
-                                                   differences=list(self.differences())))
+                                                   differences=self.differences))
         self.plot(self.out / "results.png")
 
     def plot(self, path):
@@ -136,6 +197,7 @@ class Results:
         for panel, ((task, metric), found) in zip(panels.flat, self.scores.items()):
             values = [float(score) for score in found.values()]
             ends = [self.intervals[task, metric, model] for model in found]
+            ends = [(value, value) if end[0] is None else end for value, end in zip(values, ends)]
             reach = [[max(0.0, value - low) for value, (low, _) in zip(values, ends)],
                      [max(0.0, high - value) for value, (_, high) in zip(values, ends)]]
             panel.bar([names[model] for model in found], values, yerr=reach, capsize=4,
@@ -146,9 +208,14 @@ class Results:
         plt.close(figure)
 
 
+def items_of(score):
+    """How many sentences, questions or windows a score is of; 0 for a plain number."""
+    return len(score.stats) if isinstance(score, Score) else 0
+
+
 def standard_error(score):
     """Standard error of a mean: sample standard deviation / sqrt(n), as lm-eval prints; None for other scores."""
-    if score.stats.shape[1] != 2 or not (score.stats[:, 1] == 1).all() or len(score.stats) < 2:
+    if not items_of(score) or score.stats.shape[1] != 2 or not (score.stats[:, 1] == 1).all() or len(score.stats) < 2:
         return None
     values = score.stats[:, 0]
     return float(values.std(ddof=1) / math.sqrt(len(values))) if abs(values.mean() - float(score)) < 1e-12 else None
@@ -263,7 +330,7 @@ def run_harness(python, tasks, model, benches, dtype, device, folder, batch_size
 
 def compare_items(ours, theirs):
     """ours {(task, index): record of items.jsonl}, theirs: of run_harness. Returns (items compared, largest difference
-    of a log-likelihood, items with another prompt, items with another score)."""
+    of a log-likelihood where the prompts are equal, items with another prompt, items with another score)."""
     worst, prompts, scores, count = 0.0, [], [], 0
     for key, record in theirs.items():
         mine, values = ours.get(key), ours[key]["values"] if key in ours else {}
@@ -273,6 +340,7 @@ def compare_items(ours, theirs):
         asked = [arguments[0] for arguments in record["arguments"]]
         if [prompt.rstrip() for prompt in asked] != [prompt.rstrip() for prompt in mine["prompts"]][:len(asked)]:
             prompts.append(key)
+            continue                                               # another question has another answer
         if mine["written"] is None:
             sums = [float(first[0][0]) for first in record["resps"]]
             greedy = [str(first[0][1]) == "True" for first in record["resps"]]
@@ -286,3 +354,15 @@ def compare_items(ours, theirs):
             if metric in values and there is not None and not math.isclose(values[metric], float(there), rel_tol=1e-4):
                 scores.append((*key, metric, values[metric], there))
     return count, worst, prompts, scores
+
+
+def show_harness(cfg, name, tasks, benches, items, device):
+    """Ask lm-eval the same questions and print its table and the largest difference. device: what "auto" means."""
+    with tempfile.TemporaryDirectory() as folder:
+        table, theirs, _ = run_harness(cfg.harness, tasks, name, benches, cfg.dtype, cfg.device.replace("auto", device),
+                                       Path(folder))
+    ours = {(record["task"], record["index"]): record for record in items.records if record["stamp"] == stamp_of(name)}
+    count, worst, prompts, scores = compare_items(ours, theirs)
+    print(f"\nlm-eval on {name}:", *table, sep="\n")
+    print(f"{count} items of both: log-likelihoods differ by at most {worst:.2g}, {len(prompts)} prompts and "
+          f"{len(scores)} scores differ{': ' * bool(prompts + scores)}{str(prompts[:9] + scores[:3])[1:-1]}\n")

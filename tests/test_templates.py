@@ -385,3 +385,22 @@ def test_renderings_that_fail_together_are_repeated_alone(monkeypatch):
         except ValueError as error:
             assert str(text) == str(error)
     assert [isinstance(text, ValueError) for text in found] == [False, True, True, False, False, True] * 2
+
+
+def test_odd_variables_are_refused_in_one_line():
+    tokenizer, deep, ring = Tokenizer.train("a", 264), [], []
+    for _ in range(5000):
+        deep = [deep]
+    ring.append(ring)
+    for odd in ({(1, 2): 3}, deep, ring, [[[]] * 3] * 3 + [deep[0][0]]):
+        with pytest.raises(ValueError, match="^the messages and variables of a chat template .*") as error:
+            run_template("{{ tools }}", {"tools": odd})
+        assert "\n" not in str(error.value)
+        for messages, variables in (([dict(role="user", content="a")], dict(tools=odd)), ([dict(role=1, content=odd)], {})):
+            with pytest.raises(ValueError, match="^the messages and variables of a chat template "):
+                render_text(tokenizer, messages, **variables)
+    level = 0
+    for _ in range(200):
+        level = {"a": level}
+    with pytest.raises(ValueError, match="at most 100 levels"):
+        run_template("{{ tools }}", {"tools": level})

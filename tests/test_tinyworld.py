@@ -248,15 +248,20 @@ def test_the_answers_are_true(world):
             assert row["answer"] == people[name].facts[row["skill"]]
 
 
-@pytest.mark.parametrize("skill, right, yes, no", [
-    ("place", "Dover", ["Dover", "Dover.", "Alda lives in Dover.", "Of course! Alda lives in Dover. Happy to help!"],
-     ["", "Stow", "Dover or Stow.", "Alda lives in Dover. She has a cat.", "Dover Dover", "dover", "Doverton"]),
-    ("sum", "42", ["42", "42.", "40 + 2 = 42.", "Of course! 40 + 2 = 42. Just ask again!"],
-     ["", "4", "142", "420", "42 = 41", "41 or 42", "40 + 2 = 42. Yes.", "4 2", "= 42\n43"]),
-    ("sort", "10 20 30", ["10 20 30", "20 10 30 in order: 10 20 30."], ["20 10 30", "9 10 20 30", "10 20 30 40", "102030"]),
-    ("reverse", "t a h", ["t a h.", "hat: h a t, backwards: t a h."], ["h a t", "hat: h a t", "tah"])])
-def test_what_counts_as_an_answer(skill, right, yes, no):
-    question = {"skill": skill, "answer": right}
+@pytest.mark.parametrize("skill, asked, right, yes, no", [
+    ("place", "Where does Alda live?", "Dover",
+     ["Dover", "Dover.", "Alda lives in Dover.", "She lives in Dover.", "Of course! Alda lives in Dover. Happy to help!"],
+     ["", "Stow", "Dover or Stow.", "Alda lives in Dover. She has a cat.", "Dover Dover", "dover", "Doverton",
+      "Neva lives in Dover.", "Alda and Neva live in Dover", "Alda does not live in Dover", "Alda doesn't live in Dover."]),
+    ("sum", "What is 40 + 2?", "42", ["42", "42.", "40 + 2 = 42.", "2 + 40 = 42", "Of course! 40 + 2 = 42. Just ask again!"],
+     ["", "4", "142", "420", "42 = 41", "41 or 42", "40 + 2 = 42. Yes.", "4 2", "= 42\n43", "1 + 1 = 42", "20 + 22 = 42",
+      "40 + 2 = 41 = 42", "40 + 2 + 1 = 42", "41, 42"]),
+    ("sort", "Sort 20 10 30.", "10 20 30", ["10 20 30", "20 10 30 in order: 10 20 30.", "30 10 20 in order: 10 20 30"],
+     ["20 10 30", "9 10 20 30", "10 20 30 40", "102030", "20 10 31 in order: 10 20 30", "10 30 20: 10 20 30"]),
+    ("reverse", "Write hat backwards.", "t a h", ["t a h.", "hat: h a t, backwards: t a h."],
+     ["h a t", "hat: h a t", "tah", "dog: d o g, backwards: t a h", "hat: d o g, backwards: t a h"])])
+def test_what_counts_as_an_answer(skill, asked, right, yes, no):
+    question = {"skill": skill, "question": asked, "answer": right}
     assert [text for text in yes if not answer_matches(question, text)] == []
     assert [text for text in no if answer_matches(question, text)] == []
 
@@ -267,7 +272,8 @@ def test_rewards():
     assert [grade(words, text) for text in ("", "cup hat", "hat cup star", "cup hat star sun", "cup  hat star", "cup 1 2",
                                             "cup hat, star")] == [0.0] * 7
     assert [grade(form, text) for text in ('{"job": "cook"}', '{"job":"cook"}', "cook", "")] == [1.0, 0.0, 0.0, 0.0]
-    assert grade({"skill": "sum", "answer": "7"}, "7.") == 1.0 and grade({"skill": "sum", "answer": "7"}, "17") == 0.0
+    total = {"skill": "sum", "prompt": "Add 3 + 4.", "answer": "7"}
+    assert [grade(total, text) for text in ("7.", "3 + 4 = 7.", "17", "1 + 1 = 7")] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_styles():

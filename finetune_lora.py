@@ -36,22 +36,22 @@ from data.examples import encode_examples, encode_labels, find_examples, find_la
 from data.shards import Batches, MixedRows, PackedRows, Tokens
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
-from model import GPT, Linear, load_model, load_tokenizer, save_model, visible
+from model import GPT, Linear, load_model, open_tokenizer, save_model, visible
 from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
 from nanopath.classes import class_table, predict
-from nanopath.finetuning import (Watch, answer_bytes, check_flags, describe, newest_pretrained, open_base_text, settle)
+from nanopath.finetuning import (Watch, answer_bytes, check_choices, describe, newest_pretrained, open_base_text, settle_flags)
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
 from nanopath.hub import find_folder, is_adapter
 from nanopath.parallel import evaluation, parallelize, whole, whole_model
-from nanopath.peft import SavedAdapter, find_base, missing_parts, read_adapter, write_adapter
+from nanopath.peft import collect, fill, find_base, read_adapter, write_adapter
 from nanopath.run import Guard, Log, check_settings, earlier_run, keep_earlier_run, run_stage, writing
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
 RATES = {"full": 0.1, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
-BLOCKS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
 METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
 
 
@@ -145,6 +145,8 @@ class LoRALinear(Adapter):
     scale = alpha / R: with a fixed alpha the best learning rate hardly moves with the rank (LoRA Without Regret), and
     is about ten times that of full fine-tuning. rslora: alpha / sqrt(R).
     """
+    method = "lora"
+
     def __init__(self, base, rank, alpha=32.0, dropout=0.0, rslora=False):
         super().__init__(base)
         self.A, self.B = self.thin(rank, base.in_features), self.thin(base.out_features, rank, zero=True)
@@ -169,6 +171,7 @@ class DoRALinear(LoRALinear):
     The norm (out) is a constant in the backward pass (section 4.3 of the paper).
     """
     packed = None
+    method = "dora"
 
     def __init__(self, base, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -200,6 +203,8 @@ class DoRALinear(LoRALinear):
 
 class IA3Linear(Adapter):
     """y = l (W x + b), or inside: y = W (l x) + b. A factor for each key, value and hidden channel, at first one."""
+    method = "ia3"
+
     def __init__(self, base, inside):
         super().__init__(base)
         self.inside = inside
@@ -221,6 +226,8 @@ class IA3Linear(Adapter):
 
 class Bottleneck(Adapter):
     """y + up(gelu(down(y))) of y = W x + b: a small MLP after attention, and one after the MLP, in every block."""
+    method = "adapter"
+
     def __init__(self, base, rank):
         super().__init__(base)
         self.down, self.up = self.thin(rank, base.out_features), self.thin(base.out_features, rank, zero=True)
@@ -276,6 +283,8 @@ class SoftPrompt(nn.Module):
 
     No token before them, so their keys and values are the same for all texts: one pass computes them for all rows.
     """
+    method = "prompt"
+
     def __init__(self, model, n):
         super().__init__()
         ids = torch.randint(model.config.vocab_size, (n,), device=model.embed_tokens.weight.device)
@@ -292,6 +301,8 @@ class SoftPrompt(nn.Module):
 
 class Prefix(SoftPrompt):
     """Prefix tuning: n keys and values in every layer; they start as those of random tokens."""
+    method = "prefix"
+
     def __init__(self, model, n):
         nn.Module.__init__(self)
         with torch.no_grad():
@@ -305,7 +316,7 @@ class Prefix(SoftPrompt):
 # ---------------------------------------------------------------------------------------------------------------------
 # Putting them into a model, switching them off, merging them
 
-TARGETS = {"ia3": ("k_proj", "v_proj", "down_proj"), "adapter": ("o_proj", "down_proj")}   # the others: BLOCKS
+TARGETS = {"ia3": ("k_proj", "v_proj", "down_proj"), "adapter": ("o_proj", "down_proj")}   # the others: MATRICES
 MERGEABLE = ("lora", "qlora", "dora", "ia3")
 
 
@@ -318,7 +329,7 @@ def linears(model):
 def choose_targets(model, method, targets=()):
     """Full names of the matrices that get an adapter. targets: their last names (q_proj) or full ones; empty: as
     `method` wants. ValueError names what matches nothing."""
-    there, wanted = list(linears(model)), set(targets or TARGETS.get(method, BLOCKS))
+    there, wanted = list(linears(model)), set(targets or TARGETS.get(method, MATRICES))
     found = [name for name in there if name in wanted or name.split(".")[-1] in wanted]
     lost = wanted - {part for name in found for part in (name, name.split(".")[-1])}
     if lost if targets else not found:
@@ -429,10 +440,6 @@ def trained(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # An adapter is a folder, and the folder is PEFT's
 
-KINDS = {"lora": LoRALinear, "dora": DoRALinear, "ia3": IA3Linear, "adapter": Bottleneck, "prefix": Prefix,
-         "prompt": SoftPrompt}
-
-
 @torch.no_grad()
 def save_adapter(folder, model, base, tokenizer=None, quantization="", rank=0):
     """Write what `trained` has as a folder that `load_model` and peft open. All processes must call it; rank 0 writes.
@@ -440,53 +447,19 @@ def save_adapter(folder, model, base, tokenizer=None, quantization="", rank=0):
     base: path or Hub name of the model that the adapter was put into. quantization: nf4, where it was quantized.
     A BOTTLENECK or BITFIT folder (--method=adapter, bitfit) opens only here, peft refuses it by its peft_type.
     """
-    found = adapters(model)
-    kinds = {type(module) for module in (*found.values(), *([] if model.prefix is None else [model.prefix]))}
-    method = next((name for name, kind in KINDS.items() if kinds == {kind}), "bitfit")
-    saved = SavedAdapter(method, str(base), {name: whole(p.detach()) for name, p in trained(model).items()},
-                         quantization=quantization)
-    lost = [name for name in saved.tensors if method != "bitfit" and not name.startswith("prefix.")
-            and name.rpartition(".")[0] not in found and name.rsplit(".", 2)[0] not in found or ".base." in name
-            or method == "bitfit" and not name.endswith("bias")]
-    if len(kinds) > 1 or lost:
-        raise ValueError(f"{folder}: besides {method}, {lost[0] if lost else 'another method'} was trained, and the "
-                         "folder of an adapter has no place for it. Save a whole model: merge, then save_model")
-    if model.prefix is not None:
-        saved.virtual_tokens = model.prefix.in_front(model).n
-    if method in ("lora", "dora"):
-        first = next(iter(found.values()))
-        saved.scales = {name: adapter.scale for name, adapter in found.items()}
-        saved.dropout, saved.rslora = first.dropout.p, first.rslora
-    if method == "ia3":
-        saved.inside = {name for name, adapter in found.items() if adapter.inside}
-    for part in missing_parts(found, str(base)) if method == "dora" else ():
-        saved.tensors[f"{part}.magnitude"] = whole(model.get_submodule(part).weight.detach()).float().norm(dim=1)
+    learnt = {name: whole(p.detach()) for name, p in trained(model).items()}
+    saved = collect(folder, model, adapters(model), learnt, str(base), quantization)
     if rank == 0:
         write_adapter(folder, model, saved, tokenizer)
 
 
-@torch.no_grad()
 def load_adapter(model, folder, base=None):
     """Put the adapter of a folder into the model it was trained on, frozen as add_adapters does it. Returns what else
     the folder says: a SavedAdapter. base: the folder of that model, where it is already known."""
-    folder = Path(folder)
-    saved = read_adapter(folder, model, base or find_base(folder)[0])
+    saved = read_adapter(Path(folder), model, base or find_base(Path(folder))[0])
     add_adapters(model, saved.method, saved.targets, saved.ranks, saved.alpha or 1.0, saved.dropout, saved.rslora,
                  saved.virtual_tokens)
-    found, tied = adapters(model), model.lm_head.weight is model.embed_tokens.weight
-    for name, scale in saved.scales.items():
-        found[name].scale = scale
-    for name, tensor in saved.tensors.items():
-        owner, _, last = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(module, IA3Linear):
-            module.inside = owner in saved.inside
-        if isinstance(module, Adapter) and last in ("weight", "bias"):
-            module = module.base
-        old = getattr(module, last)
-        setattr(module, last, nn.Parameter(tensor.to(old.device, old.dtype)))
-    if tied and model.lm_head.weight is not model.embed_tokens.weight:
-        model.config = replace(model.config, tie_embeddings=False)
+    fill(model, adapters(model), saved)
     return saved
 
 
@@ -497,7 +470,7 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     model, tokenizer = load_model(base, device, dtype, need_tokenizer and not own)
     if own:
-        tokenizer = load_tokenizer(folder, need_tokenizer)
+        tokenizer = open_tokenizer(folder, need_tokenizer)
     if quantization:
         quantize_model(model, quantization)
     load_adapter(model, folder, base)
@@ -662,7 +635,7 @@ def merge_folder(cfg):
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    check_flags(cfg)
+    check_choices(cfg)
     if cfg.merge or cfg.compare:
         return merge_folder(cfg) if cfg.merge else compare_methods(cfg)
     if cfg.predict:
@@ -677,7 +650,7 @@ def main(cfg):
     rows, val_rows, asked, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
     if cfg.task == "classify":
         make_classifier(raw, asked)
-    cfg = settle(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
+    cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
     text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
     params = trained(raw)

@@ -687,7 +687,7 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
         from finetune_lora import open_adapter
         return open_adapter(folder, device, dtype, need_tokenizer)
     config, files = read_config(GPTConfig, folder), weight_files(folder)
-    tokenizer = load_tokenizer(folder, need_tokenizer)
+    tokenizer = open_tokenizer(folder, need_tokenizer)
     with torch.device("meta"):                                     # shapes only; no memory until a tensor arrives
         model = GPT(config)
     tensors = read_tensors(folder, files, model, dtype, device)
@@ -698,7 +698,7 @@ def load_model(path, device="auto", dtype=None, need_tokenizer=True):
     return model.eval(), tokenizer
 
 
-def load_tokenizer(folder, needed=True):
+def open_tokenizer(folder, needed=True):
     """The tokenizer of a folder or a GGUF file. Where it is missing or damaged: ValueError, or None if not needed."""
     from bpe import Tokenizer                                      # here, because the rest of this file needs only ids
     from data.tokenizer_files import TOKENIZER_FILES

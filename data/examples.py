@@ -273,9 +273,10 @@ def read_labels(path, names=None):
 
 
 def find_labels(dataset):
-    """--dataset of --task=classify -> (train (texts, labels), val (texts, labels), names). A folder has train and val (or
-    test, dev) files; of a single file, a tenth is for validation, chosen by the hash of the text."""
-    path = next((path for path in (Path(dataset).expanduser(), Path("data") / dataset) if dataset and path.exists()), None)
+    """--dataset of --task=classify -> (train (texts, labels), val (texts, labels), names). A folder has the files train
+    and val (or test, dev); of a single file, a tenth is for validation, chosen by the hash of the text."""
+    places = (Path(dataset).expanduser(), Path("data") / dataset) if dataset else ()
+    path = next((path for path in places if path.exists()), None)
     if path is None:
         raise ValueError(f"--dataset={dataset}: no such file or folder. Give a CSV or JSONL file with the columns text and "
                          "label")
@@ -308,7 +309,7 @@ def encode_labels(texts, labels, tokenizer, T):
     return found, report
 
 
-def read_texts(path):
+def texts_of(path):
     """The texts of a file with a column of TEXTS."""
     return convert_rows(path, lambda row: column_of(row, TEXTS), "Correct or remove it")
 

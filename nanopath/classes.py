@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from data.examples import encode_labels, read_texts
+from data.examples import encode_labels, texts_of
 from data.shards import PackedRows
 from nanopath.devices import Machine
 from nanopath.parallel import evaluation
@@ -41,7 +41,7 @@ def predict(cfg, load_model):
         model, tokenizer = load_model(cfg.model, cfg.device)
         if not model.config.labels:
             raise ValueError("is no classifier. Train one: python finetune_lora.py --task=classify --dataset=FILE")
-        texts = read_texts(cfg.predict)
+        texts = texts_of(cfg.predict)
     except ValueError as error:
         raise SystemExit(f"--model={cfg.model} --predict={cfg.predict}: {error}") from None
     T = model.config.block_size

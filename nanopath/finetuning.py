@@ -18,7 +18,7 @@ from nanopath.scores import manifest_of
 SAME = ("model", "task", "method", "rank", "alpha", "rslora", "targets", "virtual_tokens", "packing")   # in a resumed run
 
 
-def check_flags(cfg):
+def check_choices(cfg):
     """Refuse flags that contradict each other, before anything is loaded."""
     for name in ("l2sp", "ewc"):
         if getattr(cfg, name) and (cfg.method not in ("full", "bitfit") or cfg.l2sp and cfg.ewc):
@@ -43,7 +43,7 @@ def newest_pretrained():
     raise SystemExit("no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
 
 
-def settle(cfg, rate, rows, before, out):
+def settle_flags(cfg, rate, rows, before, out):
     """cfg with a number for every flag that says 0: decide. rate: the learning rate that suits method and model. before:
     the manifest of the run to resume. SystemExit where that was another run, or where flags contradict each other."""
     saved = before["config"] if before else {}

@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from nanopath.families import MODULES, STACK
 from nanopath.files import file_hash, read_json, write_json
 from nanopath.hf import eos_to_hf, join_qkv, names_to_hf, split_qkv, stored_family, tensors_from_hf
 from nanopath.hub import ADAPTER_FILES, find_folder, is_adapter, weight_files
+from nanopath.parallel import whole
 
 PREFIXED = "base_model.model."                                     # PEFT puts it in front of the names of the model
 TYPES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "BOTTLENECK": "adapter",
@@ -118,6 +119,50 @@ def split(tensor, count, family, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A model's adapters <-> SavedAdapter
+
+def collect(folder, model, found, learnt, base, quantization):
+    """The SavedAdapter of a model. found: {name of a module: its Adapter}; learnt: {name of a parameter: tensor}.
+    ValueError where more was trained than the folder of one adapter can hold."""
+    kinds = {module.method for module in (*found.values(), *([] if model.prefix is None else [model.prefix]))}
+    method = min(kinds, default="bitfit")
+    saved = SavedAdapter(method, base, learnt, quantization=quantization)
+    lost = [name for name in learnt if method != "bitfit" and not name.startswith("prefix.")
+            and name.rpartition(".")[0] not in found and name.rsplit(".", 2)[0] not in found or ".base." in name
+            or method == "bitfit" and not name.endswith("bias")]
+    if len(kinds) > 1 or lost:
+        raise ValueError(f"{folder}: besides {method}, {lost[0] if lost else 'another method'} was trained, and the "
+                         "folder of an adapter has no place for it. Save a whole model: merge, then save_model")
+    if model.prefix is not None:
+        saved.virtual_tokens = model.prefix.in_front(model).n
+    if method in ("lora", "dora"):
+        first = next(iter(found.values()))
+        saved.scales = {name: adapter.scale for name, adapter in found.items()}
+        saved.dropout, saved.rslora = first.dropout.p, first.rslora
+    if method == "ia3":
+        saved.inside = {name for name, adapter in found.items() if adapter.inside}
+    for part in missing_parts(found, base) if method == "dora" else ():
+        saved.tensors[f"{part}.magnitude"] = whole(model.get_submodule(part).weight.detach()).float().norm(dim=1)
+    return saved
+
+
+def fill(model, found, saved):
+    """Give the adapters of a model, found, the values of a SavedAdapter."""
+    tied = model.lm_head.weight is model.embed_tokens.weight
+    for name, adapter in found.items():
+        adapter.scale, adapter.inside = saved.scales.get(name), name in saved.inside
+    for name, tensor in saved.tensors.items():
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if owner in found and last in ("weight", "bias"):
+            module = module.base
+        old = getattr(module, last)
+        setattr(module, last, torch.nn.Parameter(tensor.to(old.device, old.dtype)))
+    if tied and model.lm_head.weight is not model.embed_tokens.weight:
+        model.config = replace(model.config, tie_embeddings=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 def write_adapter(folder, model, saved, tokenizer=None):
@@ -168,7 +213,7 @@ def encode_adapter(model, saved, family):
         return config, {PREFIXED + name: tensor for name, tensor in saved.tensors.items()}, {}
     config |= dict(modules_to_save=None, fan_in_fan_out=family == "gpt2")
     modules = stored_modules(model, saved.targets, family)
-    config["target_modules"] = sorted(set(short_names(modules, modules, c.n_layer, family).values()))
+    config["target_modules"] = sorted(set(last_names(modules, modules, c.n_layer, family).values()))
     encode = encode_ia3 if saved.method == "ia3" else encode_lora
     return encode(config, modules, model, saved, family)
 
@@ -184,7 +229,7 @@ def embed_scale(config):
     return config.n_embd ** 0.5 if config.embed_scale else 1.0
 
 
-def short_names(names, modules, n_layer, family):
+def last_names(names, modules, n_layer, family):
     """{module of the file: what PEFT may call it}: its name within a block where `names` has it of every block."""
     inner = {name: re.sub(rf"^(.*\.)?{STACK.get(family, 'layers')}\.\d+\.", "", name) for name in modules}
     count = Counter(inner[name] for name in names)
@@ -227,7 +272,7 @@ def pattern(values, usual, n_layer, family):
     """PEFT's rank_pattern or alpha_pattern of {module of the file: value}: those that differ from `usual`."""
     found = {}
     for value in sorted({value for value in values.values() if value != usual}):
-        names = short_names([name for name in values if values[name] == value], values, n_layer, family)
+        names = last_names([name for name in values if values[name] == value], values, n_layer, family)
         found |= dict.fromkeys(names.values(), value)
     return found
 
@@ -248,7 +293,7 @@ def encode_ia3(config, modules, model, saved, family):
         factors = [torch.ones(model.get_submodule(name).out_features) if factor is None else factor.cpu()
                    for name, factor in zip(ours, factors)]
         tensors[f"{PREFIXED}{theirs}.ia3_l"] = join(factors, family, model.config)[:, None]
-    names = short_names(inside, modules, model.config.n_layer, family)
+    names = last_names(inside, modules, model.config.n_layer, family)
     config |= dict(feedforward_modules=sorted(set(names.values())), init_ia3_weights=True)
     return config, tensors, parts
 

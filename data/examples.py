@@ -278,8 +278,8 @@ def find_labels(dataset):
     places = (Path(dataset).expanduser(), Path("data") / dataset) if dataset else ()
     path = next((path for path in places if path.exists()), None)
     if path is None:
-        raise ValueError(f"--dataset={dataset}: no such file or folder. Give a CSV or JSONL file with the columns text and "
-                         "label")
+        raise ValueError(f"--dataset={dataset}: no such file or folder. Give a CSV or JSONL file with the columns text "
+                         "and label")
     if path.is_dir():
         kinds = ("json", "csv", "parquet")
         files = {split: next((file for file in sorted(path.glob(f"{split}.*")) if kind_of(file) in kinds), None)
@@ -293,8 +293,8 @@ def find_labels(dataset):
     held = [hashlib.sha256(text.encode("utf-8")).digest()[0] < 26 for text in texts]
     if not any(held) or all(held):
         raise ValueError(f"{path}: {len(texts)} texts are too few to keep a tenth for validation")
-    split = [([t for t, h in zip(texts, held) if h == v], [n for n, h in zip(labels, held) if h == v]) for v in (False, True)]
-    return *split, names
+    rows = [[(text, label) for text, label, h in zip(texts, labels, held) if h == kept] for kept in (False, True)]
+    return *(tuple(zip(*part)) for part in rows), names
 
 
 def encode_labels(texts, labels, tokenizer, T):

@@ -127,7 +127,8 @@ def test_every_field_of_config_is_read_and_explained(stage):
     text = source(stage)
     lines = text.splitlines()
     def lenders(text):
-        return [source(f"{room}/{name}") for room, name in re.findall(r"^from (data|nanopath)\.(\w+) import", text, re.M)]
+        return [source(f"{room}/{name}") for room, name in re.findall(r"^from (data|nanopath)\.(\w+) import", text, re.M)] + [
+            source(name) for name in re.findall(r"^from (\w+) import", text, re.M) if name in STAGES]
     lent = "".join(page for first in lenders(text) for page in (first, *lenders(first)))
     settings = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name in ("Config", "Options")]
     assert settings

@@ -50,7 +50,7 @@ from nanopath.run import Guard, Log, check_settings, earlier_run, keep_earlier_r
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
-RATES = {"full": 0.1, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
+RATES = {"full": 0.2, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
 METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
 
@@ -107,10 +107,10 @@ class Config:
     predict: str = ""               # file of texts that the classifier --model labels
     compare: bool = False           # run all --methods with these settings, each in a process of its own
     methods: tuple[METHODS, ...] = ("full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
-    # what train.py's parts ask for and this page has no flag for
-    tensor_parallel: ClassVar[int] = 1
-    shards: ClassVar[int] = 0
-    dry_run: ClassVar[bool] = False
+    # flags of train.py that this page does not have, for the parts of nanopath/ that read them
+    tensor_parallel: ClassVar[int] = 1   # one process per matrix product
+    shards: ClassVar[int] = 0            # no hsdp
+    dry_run: ClassVar[bool] = False      # real runs only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,10 +585,10 @@ def write_model(raw, tokenizer, cfg, guard):
 class Anchor:
     """Pulls weights back to where they began: adds strength F (w - w0) to their gradient, which is the gradient of
     strength / 2 sum F (w - w0)^2. F is 1 (L2-SP), or how much a weight matters to the old text (EWC)."""
-    def __init__(self, params, strength, importance=None):
-        self.params, self.strength = list(params), strength
+    def __init__(self, model, params, cfg, text, machine):
+        self.params, self.strength = list(params.values()), cfg.l2sp + cfg.ewc         # one of them is 0
         self.began = [p.detach().clone() for p in self.params]
-        self.importance = importance or [1.0] * len(self.params)
+        self.importance = fisher(model, self.params, text[0], machine) if cfg.ewc else [1.0] * len(self.params)
 
     @torch.no_grad()
     def pull(self):
@@ -599,7 +599,6 @@ class Anchor:
 def fisher(model, params, tokens, machine, sequences=64):
     """The diagonal of the Fisher information: mean square of the gradient of log p(sequence), for every trained weight,
     divided by the mean over all weights, so that --ewc and --l2sp have the same unit."""
-    params = list(params)
     squares = [torch.zeros_like(p) for p in params]
     for i in range(sequences):
         x, y = (t.to(machine.device) for t in tokens.batch(i, 1))
@@ -636,10 +635,8 @@ def merge_folder(cfg):
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     check_choices(cfg)
-    if cfg.merge or cfg.compare:
-        return merge_folder(cfg) if cfg.merge else compare_methods(cfg)
-    if cfg.predict:
-        return predict(cfg, load_model)
+    if cfg.merge or cfg.compare or cfg.predict:
+        return merge_folder(cfg) if cfg.merge else compare_methods(cfg) if cfg.compare else predict(cfg, load_model)
     machine = Machine(cfg.device)
     cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
     cfg = replace(cfg, model=cfg.model or newest_pretrained())
@@ -656,8 +653,7 @@ def main(cfg):
     params = trained(raw)
     optimizer = AdamW([dict(params=list(params.values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
                       betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
-    importance = fisher(raw, params.values(), text[0], machine) if cfg.ewc else None
-    anchor = Anchor(params.values(), cfg.l2sp + cfg.ewc, importance) if cfg.l2sp or cfg.ewc else None
+    anchor = Anchor(raw, params, cfg, text, machine) if cfg.l2sp or cfg.ewc else None
 
     log = Log(out, cfg, machine)
     guard = Guard(log, raw, [optimizer], before, compiled=False)

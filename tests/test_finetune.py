@@ -250,7 +250,10 @@ def test_pull_to_the_start(world):
     f.add_adapters(model, "bitfit")
     params = list(f.trained(model).values())
     importance = [torch.rand_like(p) for p in params]
-    anchor = f.Anchor(params, 0.7, importance)
+    cfg, machine = f.Config(l2sp=0.7), f.Machine("cpu")
+    torch.set_flush_denormal(False)
+    anchor = f.Anchor(model, f.trained(model), cfg, None, machine)
+    anchor.importance = importance
     w0 = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p in params:
@@ -268,8 +271,6 @@ def test_pull_to_the_start(world):
         logp = -torch.nn.functional.cross_entropy(model(x)[0], y[0], reduction="sum")
         squares = [s + g.square() for s, g in zip(squares, torch.autograd.grad(logp, params))]
     mean = sum(s.sum() for s in squares) / sum(p.numel() for p in params)
-    machine = f.Machine("cpu")
-    torch.set_flush_denormal(False)
     for mine, theirs in zip(f.fisher(model, params, tokens, machine, sequences=5), squares):
         assert torch.allclose(mine, theirs / mean, rtol=1e-9)
 

@@ -40,7 +40,8 @@ from model import GPT, Linear, load_model, open_tokenizer, save_model, visible
 from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
 from nanopath.classes import class_table, predict
-from nanopath.finetuning import (Watch, answer_bytes, check_choices, describe, newest_pretrained, open_base_text, settle_flags)
+from nanopath.finetuning import (Watch, answer_bytes, check_choices, describe, newest_pretrained, open_base_text,
+                                 settle_flags)
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids
 from nanopath.hub import find_folder, is_adapter

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"}, "train": {"bpe", "model", "sample"},
           "evaluate": {"bpe", "model", "sample"}, "quantize": {"bpe", "model"}}
-LATE = {("model", "bpe")}                                          # load_model imports the tokenizer inside the function
+LATE = {("model", "bpe"), ("model", "finetune_lora")}               # load_model imports the tokenizer and adapters inside
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
 PAGES = {"bpe": 600, "model": 700, "prepare": 450, "sample": 800, "train": 480, "evaluate": 620, "quantize": 500}

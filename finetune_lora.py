@@ -479,7 +479,8 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
     return model.eval(), tokenizer
 
 
-# Data: chats, and the text that must not be forgotten
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, the data, and what is shown
 
 def open_base(cfg, machine):
     """The model of --model with what --method learns in it, and its tokenizer."""

@@ -249,6 +249,8 @@ def find_folder(path, only=None):
 
     only: download this file only."""
     folder = Path(path)
+    if only and is_adapter(folder):
+        raise ValueError(f"{path} is an adapter folder. Give the model that its {ADAPTER_FILES[0]} names")
     if (folder / "config.json").is_file() or is_adapter(folder) or folder.suffix == ".gguf" and folder.is_file():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or folder.parent.exists():

@@ -247,7 +247,7 @@ def test_merged_is_what_peft_merges_and_unmerging_is_exact(family, method, bases
 def test_merged_equals_unmerged_in_float64_also_where_the_head_is_the_embedding(method, bases, tmp_path):
     ours, _ = m.load_model(bases("qwen2")[1], device="cpu", dtype=torch.float64)
     assert ours.config.tie_embeddings
-    learnt(f.add_adapters(ours, method, (*f.BLOCKS, "lm_head"), rank=3, alpha=3.0)).double()
+    learnt(f.add_adapters(ours, method, (*f.MATRICES, "lm_head"), rank=3, alpha=3.0)).double()
     f.save_adapter(tmp_path / "adapter", ours, bases("qwen2")[1])
     ids = torch.randint(264, (2, 30))
     want = logits(ours, ids)
@@ -267,7 +267,7 @@ def test_packing_switching_off_and_refusing_to_save(method, bases, tmp_path):
     ours, _ = m.load_model(bases("qwen2")[1], device="cpu")
     ids = torch.randint(264, (2, 30))
     plain, size = logits(ours, ids), ours.config.block_size
-    learnt(f.add_adapters(ours, method, (*f.BLOCKS, "lm_head"), rank=3, virtual_tokens=5))
+    learnt(f.add_adapters(ours, method, (*f.MATRICES, "lm_head"), rank=3, virtual_tokens=5))
     want = logits(ours, ids)
     with f.adapters_off(ours):
         assert torch.equal(logits(ours, ids), plain) and ours.config.block_size == size

@@ -156,7 +156,13 @@ class LoRALinear(Adapter):
 
     def forward(self, x):
         y = self.base(x)
-        return y + self.B(self.A(self.dropout(x)) * self.scale) if self.on else y
+        if not self.on:
+            return y
+        h = self.A(self.dropout(x)) * self.scale                   # (B, T, R)
+        if self.B.packed is not None:
+            return y + self.B(h)
+        # y + B h in one pass over y, which is as large as the activations of the model
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.B.weight.to(x.dtype).T).view_as(y)
 
     def delta(self):
         return self.scale * (self.B.weight @ self.A.weight)

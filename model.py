@@ -515,7 +515,9 @@ class GPT(nn.Module):
         """Cross-entropy of hidden states x (B, T, C); while a mixture of experts trains, its balance loss is added
         (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
         flat, y, c = x.flatten(0, 1), targets.flatten(), self.config
-        rows = max(1, self.max_logits // c.vocab_size)
+        rows, counted = max(1, self.max_logits // c.vocab_size), y != -100
+        if FAST and reduction != "none" and type(flat) is torch.Tensor and flat.device.type == "cpu" and not counted.all():
+            flat, y = flat[counted], y[counted]                    # on a GPU, counting them would wait for it
         if FAST and reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
             loss = kernels.chunked_cross_entropy(self, flat, y, rows)
             loss = loss / (y != -100).sum() if reduction == "mean" else loss

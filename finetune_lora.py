@@ -25,7 +25,7 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -58,12 +58,12 @@ METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt"
 
 @dataclass
 class Config:
-    model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest pretrained run under out/
+    model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest pretrained run in out/
     dataset: str = ""               # chats: a folder under data/, or a path to a folder or file; empty: the tiny world
     out: str = "out/finetuned"      # folder to write
     task: Literal["chat", "classify"] = "chat"  # classify: texts with labels, from CSV or JSONL, instead of chats
     # what is learnt
-    method: METHODS = "lora"        # full: all weights; the others leave the model as it is and learn something beside it
+    method: METHODS = "lora"        # full: all weights; the others leave these as they are and learn something beside
     rank: Positive = 16             # columns of A and rows of B (R); width of an adapter
     alpha: Rate = 32.0              # scale = alpha / rank; with a fixed alpha the best rate hardly moves with the rank
     rslora: bool = False            # scale = alpha / sqrt(rank)
@@ -108,10 +108,10 @@ class Config:
     predict: str = ""               # file of texts that the classifier --model labels
     compare: bool = False           # run all --methods with these settings, each in a process of its own
     methods: tuple[METHODS, ...] = ("full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
-    # flags of train.py that this page does not have, for the parts of nanopath/ that read them
-    tensor_parallel: ClassVar[int] = 1   # one process per matrix product
-    shards: ClassVar[int] = 0            # no hsdp
-    dry_run: ClassVar[bool] = False      # real runs only
+
+
+# flags of train.py that this stage does not have: nanopath/ reads them
+Config.tensor_parallel, Config.shards, Config.dry_run = 1, 0, False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,12 +504,24 @@ def open_base(cfg, machine):
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
     model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    if machine.dtype.itemsize == 2 and cfg.method != "dora" and cfg.parallel == "ddp":
+        hold_rounded(model, machine.dtype)
     return (model.double() if machine.dtype == torch.float64 else model).train(), tokenizer
 
 
-def read_data(cfg, tokenizer, limit, packing):
+def hold_rounded(model, dtype):
+    """Round frozen matrices to the dtype of the products once, instead of at every product: the same results, half the
+    memory."""
+    for module in model.layers.modules():
+        if type(module) is Linear and not any(p.requires_grad for p in module.parameters()):
+            module.to(dtype)
+
+
+def read_data(cfg, model, tokenizer):
     """(rows to train on, rows to validate on or None, the chats to ask about or the names of the classes, what was left
-    out, cfg with the names and numbers that were open). limit: the context of the model."""
+    out, whether rows are packed, cfg with the names and numbers that were open). The model gets a head for classes."""
+    limit = model.config.block_size
+    packing = cfg.packing and model.prefix is None and not model.dynamic     # else the place in a row would count
     if cfg.block_size > limit:
         raise SystemExit(f"--block_size={cfg.block_size}: the model reads at most {limit} tokens. Choose a smaller one")
     most = min(cfg.block_size or 1024, limit)
@@ -517,6 +529,7 @@ def read_data(cfg, tokenizer, limit, packing):
         if cfg.task == "classify":
             *parts, asked = find_labels(cfg.dataset)
             coded, name = [encode_labels(*part, tokenizer, most) for part in parts], cfg.dataset
+            make_classifier(model, asked)
         else:
             *files, name = find_examples(cfg.dataset)
             parts = [(read_examples(path), path) for path in files if path]
@@ -528,7 +541,8 @@ def read_data(cfg, tokenizer, limit, packing):
     longest = max(len(ids) for part in coded for ids, _ in part)
     T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
     rows = [PackedRows(part, T, cfg.seed, Path(name), packing) for part in coded]
-    return rows[0], rows[1] if rows[1:] else None, asked, lost, replace(cfg, dataset=name, block_size=T)
+    rows = [*rows, None]                                           # of a single file, nothing to validate on
+    return *rows[:2], asked, lost, packing, replace(cfg, dataset=name, block_size=T)
 
 
 def make_classifier(model, names):
@@ -564,15 +578,20 @@ def three_answers(model, tokenizer, chats, cfg):
 
 
 def answers_of(raw, tokenizer, asked, val_rows, cfg, machine):
-    """three_answers of the model as one process would have it, or the table of a classifier's answers; all processes must
-    call it."""
+    """three_answers of the model as one process would have it, or the table of a classifier's answers. All processes
+    must call it."""
     if cfg.task == "classify":
         return class_table(raw, val_rows, machine, asked)
     n = cfg.virtual_tokens if raw.prefix is not None else 0
     config = replace(raw.config, block_size=raw.config.block_size + n)
-    full = whole_model(raw, machine.rank, lambda: add_adapters(GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha,
-                                                               0.0, cfg.rslora, cfg.virtual_tokens))
+    full = whole_model(raw, machine.rank, lambda: add_adapters(
+        GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha, 0.0, cfg.rslora, cfg.virtual_tokens))
     return three_answers(full.to(machine.device), tokenizer, asked, cfg) if machine.rank == 0 else ""
+
+
+def base_loss(raw, text, machine):
+    """Mean loss (nats per token) on the text that the model was pretrained on; None where it is not known."""
+    return evaluate_loss(raw, text[1], max(1, 4096 // text[1].T), machine, limit=50_000) if text else None
 
 
 def write_model(raw, tokenizer, cfg, guard):
@@ -651,10 +670,7 @@ def main(cfg):
     machine.measure(cfg.dtype)
     check_settings(cfg, out, machine)
     raw, tokenizer = open_base(cfg, machine)
-    packing = cfg.packing and raw.prefix is None and not raw.dynamic     # else an example's place in its row would count
-    rows, val_rows, asked, lost, cfg = read_data(cfg, tokenizer, raw.config.block_size, packing)
-    if cfg.task == "classify":
-        make_classifier(raw, asked)
+    rows, val_rows, asked, lost, packing, cfg = read_data(cfg, raw, tokenizer)
     cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
     text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
@@ -665,13 +681,13 @@ def main(cfg):
 
     log = Log(out, cfg, machine)
     guard = Guard(log, raw, [optimizer], before, compiled=False)
-    progress, flops, tokens_per_step = guard.progress, raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
+    progress, flops, room = guard.progress, raw.flops_per_token(cfg.block_size), cfg.batch_size * cfg.block_size
     stream = MixedRows(rows, Tokens(text[0].folder, "train", rows.T, cfg.seed), cfg.replay) if cfg.replay else rows
     batches = Batches(stream, cfg.batch_size, machine)
     log.announce(raw, before, guard, rows)
     log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
     watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, asked, val_rows, cfg, machine),
-                  lambda: evaluate_loss(raw, text[1], 8, machine, limit=100_000) if text else None,
+                  lambda: base_loss(raw, text, machine),
                   lambda: write_model(raw, tokenizer, cfg, guard), answer_bytes(val_rows, tokenizer))
     if progress.step == 0:
         describe(cfg, raw, sum(p.numel() for p in params.values()), rows, lost, tokenizer, machine)
@@ -684,15 +700,15 @@ def main(cfg):
         set_rates([optimizer], rate)
         x, y, segments, targets = batches.at(progress.step)
         tokens, segments = (segments > 0).sum().item(), segments if packing else None
-        scale = progress.loss_scale * machine.world / tokens_per_step
+        scale = progress.loss_scale * machine.world / room
         loss = guard.attempt(lambda micro: accumulate(model, x, y, segments, micro, scale, guard.interrupted))
-        if loss is None:                                           # a signal in the middle of a step: the step is dropped
+        if loss is None:                                         # a signal in the middle of a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
             break
         loss, targets, tokens, signals = machine.sum([loss, targets, tokens, guard.asked])     # the only all-reduce
-        correction = tokens_per_step / max(targets, 1) / progress.loss_scale
-        loss *= correction / machine.world                         # mean over the tokens of all answers, of all processes
+        correction = room / max(targets, 1) / progress.loss_scale
+        loss *= correction / machine.world                         # mean over the answers' tokens of all processes
         norm = finish_gradients(raw, correction, 0.0 if anchor else cfg.grad_clip)
         if anchor:
             anchor.pull()
@@ -705,6 +721,8 @@ def main(cfg):
             continue
 
         evaluating, sampling, saving = guard.due()
+        if not (evaluating or sampling or saving):
+            continue
         if evaluating:
             loss = val_rows and guard.fewer_rows(guard.micro, lambda n: answer_loss(raw, val_rows, machine, n, packing))
             if val_rows is None or watch.validation(loss, val_rows.targets):

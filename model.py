@@ -446,7 +446,7 @@ class GPT(nn.Module):
         """Embeddings x (B, T, C) -> what the last block makes of them, (B, T, C). shape: B and T, because under tensor
         parallel x is only a part of the sequence. The rest as in forward."""
         (B, T), config, device = shape, self.config, x.device
-        assert cache is None or segments is tree is None, "segments and tree cannot be combined with a cache or a prefix"
+        assert cache is None or segments is tree is None, "segments and tree need no cache and no prefix"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)

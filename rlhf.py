@@ -40,9 +40,13 @@ def predicting_states(model, ids, starts, ends, width=0):
 
 def token_logprobs(model, states, tokens, temperature=1.0):
     """Log-probabilities (N) of tokens, and entropies (nats, without a gradient) of the distributions they came from.
-    Where all logits would be too many, a chunk is in memory at a time, and the backward pass computes it again."""
+
+    Where all logits would be too many, a chunk is in memory at a time, and the backward pass computes it again. A CPU
+    multiplies few rows by another kernel, which rounds differently (below 16 rows, measured): they get padded to 32.
+    """
     def score(states, tokens):
-        logprobs = (model.logits(states) / temperature).log_softmax(dim=-1)              # (n, V)
+        states = F.pad(states, (0, 0, 0, max(0, 32 - len(tokens))))
+        logprobs = (model.logits(states)[:len(tokens)] / temperature).log_softmax(dim=-1)          # (n, V)
         known = logprobs.detach()
         return logprobs.gather(1, tokens[:, None])[:, 0], -(known.exp() * known).sum(dim=-1)
 
@@ -60,7 +64,10 @@ def spread(values, mask):
 
 def completion_logprobs(model, ids, starts, ends, temperature=1.0, width=0):
     """(log-probabilities of the tokens of the responses, entropies, mask), each (B, T), with zeros in the padding.
-    temperature: the one that sampled, since at another one these are not the distributions that were sampled from."""
+
+    temperature: the one that sampled, since at another one these are not the distributions that were sampled from. On a
+    CPU in float32 the bits are the same with and without gradients, and in any micro-batch with the same W.
+    """
     states, tokens, mask = predicting_states(model, ids, starts, ends, width)
     logprobs, entropy = token_logprobs(model, states, tokens, temperature)
     return spread(logprobs, mask), spread(entropy, mask), mask
@@ -134,8 +141,9 @@ def group_advantages(rewards, size, kind="grpo"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Policy gradients. A loss is -J; rho = pi(token) / pi_old(token), A is the advantage. A loss is a sum: the caller divides
-# it by the `units` of the whole batch, so micro-batches and processes add up to exactly that batch
+# Policy gradients. A loss is -J; rho = pi(token) / pi_old(token), and A is the advantage. Losses are sums: the caller
+# divides by the `units` of the whole batch, so that micro-batches and processes add up to exactly that batch
+
 
 @dataclass
 class Rollout:
@@ -228,8 +236,8 @@ def dapo_loss(b, low=0.2, high=0.28, beta=0.0):
 
 
 def cispo_loss(b, low=1.0, high=4.0, beta=0.0):
-    """J = sum_t clip(rho_t) A log pi(token_t), no gradient through the clip: so all tokens learn  (arXiv:2506.13585,
-    equations 4 and 5). low = 1: no lower limit."""
+    """J = sum_t clip(rho_t) A log pi(token_t), no gradient through the clip, so that all tokens learn
+    (arXiv:2506.13585). low = 1: no lower limit."""
     rho = b.ratio().detach()
     limited = rho.clamp(1 - low, 1 + high)
     return finish_loss(b, b.sum, rho, limited * b.advantages * b.logprobs, limited != rho, beta)

@@ -30,9 +30,10 @@ def predicting_states(model, ids, starts, ends, width=0):
     ids (B, W), right-padded: row i is a prompt up to starts[i] and a response up to ends[i]. The lengths decide, not
     the ids: many models pad with the id that ends a response. width: T; 0: the length of the longest response.
     """
+    longest = int((ends - starts).max())
     assert int(starts.min()) > 0, "a response needs at least one id before it"
-    width = width or int((ends - starts).max())
-    mask = torch.arange(width, device=ids.device) < (ends - starts)[:, None]
+    assert not width or width >= longest, f"width={width}: a response has {longest} tokens"
+    mask = torch.arange(width or longest, device=ids.device) < (ends - starts)[:, None]
     row, t = mask.nonzero(as_tuple=True)                           # row by row
     place = starts[row] + t
     return model(ids[:, :-1], hidden=True)[row, place - 1], ids[row, place], mask

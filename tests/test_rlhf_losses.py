@@ -284,7 +284,7 @@ def test_reward_loss_equals_trl(margin, centre):
 def test_ppo_equals_its_equations():
     b = rollout()
     loss, metrics = r.ppo_loss(b, low=0.2, high=0.3, value_clip=0.25, value_weight=0.5)
-    total, value_total, clipped = 0.0, 0.0, 0
+    total, value_total, clipped, drift = 0.0, 0.0, 0, 0.0
     rows = {f.name: getattr(b, f.name).tolist() for f in fields(b)}
     for i, row in enumerate(rows["mask"]):
         for t in range(sum(row)):
@@ -295,9 +295,11 @@ def test_ppo_equals_its_equations():
             near_old = max(V_old - 0.25, min(V_old + 0.25, V))
             value_total += 0.5 * max((V - R) ** 2, (near_old - R) ** 2)
             clipped += A > 0 and rho > 1.3 or A < 0 and rho < 0.8
+            drift += rho - 1 - math.log(rho)                       # KL(pi_old, pi) from a token of pi_old
     assert loss.item() == pytest.approx(total + 0.5 * value_total, rel=1e-12)
     assert float(metrics["value_loss"]) == pytest.approx(value_total, rel=1e-12)
     assert metrics["clipped"] == clipped > 3
+    assert metrics["step_kl"].item() == pytest.approx(drift, rel=1e-9)
 
 
 def test_gae_equals_the_sum_of_its_definition():
@@ -532,6 +534,9 @@ def test_completion_logprobs_are_those_of_each_token_given_what_is_before_it(mod
     assert wide[0].shape == (5, 13) and torch.equal(wide[0][:, :10], logprobs)
     alone = r.completion_logprobs(model, ids[4:], starts[4:], ends[4:])                  # only an empty response
     assert alone[0].shape == (1, 0)
+    for wrong in (dict(starts=starts * 0), dict(width=9)):
+        with pytest.raises(AssertionError):
+            r.completion_logprobs(model, **{"ids": ids, "starts": starts, "ends": ends} | wrong)
 
 
 @pytest.mark.parametrize("max_logits", [1 << 24, 4 * 61])

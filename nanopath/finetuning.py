@@ -43,6 +43,17 @@ def newest_pretrained():
     raise SystemExit("no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
 
 
+def newest_finetuned():
+    """The newest plain model under out/ that was fine-tuned on chats, or merged from one that was."""
+    files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for folder in (file.parent for file in files):
+        manifest = manifest_of(folder)
+        if "method" in manifest and manifest.get("task", "chat") == "chat" or not manifest:
+            return folder.as_posix()
+    raise SystemExit("no plain model that was fine-tuned under out/. Make one: python finetune_lora.py, then "
+                     "python finetune_lora.py --merge=out/finetuned; or give --model=FOLDER")
+
+
 def settle_flags(cfg, rate, rows, before, out):
     """cfg with a number for every flag that says 0: decide. rate: the learning rate that suits method and model. before:
     the manifest of the run to resume. SystemExit where that was another run, or where flags contradict each other."""

@@ -331,16 +331,16 @@ class Log:
     def start_step(self):
         self.began = time.perf_counter()
 
-    def step(self, progress, loss, norm, rate, flops, tokens):
+    def step(self, progress, loss, norm, rate, flops, tokens, **more):
         """One optimizer step: a row in log.jsonl; a line on the screen at the first step, every log_every steps, at the
         last one, and after ten seconds of silence. flops: per token; mfu is the share of the measured matmul speed.
-        tokens: that the step has read. Seconds are those of training alone."""
+        tokens: that the step has read. more: other numbers of this step. Seconds are those of training alone."""
         cfg, step = self.cfg, progress.step
         self.tokens += tokens
         progress.seconds += time.perf_counter() - self.began
         self.losses = [*self.losses[1 - cfg.log_every:], loss] if cfg.log_every > 1 else [loss]
         row = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": rate, "seconds": progress.seconds,
-               "tokens": tokens}
+               "tokens": tokens} | more
         if step == 1 or step % cfg.log_every == 0 or step == cfg.max_steps or time.monotonic() - self.printed > 10:
             speed = ""
             if self.shown and step > self.shown[0]:                # the first step, with its compilation, is left out
@@ -352,8 +352,9 @@ class Log:
                     f"left {left // 60}:{left % 60:02d}  "
             self.shown = (step, progress.seconds, self.tokens)
             row["memory"] = memory_used(self.machine.device)
+            shown = "".join(f"{name} {value:.3f}  " for name, value in more.items())
             self.line(f"step {step:5d}/{cfg.max_steps}  loss {np.mean(self.losses):.4f}  lr x{rate:.2f}  grad "
-                      f"{norm:.2f}  {speed}{row['memory'] / 1e9:.1f} GB")
+                      f"{norm:.2f}  {shown}{speed}{row['memory'] / 1e9:.1f} GB")
         self.shown = self.shown or (step, progress.seconds, self.tokens)
         self.record(**row)
 
@@ -377,8 +378,9 @@ class Log:
             with writing(self.out, self.again):
                 plot_losses(self.out)
 
-    def finish(self, progress, early=False):
-        """The last lines, with the next command; the lock ends. early: no better loss was expected."""
+    def finish(self, progress, early=False, best=""):
+        """The last lines, with the next command; the lock ends. early: no better loss was expected. best: what to say of
+        the best that was reached, if it is not a validation loss."""
         out, steps = self.out, self.cfg.max_steps
         if self.finished:
             self.say(f"{out} had all its {progress.step} steps already. Train longer: {self.again} "
@@ -386,7 +388,7 @@ class Log:
         elif progress.step < steps and not early:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {self.again}")
         elif progress.best is not None or not progress.waited:     # or there is nothing to validate on
-            best = "" if progress.best is None else f"; best validation loss {progress.best:.4f}"
+            best = best or ("" if progress.best is None else f"; best validation loss {progress.best:.4f}")
             self.say(f"{progress.seconds:.0f} s of training in all{best}. Loss curve: {out / 'loss.png'}")
             self.say(f"Next: {command('sample.py', model=out)}")
         if self.machine.rank == 0:

@@ -1,0 +1,92 @@
+"""
+Data to align with: pairs of responses, and tasks whose answers a program can check.
+
+    find_rows      --dataset -> files: a tiny world, a folder of prepare.py --kind=preference, or a file itself
+    read_pairs     file -> [{"prompt", "chosen", "rejected"}, ...] as messages (data/chats.py says which formats)
+    encode_pairs   -> (ids, start) of both sides: the response begins at `start`, and its end is one of the ids
+    read_tasks     file -> [{"prompt", ...}, ...]: what else a row has is for the reward
+
+ValueError says in one line which file and line is wrong, and what to do.
+"""
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data.chats import to_preference
+from data.dataset import load_meta
+from data.examples import MAKE_WORLD, convert_rows
+from data.templates import render_many
+
+FILES = {"preferences": ("preferences_train.jsonl", "preferences_val.jsonl"), "tasks": ("tasks_train.jsonl", "tasks_test.jsonl")}
+
+
+def find_rows(dataset, kind):
+    """--dataset -> (train file, held-out file or None). kind: preferences or tasks. Without a name, the tiny world."""
+    path = Path(dataset or "tinyworld").expanduser()
+    if path.is_file():
+        return path, None
+    for folder in (path, Path("data") / path):
+        names = [FILES[kind]] + [("train.jsonl", "val.jsonl")] * (load_meta(folder).get("kind") == "preference")
+        for train, held_out in names if folder.is_dir() else ():
+            if (folder / train).is_file():
+                return folder / train, folder / held_out if (folder / held_out).is_file() else None
+    what = "--kind=preference" if kind == "preferences" else "a file of {\"prompt\", \"answer\"}"
+    raise ValueError(f"--dataset={dataset}: no {kind} there. Make some: {MAKE_WORLD}, or give {what}")
+
+
+def messages_of(side, role):
+    return side if isinstance(side, list) else [{"role": role, "content": side}]
+
+
+def read_pairs(path):
+    """([{"prompt", "chosen", "rejected"}: lists of messages], Counter of what was left out)."""
+    lost = Counter()
+
+    def convert(row):
+        sides = [row.get(name) for name in ("chosen", "rejected")]
+        problem = "equal sides" if sides[0] == sides[1] else "an empty response" if not all(
+            side.strip() if isinstance(side, str) else side for side in sides) else ""
+        if problem and None not in sides:
+            lost[problem] += 1
+            return None
+        pair, _ = to_preference(row)
+        return {name: messages_of(pair[name], "user" if name == "prompt" else "assistant") for name in pair}
+
+    rows = [row for row in convert_rows(path, convert, "Correct or remove it") if row]
+    if not rows:
+        raise ValueError(f"{path}: none of its pairs can be used ({', '.join(f'{n} {what}' for what, n in lost.items())})")
+    return rows, lost
+
+
+def encode_pairs(rows, tokenizer, T):
+    """[((ids, start) of the chosen, (ids, start) of the rejected side), ...] and a Counter of what was left out. Of a
+    prompt that makes a side longer than T ids, the beginning is left out, of both sides the same."""
+    chats = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    sides, found, lost = list(render_many(tokenizer, chats)), [], Counter()
+    for pair in zip(sides[::2], sides[1::2]):
+        coded = []
+        for ids, mask in pair:
+            trained = np.flatnonzero(mask)
+            stop = trained[-1] + 1 if len(trained) else 0
+            before = np.flatnonzero(~np.array(mask[:stop], dtype=bool))
+            coded.append((ids[:stop], int(before[-1]) + 1 if len(before) else 0))
+        cut = max(0, max(len(ids) for ids, _ in coded) - T)
+        if any(start <= cut or len(ids) <= start for ids, start in coded):
+            lost["a response longer than the context, or empty"] += 1
+            continue
+        lost["a prompt that was cut"] += cut > 0
+        found.append(tuple((ids[cut:], start - cut) for ids, start in coded))
+    if not found:
+        raise ValueError(f"no pair fits into {T} tokens; a smaller model or shorter texts are needed")
+    return found, lost
+
+
+def read_tasks(path):
+    """[{"prompt": messages, "row": the row itself}, ...]."""
+    def convert(row):
+        prompt = row.get("prompt", row.get("question"))
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise ValueError("no prompt")
+        return {"prompt": messages_of(prompt, "user"), "row": row}
+    return convert_rows(path, convert, "Correct or remove it")

@@ -1,0 +1,163 @@
+"""rlhf.py: the loops reach the optimum of a tiny task, equal runs are equal, what is saved is what was measured."""
+import json
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import rlhf as r
+from conftest import ROOT, run
+from data.pairs import encode_pairs, read_pairs
+from model import load_model
+from nanopath import run as rescue
+from test_finetune import logged, world  # noqa: F401
+
+COLOURS = ["red", "green", "blue", "grey"]
+
+
+@pytest.fixture(scope="session")
+def chatty(world, tmp_path_factory):  # noqa: F811
+    """A folder with a model that names a colour, whichever, when it is asked; pairs that prefer red; tasks; a reward file."""
+    folder = tmp_path_factory.mktemp("chatty")
+    rows = [{"prompt": f"Colour {i % 6}?", "completion": COLOURS[i % 4]} for i in range(24)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run(ROOT / "finetune_lora.py", f"--model={world / 'base'}", f"--dataset={folder / 'sft.jsonl'}", f"--out={folder / 'model'}", "--method=full",
+        "--max_steps=60", "--batch_size=12", "--learning_rate=0.02", "--device=cpu", "--dtype=float32", "--eval_every=0", cwd=folder)
+    pairs = [{"prompt": f"Colour {i % 6}?", "chosen": "red", "rejected": COLOURS[1 + i % 3]} for i in range(18)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    tasks = [{"prompt": f"Colour {i}?", "answer": "red"} for i in range(6)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks), encoding="utf-8")
+    (folder / "rewards.py").write_text("def red(row, text):\n    return float(text == row.get('answer', 'red'))\n\n"
+                                       "def broken(row, text):\n    raise KeyError('no')\n\n"
+                                       "def equal(row, text):\n    return 0.5\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def align(chatty, tmp_path, monkeypatch, capsys):
+    def inside(what, *flags, out="run"):
+        data = "pairs.jsonl" if what in ("dpo", "reward") else "tasks.jsonl"
+        monkeypatch.setattr(sys, "argv", ["rlhf.py", what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--out={tmp_path / out}",
+                                          f"--reward={chatty / 'rewards.py'}:red", "--device=cpu", "--dtype=float32", "--rank=4", "--max_new_tokens=8",
+                                          "--batch_size=8", "--prompts=6", "--eval_every=0", *flags])
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            r.main(rescue.parse_run(r.Config, {}, r.__doc__))
+        finally:
+            torch.set_flush_denormal(False)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return capsys.readouterr().out, tmp_path / out
+    return inside
+
+
+def share_of_red(folder):
+    model, tokenizer = load_model(folder, "cpu")
+    prompt = tokenizer.render([{"role": "user", "content": "Colour 3?"}], add_generation_prompt=True)[0]
+    new = r.sample.generate(model, [prompt] * 40, 8, temperature=1.0, seed=list(range(40)), stop_ids=model.config.stop_ids)
+    return np.mean([tokenizer.decode(ids).strip() == "red" for ids in new])
+
+
+def test_the_start_is_a_mixture(chatty):
+    assert 0.02 < share_of_red(chatty / "model") < 0.7
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo", "reinforce"])
+def test_group_losses_reach_the_optimum(align, loss):
+    text, out = align("grpo", f"--loss={loss}", "--max_steps=25", "--learning_rate=0.005")
+    assert np.mean(logged(out, "reward")[-3:]) > 0.97 and share_of_red(out) > 0.95
+    assert logged(out, "val_reward")[-1] == 1.0 and "held out: reward" in text
+
+
+def test_ppo_reaches_the_optimum(align):
+    _, out = align("ppo", "--max_steps=30", "--learning_rate=0.005", "--updates=2")
+    assert np.mean(logged(out, "reward")[-3:]) > 0.95 and share_of_red(out) > 0.95
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
+def test_preference_losses_reach_the_optimum(align, loss):
+    _, out = align("dpo", f"--loss={loss}", "--max_steps=30", "--learning_rate=0.01")
+    assert logged(out, "val_accuracy")[-1] == 1.0 and share_of_red(out) > 0.9
+
+
+def test_full_training_has_a_frozen_copy_as_reference(align):
+    _, out = align("dpo", "--method=full", "--max_steps=10", "--learning_rate=0.002")
+    assert logged(out, "val_loss")[0] == pytest.approx(np.log(2), abs=1e-6)          # the model is its reference at first
+    assert logged(out, "val_loss")[-1] < 0.5
+
+
+def test_a_reward_model_ranks_pairs_and_can_be_used(align, chatty):
+    text, out = align("reward", "--max_steps=30", "--learning_rate=0.01", out="judge")
+    assert logged(out, "val_accuracy")[-1] == 1.0
+    model, tokenizer = load_model(out, "cpu")
+    assert model.config.labels == ("reward",)
+    coded, _ = encode_pairs(read_pairs(chatty / "pairs.jsonl")[0], tokenizer, 96)
+    ids, starts, ends = r.pair_batch(coded, "cpu")
+    w, l = model(ids)[range(len(ids)), ends - 1, 0].chunk(2)
+    assert (w > l).all()
+    _, policy = align("ppo", f"--reward={out}", "--max_steps=20", "--learning_rate=0.005", out="policy")
+    assert share_of_red(policy) > 0.8
+
+
+def test_micro_batches_and_processes_change_nothing(align, chatty, tmp_path):
+    same = ["--dtype=float64", "--max_steps=4", "--learning_rate=0.01", "--group_size=4"]
+    for what in ("dpo", "grpo"):
+        one = align(what, *same, out=f"{what}1")[1]
+        two = align(what, *same, "--micro_batch=3", out=f"{what}2")[1]
+        a, b = np.array(logged(one, "loss")), np.array(logged(two, "loss"))
+        assert abs(a - b).max() < 1e-9, (what, a, b)
+    data = ["dpo", f"--model={chatty / 'model'}", f"--dataset={chatty / 'pairs.jsonl'}", f"--reward={chatty / 'rewards.py'}:red", "--device=cpu",
+            "--rank=4", "--max_new_tokens=8", "--batch_size=8", "--eval_every=0", *same]
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "rlhf.py", *data, f"--out={tmp_path / 'both'}", cwd=tmp_path)
+    assert abs(np.array(logged(tmp_path / "both", "loss")) - np.array(logged(tmp_path / "dpo1", "loss"))).max() < 1e-9
+
+
+def test_the_first_update_has_ratio_one(align, monkeypatch):
+    seen = []
+    original = r.rollout_loss
+
+    def watched(*args):
+        loss, metrics = original(*args)
+        seen.append((float(metrics["ratio"] / metrics["tokens"]), loss.requires_grad))
+        return loss, metrics
+    monkeypatch.setattr(r, "rollout_loss", watched)
+    align("grpo", "--max_steps=1")
+    assert seen == [(1.0, True)]
+
+
+def test_resume_is_exact(align):
+    flags = ("--max_steps=6", "--learning_rate=0.01", "--save_every=3")
+    straight = align("grpo", *flags, out="straight")[1]
+    stopped = align("grpo", *flags, out="stopped")[1]
+    (stopped / "state/step-0000006").rename(stopped / "state/lost")
+    assert "resuming" in align("grpo", "--resume", "--max_steps=6", out="stopped")[0] or True
+    assert logged(stopped, "loss") == logged(straight, "loss")
+
+
+def test_bad_input(align, chatty, tmp_path):
+    cases = [("dpo", "--loss=ppo", "--loss=ppo"), ("grpo", "--loss=dpo", "--loss=dpo"), ("grpo", f"--reward={chatty / 'rewards.py'}:none", "no function none"),
+             ("grpo", "--reward=nowhere.py:x", "FILE.py:FUNCTION"), ("dpo", "--model=nowhere", "does not exist"),
+             ("dpo", f"--dataset={tmp_path / 'none'}", "no preferences there"), ("grpo", f"--dataset={tmp_path / 'none'}", "no tasks there")]
+    for what, flag, message in cases:
+        with pytest.raises(SystemExit, match=message):
+            align(what, flag)
+    assert not (tmp_path / "run").exists()
+    text, out = align("grpo", f"--reward={chatty / 'rewards.py'}:broken", "--max_steps=1", out="broken")
+    assert "the reward failed (KeyError" in text and logged(out, "equal")[0] == 1.0
+    before = load_model(chatty / "model", "cpu")[0](torch.arange(20)[None])
+    _, out = align("grpo", f"--reward={chatty / 'rewards.py'}:equal", "--max_steps=2", out="equal")
+    assert logged(out, "equal") == [1.0, 1.0] and torch.allclose(load_model(out, "cpu")[0](torch.arange(20)[None]), before, atol=1e-5)
+
+
+def test_equal_and_empty_sides_are_counted(tmp_path, world):  # noqa: F811
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs, lost = read_pairs(tmp_path / "pairs.jsonl")
+    assert len(pairs) == 1 and lost == {"equal sides": 1, "an empty response": 1}
+    tokenizer = r.load_model(world / "base", "cpu")[1]
+    (chosen, start), (rejected, other) = encode_pairs(pairs, tokenizer, 96)[0][0]
+    assert chosen[:start] == rejected[:other] and tokenizer.decode(chosen[start:start + 1]) == "b" and chosen[-1] == tokenizer.im_end_id
+    cut = encode_pairs(pairs, tokenizer, len(chosen) - 3)[0][0]
+    assert cut[0][0] == chosen[3:] and cut[0][1] == start - 3

@@ -503,7 +503,7 @@ def open_base(cfg, machine):
         add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
-    model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    model.dtype, model.checkpointing, model.few_targets = machine.dtype, cfg.checkpointing, machine.device.type == "cpu"
     if machine.dtype.itemsize == 2 and cfg.method != "dora" and cfg.parallel == "ddp":
         hold_rounded(model, machine.dtype)
     return (model.double() if machine.dtype == torch.float64 else model).train(), tokenizer

@@ -449,6 +449,8 @@ class GPT(nn.Module):
         (B, T), config, device = shape, self.config, x.device
         assert cache is None or segments is tree is None, "segments and tree need no cache and no prefix"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
+        if T > config.block_size and tree is None and not isinstance(cache, KVCache):
+            raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
         elif tree is not None:
@@ -456,8 +458,6 @@ class GPT(nn.Module):
             below = visible(index, index) & (index[:, None] < ends[:, None])             # (B, T, T)
             masks = {window: (below & visible(positions, positions, window))[:, None] for window in set(config.windows)}
         else:
-            if T > config.block_size:
-                raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
             positions = torch.arange(T, device=device)
             masks = {}
             for window in set(config.windows):

@@ -52,8 +52,8 @@ def check_choices(cfg):
             raise SystemExit(f"--task=classify --method={cfg.method}: a classifier is saved as one plain model, into "
                              f"which {cfg.method} cannot be merged. Choose lora, dora, ia3, bitfit or full")
         if cfg.replay or cfg.ewc or cfg.base_text or "lm_head" in cfg.targets:
-            raise SystemExit("--task=classify: --replay, --ewc, --base_text and --targets=lm_head are of no use: the head "
-                             "of the language model is replaced")
+            raise SystemExit("--task=classify: --replay, --ewc, --base_text and --targets=lm_head are of no use: the "
+                             "head of the language model is replaced")
 
 
 def newest_pretrained():
@@ -194,4 +194,4 @@ class Watch:
             self.log.say(f"forgetting: the loss on the text of pretraining was {before:.4f}, now {after:.4f}")
             self.log.record(step=progress.step, base_loss_after=after)
         elif self.guard.cfg.task == "chat":
-            self.log.say("what the model forgot is not known: name text of the kind it was trained on, --base_text=NAME")
+            self.log.say("what the model forgot is not known: name text of the kind it was trained on: --base_text")

@@ -394,7 +394,7 @@ def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method)
     assert done.returncode and "line 1" in done.stderr and not done.stdout
     for bad, message in (("--method=prefix", "cannot be merged"), ("--base_text=x", "of no use"), ("--block_size=1", "at least"), ("--dataset=nowhere.csv", "no such file")):
         with pytest.raises(SystemExit, match=message):
-            tune("--task=classify", bad)
+            tune("--task=classify", bad, dataset="labels.csv")
 
 
 def test_comparison(tune, world, tmp_path):

@@ -375,8 +375,9 @@ def test_the_command_line_from_end_to_end(tune, world, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method):
-    dtype = "--dtype=bfloat16" if method == "lora" else "--dtype=float32"
-    text, out = tune("--task=classify", f"--method={method}", "--epochs=8", "--learning_rate=0.02", dtype, dataset="labels.csv")
+    half = tune("--task=classify", f"--method={method}", "--dtype=bfloat16", "--max_steps=1", out="half", dataset="labels.csv")[1]
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.float32}    # a merged delta is not rounded away
+    text, out = tune("--task=classify", f"--method={method}", "--epochs=8", "--learning_rate=0.02", dataset="labels.csv")
     assert "accuracy 1.0000, mean F1 1.0000" in text and "-> cold" in text
     (tmp_path / "new.jsonl").write_text('{"text": "red 9"}\n{"text": "blue 7 and more"}\n', encoding="utf-8")
     done = run(ROOT / "finetune_lora.py", "--task=classify", f"--model={out}", f"--predict={tmp_path / 'new.jsonl'}", "--device=cpu", cwd=tmp_path)

@@ -36,22 +36,22 @@ from data.examples import encode_examples, encode_labels, find_examples, find_la
 from data.shards import Batches, MixedRows, PackedRows, Tokens
 from data.templates import answer_ends
 from data.tokenizer_files import TOKENIZER_FILES
-from model import GPT, Linear, load_model, open_tokenizer, save_model, visible
+from model import GPT, GPTConfig, Linear, load_model, open_tokenizer, save_model, visible
 from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
 from nanopath.classes import class_table, predict
-from nanopath.finetuning import (Watch, answer_bytes, check_choices, describe, newest_pretrained, open_base_text,
-                                 settle_flags)
+from nanopath.finetuning import (Watch, answer_bytes, check_choices, check_same, describe, newest_pretrained,
+                                 open_base_text, settle_flags)
 from nanopath.flags import Count, Positive, Rate, Share
-from nanopath.hf import add_stop_ids
+from nanopath.hf import add_stop_ids, read_config
 from nanopath.hub import find_folder, is_adapter
-from nanopath.parallel import evaluation, parallelize, whole, whole_model
-from nanopath.peft import collect, fill, find_base, read_adapter, write_adapter
-from nanopath.run import Guard, Log, check_settings, earlier_run, keep_earlier_run, run_stage, writing
+from nanopath.parallel import copy_into, evaluation, parallelize, whole, whole_model
+from nanopath.peft import collect, fill, find_base, read_adapter, weights_hash, write_adapter
+from nanopath.run import Guard, Log, check_settings, check_writable, earlier_run, keep_earlier_run, run_stage, writing
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
 
-RATES = {"full": 0.2, "bitfit": 1.0, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}     # times 1 / n_embd; the others: 1.0
+RATES = {"full": 0.1, "prefix": 3.0, "prompt": 3.0, "ia3": 3.0}    # learning rates, times 1 / n_embd; the others: 1.0
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all matrices of a block
 METHODS = Literal["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
 
@@ -124,6 +124,7 @@ class Adapter(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.device = next(t.device for t in (*base.parameters(), *base.buffers()))
 
     @property
     def weight(self):
@@ -135,8 +136,9 @@ class Adapter(nn.Module):
 
     def thin(self, rows, columns, zero=False):
         """A matrix (rows, columns) that will be learnt: zero, or uniform in +-1/sqrt(columns) as in PEFT."""
-        linear = Linear(columns, rows, bias=False, device=self.weight.device)
-        nn.init.zeros_(linear.weight) if zero else nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+        linear = Linear(columns, rows, bias=False, device=self.device)       # torch's own start is the uniform one
+        if zero:
+            nn.init.zeros_(linear.weight)
         return linear
 
 
@@ -192,7 +194,7 @@ class DoRALinear(LoRALinear):
         if self.packed is not None:
             return self.packed
         with torch.no_grad():
-            norm = (self.weight + self.delta()).norm(dim=1)
+            norm = (self.weight + self.delta()).float().norm(dim=1).clamp(min=1e-12)
         return self.magnitude / norm
 
     def forward(self, x):
@@ -200,7 +202,7 @@ class DoRALinear(LoRALinear):
         if not self.on:
             return y
         y = y if self.bias is None else y - self.bias.to(x.dtype)
-        y = self.factor().to(x.dtype) * (y + self.B(self.A(self.dropout(x)) * self.scale))
+        y = (self.factor() * (y + self.B(self.A(self.dropout(x)) * self.scale))).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def merged(self):
@@ -216,13 +218,14 @@ class IA3Linear(Adapter):
         super().__init__(base)
         self.inside = inside
         self.factor = nn.Parameter(torch.ones(base.in_features if inside else base.out_features,
-                                              device=base.weight.device))
+                                              device=self.device))
 
     def forward(self, x):
         if not self.on:
             return self.base(x)
-        factor = self.factor.to(x.dtype)
-        return self.base(x * factor) if self.inside else self.base(x) * factor
+        if self.inside:                                            # bf16 has no numbers between 1 and 1.008
+            return self.base((x * self.factor).to(x.dtype))
+        return (self.base(x) * self.factor).to(x.dtype)
 
     def merged(self):
         factor = self.factor.to(self.weight.dtype)
@@ -294,6 +297,7 @@ class SoftPrompt(nn.Module):
 
     def __init__(self, model, n):
         super().__init__()
+        self.n = n
         ids = torch.randint(model.config.vocab_size, (n,), device=model.embed_tokens.weight.device)
         self.embeddings = nn.Parameter(model.embed_tokens(ids).detach().float().clone())
 
@@ -312,6 +316,7 @@ class Prefix(SoftPrompt):
 
     def __init__(self, model, n):
         nn.Module.__init__(self)
+        self.n = n
         with torch.no_grad():
             keys, values = SoftPrompt(model, n).keys_values(model)
         self.keys, self.values = nn.Parameter(keys.float()), nn.Parameter(values.float())
@@ -324,7 +329,6 @@ class Prefix(SoftPrompt):
 # Putting them into a model, switching them off, merging them
 
 TARGETS = {"ia3": ("k_proj", "v_proj", "down_proj"), "adapter": ("o_proj", "down_proj")}   # the others: MATRICES
-MERGEABLE = ("lora", "qlora", "dora", "ia3")
 
 
 def linears(model):
@@ -396,7 +400,7 @@ def adapters(model):
 def adapters_off(model):
     """Within this context the model answers as its base: the reference of DPO and PPO for no more memory."""
     prefix, config = model.prefix, model.config
-    size = config.block_size + (prefix.in_front(model).n if prefix else 0)
+    size = config.block_size + (0 if prefix is None else prefix.n)
     for adapter in adapters(model).values():
         adapter.on = False
     model.prefix, model.config = None, replace(config, block_size=size)
@@ -488,6 +492,17 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, the data, and what is shown
 
+def open_run(cfg):
+    """(machine, cfg, the run's folder, the manifest of the run to resume or None), after cheap checks."""
+    machine = Machine(cfg.device)
+    cfg, out, before = earlier_run(cfg, machine)
+    cfg = replace(cfg, model=cfg.model or newest_pretrained())
+    check_same(cfg, before, out)
+    check_settings(cfg, out, machine)
+    machine.measure(cfg.dtype)
+    return machine, cfg, out, before
+
+
 def open_base(cfg, machine):
     """The model of --model with what --method learns in it, and its tokenizer."""
     torch.manual_seed(cfg.seed % 2 ** 63)
@@ -495,6 +510,8 @@ def open_base(cfg, machine):
         folder = find_folder(cfg.model)
         if is_adapter(folder):
             raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={folder}")
+        if cfg.task == "chat" and read_config(GPTConfig, folder).labels:
+            raise ValueError("is a classifier, which cannot answer. Give the model that it was made from")
         model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
         ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
         model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
@@ -503,8 +520,8 @@ def open_base(cfg, machine):
         add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
-    model.dtype, model.checkpointing = machine.dtype, cfg.checkpointing
-    if machine.dtype.itemsize == 2 and cfg.method != "dora" and cfg.parallel == "ddp":
+    model.dtype, model.checkpointing, model.few_targets = machine.dtype, cfg.checkpointing, machine.device.type == "cpu"
+    if machine.dtype.itemsize == 2 and cfg.method != "dora" and cfg.parallel == "ddp" and cfg.task == "chat":
         hold_rounded(model, machine.dtype)
     return (model.double() if machine.dtype == torch.float64 else model).train(), tokenizer
 
@@ -517,9 +534,24 @@ def hold_rounded(model, dtype):
             module.to(dtype)
 
 
-def read_data(cfg, model, tokenizer):
-    """(rows to train on, rows to validate on or None, the chats to ask about or the names of the classes, what was left
-    out, whether rows are packed, cfg with the names and numbers that were open). The model gets a head for classes."""
+def read_data(cfg):
+    """([(examples, file) or (texts, labels)] to train on and to validate on, the chats to ask about or the names of the
+    classes, the name of the data)."""
+    try:
+        if cfg.task == "classify":
+            *parts, asked = find_labels(cfg.dataset)
+            return parts, asked, cfg.dataset
+        *files, name = find_examples(cfg.dataset)
+        parts = [(read_examples(path), path) for path in files if path]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    asked = [chat for chat in parts[-1][0] if len(chat["messages"]) > 1 and chat["messages"][-2]["role"] == "user"]
+    return parts, asked, cfg.dataset or files[0].parent.as_posix()
+
+
+def encode_data(cfg, model, tokenizer, parts, asked, name):
+    """(rows to train on, rows to validate on or None, what was left out, whether rows are packed, cfg with the names
+    and numbers that were open). The model gets a head for classes."""
     limit = model.config.block_size
     packing = cfg.packing and model.prefix is None and not model.dynamic     # else the place in a row would count
     if cfg.block_size > limit:
@@ -527,14 +559,10 @@ def read_data(cfg, model, tokenizer):
     most = min(cfg.block_size or 1024, limit)
     try:
         if cfg.task == "classify":
-            *parts, asked = find_labels(cfg.dataset)
-            coded, name = [encode_labels(*part, tokenizer, most) for part in parts], cfg.dataset
+            coded = [encode_labels(*part, tokenizer, most) for part in parts]
             make_classifier(model, asked)
         else:
-            *files, name = find_examples(cfg.dataset)
-            parts = [(read_examples(path), path) for path in files if path]
-            coded, asked = [encode_examples(rows, tokenizer, most, path) for rows, path in parts], parts[-1][0]
-            name = cfg.dataset or files[0].parent.as_posix()
+            coded = [encode_examples(rows, tokenizer, most, path) for rows, path in parts]
     except ValueError as error:
         raise SystemExit(str(error)) from None
     coded, lost = zip(*coded)
@@ -542,7 +570,7 @@ def read_data(cfg, model, tokenizer):
     T = cfg.block_size or min(1 << (longest - 1).bit_length(), limit)
     rows = [PackedRows(part, T, cfg.seed, Path(name), packing) for part in coded]
     rows = [*rows, None]                                           # of a single file, nothing to validate on
-    return *rows[:2], asked, lost, packing, replace(cfg, dataset=name, block_size=T)
+    return *rows[:2], lost, packing, replace(cfg, dataset=name, block_size=T)
 
 
 def make_classifier(model, names):
@@ -582,9 +610,9 @@ def answers_of(raw, tokenizer, asked, val_rows, cfg, machine):
     must call it."""
     if cfg.task == "classify":
         return class_table(raw, val_rows, machine, asked)
-    n = cfg.virtual_tokens if raw.prefix is not None else 0
+    n, off = 0 if raw.prefix is None else raw.prefix.n, raw.prefix is None and cfg.method in ("prefix", "prompt")
     config = replace(raw.config, block_size=raw.config.block_size + n)
-    full = whole_model(raw, machine.rank, lambda: add_adapters(
+    full = whole_model(raw, machine.rank, lambda: GPT(config) if off else add_adapters(
         GPT(config), cfg.method, cfg.targets, cfg.rank, cfg.alpha, 0.0, cfg.rslora, cfg.virtual_tokens))
     return three_answers(full.to(machine.device), tokenizer, asked, cfg) if machine.rank == 0 else ""
 
@@ -606,6 +634,18 @@ def write_model(raw, tokenizer, cfg, guard):
         save_adapter(guard.out, raw, cfg.model, tokenizer, "nf4" if cfg.method == "qlora" else "", guard.machine.rank)
 
 
+def read_model(raw, cfg, out):
+    """Take the weights of the run's folder, the best so far, into the model. A classifier's are merged: no way back."""
+    if cfg.task == "classify":
+        return
+    if cfg.method == "full":
+        best = dict(load_model(out, "cpu")[0].named_parameters())
+    else:
+        best = read_adapter(out, raw, find_base(out)[0]).tensors
+    for name, p in trained(raw).items():
+        copy_into(p, best[name])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Not to forget
 
@@ -621,6 +661,14 @@ class Anchor:
     def pull(self):
         for p, w0, F in zip(self.params, self.began, self.importance):
             p.grad += self.strength * F * (p - w0)
+
+
+def make_optimizer(params, cfg):
+    """AdamW. Only matrices decay: at zero a factor or a norm destroys the model."""
+    groups = [[p for name, p in params.items() if (p.dim() == 2 and not name.startswith("prefix.")) == decays]
+              for decays in (True, False)]
+    return AdamW([dict(params=group, peak_lr=cfg.learning_rate, weight_decay=cfg.weight_decay * decays)
+                  for group, decays in zip(groups, (True, False))], lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
 
 def fisher(model, params, tokens, machine, sequences=64):
@@ -643,6 +691,9 @@ def fisher(model, params, tokens, machine, sequences=64):
 def merge_folder(cfg):
     """--merge: an adapter and its base -> a plain model folder."""
     out = Path(cfg.out if cfg.out != Config.out else "out/merged")
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "model.safetensors").is_file():
+        raise SystemExit(f"--out={out}: this folder holds other files than a model. Choose a new one")
     try:
         if not is_adapter(Path(cfg.merge)):
             raise ValueError("is not an adapter folder (no adapter_config.json)")
@@ -664,19 +715,16 @@ def main(cfg):
     check_choices(cfg)
     if cfg.merge or cfg.compare or cfg.predict:
         return merge_folder(cfg) if cfg.merge else compare_methods(cfg) if cfg.compare else predict(cfg, load_model)
-    machine = Machine(cfg.device)
-    cfg, out, before = earlier_run(cfg, machine)                   # before: the manifest of the run to resume
-    cfg = replace(cfg, model=cfg.model or newest_pretrained())
-    machine.measure(cfg.dtype)
-    check_settings(cfg, out, machine)
+    machine, cfg, out, before = open_run(cfg)
+    parts, asked, name = read_data(cfg)
     raw, tokenizer = open_base(cfg, machine)
-    rows, val_rows, asked, lost, packing, cfg = read_data(cfg, raw, tokenizer)
-    cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before, out)
-    text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024))
+    rows, val_rows, lost, packing, cfg = encode_data(cfg, raw, tokenizer, parts, asked, name)
+    data = {"rows": rows.hash, "base": weights_hash(find_folder(cfg.model))}
+    cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, data, before, out)
+    text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024)) if cfg.task == "chat" else None
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
     params = trained(raw)
-    optimizer = AdamW([dict(params=list(params.values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
-                      betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(params, cfg)
     anchor = Anchor(raw, params, cfg, text, machine) if cfg.l2sp or cfg.ewc else None
 
     log = Log(out, cfg, machine)
@@ -685,10 +733,12 @@ def main(cfg):
     stream = MixedRows(rows, Tokens(text[0].folder, "train", rows.T, cfg.seed), cfg.replay) if cfg.replay else rows
     batches = Batches(stream, cfg.batch_size, machine)
     log.announce(raw, before, guard, rows)
-    log.open(progress, tokenizer, {"rows": rows.hash}, raw.config, before)
+    log.open(progress, tokenizer, data, raw.config, before)
     watch = Watch(guard, params, lambda: answers_of(raw, tokenizer, asked, val_rows, cfg, machine),
                   lambda: base_loss(raw, text, machine),
-                  lambda: write_model(raw, tokenizer, cfg, guard), answer_bytes(val_rows, tokenizer))
+                  lambda: write_model(raw, tokenizer, cfg, guard), lambda: read_model(raw, cfg, out),
+                  answer_bytes(val_rows, tokenizer) if text or cfg.task == "chat" else 0)
+    guard.stop = 0 < cfg.patience <= progress.waited               # it had stopped early before
     if progress.step == 0:
         describe(cfg, raw, sum(p.numel() for p in params.values()), rows, lost, tokenizer, machine)
         with adapters_off(raw):
@@ -698,6 +748,7 @@ def main(cfg):
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
+        torch.manual_seed(((cfg.seed * 1_000_003 + progress.step) * 8191 + machine.rank) % 2 ** 63)      # for dropout
         x, y, segments, targets = batches.at(progress.step)
         tokens, segments = (segments > 0).sum().item(), segments if packing else None
         scale = progress.loss_scale * machine.world / room
@@ -729,14 +780,15 @@ def main(cfg):
                 watch.keep()
             guard.stop |= 0 < cfg.patience <= progress.waited
         if sampling:
-            log.say(watch.answers())
+            watch.show(f"step {progress.step}")
         if saving or guard.stop:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
         log.plot()
 
     batches.close()
     watch.finish()
-    log.finish(progress, early=0 < cfg.patience <= progress.waited)
+    log.finish(progress, early=0 < cfg.patience <= progress.waited, then="" if cfg.task == "chat" else
+               f"python finetune_lora.py --task=classify --model={out} --predict=FILE")
     machine.close()
 
 

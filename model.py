@@ -362,6 +362,7 @@ class GPT(nn.Module):
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
         self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
+        self.few_targets = False  # compute only those logits that have a target; on a GPU this waits for it
         self.prefix = None  # learnt keys and values in front of every text: Prefix or Prompt of finetune_lora.py
         # nn.Embedding's own init, and other arithmetic on the meta device, imports the compiler: 2 s of load_model
         V, C, T = config.vocab_size, config.n_embd, config.block_size
@@ -448,6 +449,8 @@ class GPT(nn.Module):
         (B, T), config, device = shape, self.config, x.device
         assert cache is None or segments is tree is None, "segments and tree need no cache and no prefix"
         assert counts is None or min(counts) > 0, f"counts must be at least 1 for every row, not {counts}"
+        if T > config.block_size and tree is None and not isinstance(cache, KVCache):
+            raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
         if cache is not None:
             positions, masks = cache.begin(B, T, counts)                                 # (T) or (B, T)
         elif tree is not None:
@@ -455,8 +458,6 @@ class GPT(nn.Module):
             below = visible(index, index) & (index[:, None] < ends[:, None])             # (B, T, T)
             masks = {window: (below & visible(positions, positions, window))[:, None] for window in set(config.windows)}
         else:
-            if T > config.block_size:
-                raise ValueError(f"{T} tokens exceed the model's block_size of {config.block_size}")
             positions = torch.arange(T, device=device)
             masks = {}
             for window in set(config.windows):
@@ -515,9 +516,9 @@ class GPT(nn.Module):
         """Cross-entropy of hidden states x (B, T, C); while a mixture of experts trains, its balance loss is added
         (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
         flat, y, c = x.flatten(0, 1), targets.flatten(), self.config
-        rows, counted = max(1, self.max_logits // c.vocab_size), y != -100
-        if FAST and reduction != "none" and type(flat) is torch.Tensor and flat.device.type == "cpu" and not counted.all():
-            flat, y = flat[counted], y[counted]                    # on a GPU, counting them would wait for it
+        rows = max(1, self.max_logits // c.vocab_size)
+        if FAST and self.few_targets and reduction != "none":
+            flat, y = flat[y != -100], y[y != -100]
         if FAST and reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
             loss = kernels.chunked_cross_entropy(self, flat, y, rows)
             loss = loss / (y != -100).sum() if reduction == "mean" else loss

@@ -698,13 +698,11 @@ def train_on_pairs(cfg):
 
     def look():
         """Held-out pairs, and the rewards of responses to their prompts."""
+        sums = Counter()
         with torch.no_grad():
-            parts = [held_out[i:i + 32] for i in range(machine.rank * 32, len(held_out), machine.world * 32)]
-            sums = Counter()
-            for part in parts:
-                loss, metrics = pair_loss(cfg, model, frozen, name, part)
+            for i in range(0, len(held_out), 32):
+                loss, metrics = pair_loss(cfg, model, frozen, name, held_out[i:i + 32])
                 sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
-        sums = sum_metrics({key: sums[key] for key in sums}, machine)
         found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
         if cfg.what == "dpo":
             found["reward"], shown = held_out_reward(model, tokenizer, tasks, reward, cfg, end)

@@ -249,9 +249,7 @@ def read_labels(path, names=None):
     """(texts, labels as indexes into the names, sorted names). Columns: TEXTS and LABELS, in upper or lower case.
     names: of the training file, for a validation file; another label is then an error."""
     def convert(row):
-        text, label = (column_of(row, columns) for columns in (TEXTS, LABELS))
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("the text is empty or not a string")
+        text, label = text_in_row(row), column_of(row, LABELS)
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if not isinstance(label, (str, int)) or not str(label).strip():
@@ -300,18 +298,27 @@ def find_labels(dataset):
 def encode_labels(texts, labels, tokenizer, T):
     """Texts with labels as examples of (ids, mask): after the text stands the number of its label, where the next id
     would, and it alone is trained. A text longer than T - 1 ids loses its beginning."""
-    found, report = [], Counter()
+    found, report, before = [], Counter(), len(tokenizer.before)
+    if T < 2 + before:
+        raise ValueError(f"--block_size={T}: a text and its label need at least {2 + before} ids")
     for text, label in zip(texts, labels):
         ids = tokenizer.prompt(text)
         report["text cut"] += len(ids) >= T
-        ids = [*ids[-(T - 1):], label]
+        ids = [*ids[:before], *ids[before:][-(T - 1 - before):], label]
         found.append((np.array(ids, dtype=np.uint32), np.arange(len(ids)) == len(ids) - 1))
     return found, report
 
 
 def texts_of(path):
     """The texts of a file with a column of TEXTS."""
-    return convert_rows(path, lambda row: column_of(row, TEXTS), "Correct or remove it")
+    return convert_rows(path, text_in_row, "Correct or remove it")
+
+
+def text_in_row(row):
+    text = column_of(row, TEXTS)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("the text is empty or not a string")
+    return text
 
 
 def column_of(row, columns):

@@ -12,7 +12,7 @@ from nanopath.parallel import evaluation
 
 
 def predictions(model, rows, machine, micro=16):
-    """Yields (true classes, predicted ones, probabilities of these) of some PackedRows; every process reads its share."""
+    """Yields (true classes, predicted ones, their probabilities) of some PackedRows; every process reads its share."""
     with evaluation(model):
         for first in range(machine.rank * micro, rows.windows, machine.world * micro):
             x, y, segments = (t.to(machine.device) for t in rows.rows_from(first, micro))
@@ -21,7 +21,7 @@ def predictions(model, rows, machine, micro=16):
 
 
 def class_table(model, rows, machine, names):
-    """Text: which class was taken for which, F1 of each class, accuracy. All processes must call it."""
+    """The confusion table, F1 of each class and accuracy, as text. All processes must call it."""
     counts = np.zeros((len(names), len(names)))                    # true class, predicted class
     for true, said, _ in predictions(model, rows, machine):
         np.add.at(counts, (true, said), 1)
@@ -47,6 +47,6 @@ def predict(cfg, load_model):
     T = model.config.block_size
     rows = PackedRows(encode_labels(texts, [0] * len(texts), tokenizer, T)[0], T, pack=False)
     found = (pair for _, *found in predictions(model, rows, Machine(cfg.device)) for pair in zip(*found))
-    for text, (label, probability) in zip(texts, found):
+    for text, (label, probability) in zip(texts, found, strict=True):
         row = dict(text=text, label=model.config.labels[label], probability=round(probability, 4))
         print(json.dumps(row, ensure_ascii=False))

@@ -404,6 +404,7 @@ def check_special_ids(name, value, vocab_size, lists=True):
 def check_config(config):
     """Raise ValueError naming the first field of a GPTConfig that is out of its bounds or contradicts another."""
     c = config
+    c.labels, c.stop_token_ids = tuple(c.labels), tuple(c.stop_token_ids)            # from JSON they come as lists
     if c.rope_scaling is not None:                                 # older folders write type for rope_type
         scaling = dict(c.rope_scaling)
         c.rope_scaling = scaling | {"rope_type": scaling.get("rope_type") or scaling.pop("type", None)}

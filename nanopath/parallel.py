@@ -166,3 +166,13 @@ def whole_model(raw, rank, build=None):
     if rank == 0:
         copy.dtype = raw.dtype
     return copy
+
+
+@torch.no_grad()
+def copy_into(p, tensor):
+    """Copy a whole tensor into a parameter, of which this process may hold only a shard."""
+    tensor = tensor.to(p.device, p.dtype)
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        tensor = distribute_tensor(tensor, p.device_mesh, p.placements)
+    p.copy_(tensor)

@@ -134,7 +134,7 @@ def collect(folder, model, found, learnt, base, quantization):
         raise ValueError(f"{folder}: besides {method}, {lost[0] if lost else 'another method'} was trained, and the "
                          "folder of an adapter has no place for it. Save a whole model: merge, then save_model")
     if model.prefix is not None:
-        saved.virtual_tokens = model.prefix.in_front(model).n
+        saved.virtual_tokens = model.prefix.n
     if method in ("lora", "dora"):
         first = next(iter(found.values()))
         saved.scales = {name: adapter.scale for name, adapter in found.items()}

@@ -365,9 +365,10 @@ class Log:
     def evaluation(self, progress, val_loss, bits):
         """Tell a validation loss (nats per token, bits per byte). Returns whether it is the best so far."""
         better = math.isfinite(val_loss) and (progress.best is None or not progress.best <= val_loss)
-        self.line(f"step {progress.step:5d}  validation {val_loss:.4f} nats per token, {bits:.4f} bits per byte"
+        per_byte = f" nats per token, {bits:.4f} bits per byte" if bits == bits else ""            # not of a classifier
+        self.line(f"step {progress.step:5d}  validation {val_loss:.4f}{per_byte}"
                   + ("  <- best" if better else "" if math.isfinite(val_loss) else "  (not finite: not kept)"))
-        self.record(step=progress.step, val_loss=val_loss, bits_per_byte=bits)
+        self.record(step=progress.step, val_loss=val_loss, **({"bits_per_byte": bits} if per_byte else {}))
         progress.waited = 0 if better else progress.waited + 1
         if better:
             progress.best = val_loss
@@ -378,9 +379,9 @@ class Log:
             with writing(self.out, self.again):
                 plot_losses(self.out)
 
-    def finish(self, progress, early=False, best=""):
-        """The last lines, with the next command; the lock ends. early: no better loss was expected. best: what to say of
-        the best that was reached, if it is not a validation loss."""
+    def finish(self, progress, early=False, best="", then=""):
+        """The last lines, with the next command; the lock ends. early: no better loss was expected. best, then: what to
+        say of the best that was reached, and the next command, where these are not a validation loss and sample.py."""
         out, steps = self.out, self.cfg.max_steps
         if self.finished:
             self.say(f"{out} had all its {progress.step} steps already. Train longer: {self.again} "
@@ -390,7 +391,7 @@ class Log:
         elif progress.best is not None or not progress.waited:     # or there is nothing to validate on
             best = best or ("" if progress.best is None else f"; best validation loss {progress.best:.4f}")
             self.say(f"{progress.seconds:.0f} s of training in all{best}. Loss curve: {out / 'loss.png'}")
-            self.say(f"Next: {command('sample.py', model=out)}")
+            self.say(f"Next: {then or command('sample.py', model=out)}")
         if self.machine.rank == 0:
             if self.file:
                 self.file.close()

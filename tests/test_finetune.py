@@ -54,9 +54,11 @@ def world(tmp_path_factory):
 def tune(world, tmp_path, monkeypatch, capsys):
     """finetune_lora.py inside this process. Returns (output, folder of the run)."""
     def inside(*flags, out="run", dataset="both"):
+        method = ([flag[9:] for flag in flags if flag.startswith("--method=")] or ["lora"])[0]
+        small = ["--rank=4"] * (method in ("lora", "qlora", "dora", "adapter")) + ["--virtual_tokens=4"] * (method in ("prefix", "prompt"))
         monkeypatch.setattr(sys, "argv", ["finetune_lora.py", f"--model={world / 'base'}", f"--dataset={world / dataset}",
-                                          f"--out={tmp_path / out}", "--device=cpu", "--dtype=float32", "--batch_size=4", "--rank=4",
-                                          "--virtual_tokens=4", "--max_new_tokens=4", *flags])
+                                          f"--out={tmp_path / out}", "--device=cpu", "--dtype=float32", "--batch_size=4", *small,
+                                          "--max_new_tokens=4", *flags])
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             f.main(rescue.parse_run(f.Config, {}, f.__doc__))
@@ -102,9 +104,9 @@ def test_every_method_learns_and_its_folder_is_what_was_measured(tune, world, me
     assert (out / "model.safetensors").is_file() == (method == "full")
     assert "before:" in text and "after:" in text and logged(out, "base_loss_after")[0] != logged(out, "base_loss")[0]
     base = load_model(world / "base", "cpu")[0]
-    frozen = [name for name, p in base.named_parameters() if name in dict(model.named_parameters()) and torch.equal(p, model.get_parameter(name))]
-    if method not in ("full", "qlora"):
-        assert "embed_tokens.weight" in frozen and "norm.weight" in frozen
+    same = all(torch.equal(p, f.load_model(world / "base", "cpu")[0].get_parameter(name)) for name, p in base.named_parameters())
+    assert same and set(logged(out, "trained")) == {sum(p.numel() for p in f.trained(f.add_adapters(
+        f.load_model(world / "base", "cpu")[0], method, rank=4, virtual_tokens=4)).values())}
 
 
 def test_adapters_start_as_the_model_was_and_can_be_switched_off(world):
@@ -212,9 +214,50 @@ def test_a_run_that_was_stopped_resumes_exactly(tune, method):
     stopped = tune(*flags, "--save_every=4", out="stopped")[1]
     for folder in stopped.glob("state/step-0000008"):              # as if the process had been killed after step 4
         folder.rename(stopped / "state/lost")
-    text = tune("--resume", "--max_steps=8", out="stopped")[0]
+    text = tune("--resume", f"--method={method}", "--max_steps=8", out="stopped")[0]
     assert "resuming at step 4" in text and logged(stopped, "loss") == logged(straight, "loss")
     assert all(torch.equal(weights(stopped)[name], tensor) for name, tensor in weights(straight).items())
+
+
+def test_what_a_run_says_at_its_end_is_about_the_folder_also_after_a_resume(tune, world):
+    """Best at the second of many evaluations; straight or resumed after it, the same weights are measured."""
+    flags = ("--max_steps=24", "--eval_every=2", "--learning_rate=0.15", f"--base_text={world / 'tables'}")
+    straight = tune(*flags, out="straight")[1]
+    best = int(np.argmin(logged(straight, "val_loss")))
+    assert best < 9                                                # over-trained, so that the last weights are others
+    stopped = tune(*flags, "--save_every=20", out="stopped")[1]
+    (stopped / "state/step-0000024").rename(stopped / "state/lost")
+    tune("--resume", "--max_steps=24", out="stopped")
+    assert logged(stopped, "base_loss_after")[-1] == logged(straight, "base_loss_after")[-1]
+
+
+def test_a_run_that_stopped_early_stays_stopped_and_a_changed_base_is_seen(tune, world, tmp_path):
+    out = tune("--max_steps=60", "--eval_every=2", "--patience=2", "--learning_rate=0.3")[1]
+    steps = len(logged(out, "loss"))
+    assert steps < 40
+    tune("--resume")
+    assert len(logged(out, "loss")) == steps
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (world / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    tune(f"--model={base}", "--max_steps=2", "--eval_every=0", out="other")
+    model, tokenizer = load_model(base, "cpu")
+    with torch.no_grad():
+        model.norm.weight.mul_(1.5)
+    save_model(base, model, tokenizer)
+    with pytest.raises(SystemExit, match="not what the run"):
+        tune("--resume", f"--model={base}", out="other")
+
+
+def test_dropout_is_the_same_after_a_resume_of_two_processes(world, tmp_path):
+    base = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_lora.py", f"--model={world / 'base'}",
+            f"--dataset={world / 'both'}", "--device=cpu", "--dtype=float32", "--rank=4", "--max_new_tokens=4", "--batch_size=4", "--eval_every=0"]
+    run(*base, "--dropout=0.3", "--max_steps=4", "--save_every=2", f"--out={tmp_path / 'run'}", cwd=tmp_path)
+    straight = logged(tmp_path / "run", "loss")
+    (tmp_path / "run/state/step-0000004").rename(tmp_path / "run/state/lost")
+    run(*base, "--resume", "--dropout=0.3", "--max_steps=4", f"--out={tmp_path / 'run'}", cwd=tmp_path)
+    assert logged(tmp_path / "run", "loss") == straight
 
 
 def test_a_resumed_run_must_be_the_same(tune, world):
@@ -310,7 +353,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tune, world, tmp_path):
     (world / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', encoding="utf-8")
     cases = [(("--targets=w_qkv",), "no such matrix.*q_proj"), (("--rank=40",), "larger than.*matrix"),
              (("--block_size=4",), "none of 18 examples"), (("--block_size=4000",), "block_size"),
-             (("--ewc=1",), "--method=full"), (("--replay=0.5",), "--base_text"), (("--l2sp=1", "--method=lora"), "--l2sp"),
+             (("--ewc=1",), "only with full, bitfit"), (("--replay=0.5",), "--base_text"), (("--l2sp=1", "--method=lora"), "--l2sp"),
              ((f"--model={world / 'nowhere'}",), "does not exist"),
              ((f"--base_text={world / 'chats.jsonl'}",), "dataset"), (("--method=qlora", "--parallel=fsdp"), "ddp")]
     for flags, message in cases:
@@ -332,9 +375,11 @@ def test_the_command_line_from_end_to_end(tune, world, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method):
-    text, out = tune("--task=classify", f"--method={method}", "--epochs=6", "--learning_rate=0.02", "--packing", dataset="labels.csv")
+    half = tune("--task=classify", f"--method={method}", "--dtype=bfloat16", "--max_steps=1", out="half", dataset="labels.csv")[1]
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.float32}    # a merged delta is not rounded away
+    text, out = tune("--task=classify", f"--method={method}", "--epochs=8", "--learning_rate=0.02", dataset="labels.csv")
     assert "accuracy 1.0000, mean F1 1.0000" in text and "-> cold" in text
-    (tmp_path / "new.jsonl").write_text('{"text": "red 99"}\n{"text": "blue 77 and more"}\n', encoding="utf-8")
+    (tmp_path / "new.jsonl").write_text('{"text": "red 9"}\n{"text": "blue 7 and more"}\n', encoding="utf-8")
     done = run(ROOT / "finetune_lora.py", "--task=classify", f"--model={out}", f"--predict={tmp_path / 'new.jsonl'}", "--device=cpu", cwd=tmp_path)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["label"] for row in rows] == ["warm", "cold"]
@@ -344,9 +389,13 @@ def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method)
     for row in rows:
         probabilities = theirs(torch.tensor([tokenizer.prompt(row["text"])])).logits[0].softmax(-1)
         assert theirs.config.id2label[int(probabilities.argmax())] == row["label"] and abs(probabilities.max().item() - row["probability"]) < 1e-3
-    for bad, message in (("--method=prefix", "cannot be merged"), ("--dataset=nowhere.csv", "no such file")):
+    (out / "manifest.json").rename(out / "old.json")
+    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": "red 1"}\n', encoding="utf-8")
+    done = run(ROOT / "finetune_lora.py", "--task=classify", f"--model={out}", f"--predict={tmp_path / 'bad.jsonl'}", cwd=tmp_path, check=False)
+    assert done.returncode and "line 1" in done.stderr and not done.stdout
+    for bad, message in (("--method=prefix", "cannot be merged"), ("--base_text=x", "of no use"), ("--block_size=1", "at least"), ("--dataset=nowhere.csv", "no such file")):
         with pytest.raises(SystemExit, match=message):
-            tune("--task=classify", bad)
+            tune("--task=classify", bad, dataset="labels.csv")
 
 
 def test_comparison(tune, world, tmp_path):

@@ -78,7 +78,7 @@ def test_ppo_reaches_the_optimum(align):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
 def test_preference_losses_reach_the_optimum(align, loss):
-    _, out = align("dpo", f"--loss={loss}", "--max_steps=30", "--learning_rate=0.01")
+    _, out = align("dpo", f"--loss={loss}", "--max_steps=40", "--learning_rate=0.002")
     assert logged(out, "val_accuracy")[-1] == 1.0 and share_of_red(out) > 0.9
 
 
@@ -124,7 +124,7 @@ def test_the_first_update_has_ratio_one(align, monkeypatch):
         return loss, metrics
     monkeypatch.setattr(r, "rollout_loss", watched)
     align("grpo", "--max_steps=1")
-    assert seen == [(1.0, True)]
+    assert seen and set(seen) == {(1.0, True)}
 
 
 def test_resume_is_exact(align):

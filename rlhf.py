@@ -7,11 +7,11 @@ Teach a model what people prefer, and what a program can check.
     Pairs, dpo_loss ... reward_loss          preferences: a chosen and a rejected response -> loss
     train_on_pairs, train_on_rollouts        the two loops
 
-Run     python rlhf.py dpo --model=out/merged                      # preferences; --loss=ipo, kto, orpo, simpo, cpo, apo_zero
+Run     python rlhf.py dpo --model=out/merged                      # preferences; --loss=ipo, kto, orpo, simpo, cpo ...
         python rlhf.py reward --model=out/merged                   # a reward model from the same pairs
-        python rlhf.py grpo --model=out/merged                     # rewards that a program computes; --loss=dapo, rloo ...
+        python rlhf.py grpo --model=out/merged                     # rewards of a program; --loss=dapo, rloo, gspo ...
         python rlhf.py ppo --model=out/merged --reward=out/reward  # ... or a reward model, or FILE.py:FUNCTION
-Reads   a plain model folder (finetune_lora.py --merge makes one), preferences or tasks as prepare.py tinyworld writes them
+Reads   a plain model folder (finetune_lora.py --merge makes one), preferences or tasks as prepare.py tinyworld writes
 Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below), loss.png, manifest.json, state/
 Next    python evaluate.py --model out/merged out/aligned
 Papers  REINFORCE (Williams 1992), PPO (arXiv:1707.06347), GAE (1506.02438), RLHF (2203.02155), RLOO (2402.14740),
@@ -23,13 +23,11 @@ Papers  REINFORCE (Williams 1992), PPO (arXiv:1707.06347), GAE (1506.02438), RLH
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import contextlib
 import copy
-import importlib.util
-import json
+import functools
 import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -40,22 +38,22 @@ from torch.utils.checkpoint import checkpoint
 from tyro.conf import Positional
 
 import sample
-from data.pairs import encode_pairs, find_rows, read_pairs, read_tasks
-from data.tinyworld import follows_style, grade
+from data.pairs import end_of_answer, open_pairs, open_tasks, pairs_of_step
 from finetune_lora import add_adapters, adapters_off, make_classifier, merge, trained, unmerge
 from model import load_model, save_model
 from nanopath.checkpoint import json_hash
 from nanopath.devices import Machine
 from nanopath.finetuning import newest_finetuned
 from nanopath.flags import Bound, Count, Positive, Rate, Share
+from nanopath.rewards import reward_function
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
 from train import AdamW, finish_gradients, lr_at, set_rates
 
 
 @dataclass
 class Config:
-    what: Positional[Literal["dpo", "reward", "grpo", "ppo"]] = "dpo"  # dpo, reward: from pairs; grpo, ppo: from rewards
-    model: str = ""                 # plain model folder, or OWNER/NAME on the Hub; empty: the newest that chats, in out/
+    what: Positional[Literal["dpo", "reward", "grpo", "ppo"]] = "dpo"  # the first two learn from pairs, then rewards
+    model: str = ""                 # plain model folder, or OWNER/NAME on the Hub; empty: the newest merged one in out/
     dataset: str = ""               # preferences or tasks: a folder under data/, or a file; empty: the tiny world
     out: str = "out/aligned"        # folder to write
     # what is learnt
@@ -67,7 +65,7 @@ class Config:
     smoothing: Share = 0.0          # dpo: share of pairs that are believed to be the wrong way round
     margin: Rate = 1.0              # simpo: gamma, how much better the chosen response must be
     # roll-outs
-    reward: str = ""                # FILE.py:FUNCTION(row, text), or the folder of a reward model; empty: the tiny world's
+    reward: str = ""                # FILE.py:FUNCTION(row, text), or a reward model's folder; empty: the tiny world's
     prompts: Positive = 16          # of each step, over all processes
     group_size: Positive = 8        # responses to each prompt
     max_new_tokens: Positive = 48   # of a response
@@ -81,7 +79,7 @@ class Config:
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
     max_steps: Count = 60           # optimizer steps, or roll-outs
     # optimizer
-    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.3 / n_embd, a tenth of it with --method=full
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.06 / n_embd, a tenth of it with --method=full
     warmup_steps: Count = 0         # linear warm-up
     cooldown: Share = 0.5           # last part of the run, in which the rate falls linearly to zero
     grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
@@ -441,32 +439,70 @@ def reward_loss(w, l, margin=0.0, centre=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 # What both loops share
 
-def open_policy(cfg, machine):
-    """(the model with what it learns, its frozen copy or None, its tokenizer). With LoRA the model is its own reference:
-    adapters_off. No dropout anywhere: a response has one log-probability."""
+@dataclass
+class Texts:
+    """Prompts, each with a response: ids (B, W), zeros on the right; a response is ids[i, starts[i]:ends[i]]."""
+    ids: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, rows, device):
+        """rows: [(ids of prompt and response, where the response begins)]."""
+        width = max(len(ids) for ids, _ in rows)
+        padded = [[*ids, *[0] * (width - len(ids))] for ids, _ in rows]
+        numbers = padded, [start for _, start in rows], [len(ids) for ids, _ in rows]
+        return cls(*(torch.tensor(n, device=device) for n in numbers))
+
+    def rows(self, part):
+        return Texts(self.ids[part], self.starts[part], self.ends[part])
+
+    def sums(self, model):
+        """(sums of the log-probabilities of the responses (B), their tokens (B))."""
+        logprobs, _, mask = completion_logprobs(model, self.ids, self.starts, self.ends)
+        return logprobs.sum(dim=1), mask.sum(dim=1)
+
+
+def open_policy(cfg):
+    """(cfg, machine, the run's folder, manifest of the run to resume, model with what it learns, its frozen copy or
+    None, tokenizer). With LoRA the model is its own reference: adapters_off. There is no dropout anywhere: a response has one
+    log-probability."""
+    machine = Machine(cfg.device)
+    cfg, out, before = earlier_run(cfg, machine)
+    check_settings(cfg, out, machine)
+    machine.measure(cfg.dtype)
     torch.manual_seed(cfg.seed % 2 ** 63)
     try:
         model, tokenizer = load_model(cfg.model, machine.device)
         if model.prefix is not None or any(hasattr(module, "base") for module in model.modules()):
             raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={cfg.model}")
-        add_adapters(model, cfg.method, rank=cfg.rank, alpha=cfg.alpha)
+        add_adapters(model, cfg.method, **({"rank": cfg.rank, "alpha": cfg.alpha} if cfg.method == "lora" else {}))
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
     model.dtype = machine.dtype
     model = model.double() if machine.dtype == torch.float64 else model
     frozen = copy.deepcopy(model).requires_grad_(False) if cfg.method == "full" and cfg.what != "reward" else None
-    return model.eval(), frozen, tokenizer
+    rate = cfg.learning_rate or (0.06 if cfg.method == "lora" else 0.006) / model.config.n_embd
+    return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
+
+
+def begin(cfg, model, tokenizer, data, before, machine, out):
+    """(optimizer, log, guard) of a run whose data have this hash."""
+    if before and before["data"] != {"rows": data}:
+        raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with")
+    optimizer = AdamW([dict(params=list(trained(model).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
+                      betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    log = Log(out, cfg, machine)
+    guard = Guard(log, model, [optimizer], before, compiled=False)
+    log.open(guard.progress, tokenizer, {"rows": data}, model.config, before)
+    log.say(f"resuming at step {guard.progress.step}" if guard.resumed else f"{cfg.what}: "
+            f"{sum(p.numel() for p in trained(model).values()):,} numbers learn, rate {cfg.learning_rate:.2g}")
+    return optimizer, log, guard
 
 
 def reference_of(model, frozen):
     """Context with the model as it was before training."""
     return adapters_off(model) if frozen is None else contextlib.nullcontext(frozen)
-
-
-def padded(rows, device):
-    """Lists of ids -> (B, W), zeros on the right."""
-    width = max(map(len, rows))
-    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
 
 
 def add_up(parts, loss_of, interrupted):
@@ -482,25 +518,21 @@ def add_up(parts, loss_of, interrupted):
     return total, metrics
 
 
-def sum_gradients(params, machine):
-    """Over all processes. There is no wrapper that does it: each process adds up its own responses, however many."""
-    for p in params if machine.world > 1 else ():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
-
-
 def sum_metrics(metrics, machine):
-    """Sums over all processes of numbers by name, the names of rank 0."""
+    """Sums over all processes of numbers by name."""
     names = sorted(metrics)
     return dict(zip(names, machine.sum([metrics[name] for name in names])))
 
 
-def finish_step(found, count, params, guard):
-    """Turn summed gradients into those of a mean over `count` units of all processes. Returns the mean loss, the norm of
-    the gradient, and the sums of the metrics over all processes."""
-    total, metrics = found
-    sum_gradients(params, guard.machine)
-    metrics = sum_metrics(metrics | {"loss": total, "asked": guard.asked}, guard.machine)
+def finish_step(found, count, guard):
+    """Turn summed gradients into those of a mean over `count` units of all processes. Returns the mean loss, the norm
+    of the gradient, and the sums of the metrics. No wrapper around the model adds up gradients: processes may have
+    different numbers of responses."""
+    (total, metrics), machine = found, guard.machine
+    for p in trained(guard.raw).values() if machine.world > 1 else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+    metrics = sum_metrics(metrics | {"loss": total, "asked": guard.asked}, machine)
     guard.stop = metrics.pop("asked") > 0
     return metrics.pop("loss") / count, finish_gradients(guard.raw, 1 / count, guard.cfg.grad_clip), metrics
 
@@ -515,85 +547,23 @@ def write_policy(model, tokenizer, guard):
         model.value = value
 
 
-def default_rate(cfg, model):
-    return cfg.learning_rate or (0.3 if cfg.method == "lora" else 0.03) / model.config.n_embd
-
-
-def begin(cfg, model, tokenizer, data, before, machine, out):
-    """(cfg, optimizer, log, guard) of a run whose data have this hash."""
-    if before and before["data"] != {"rows": data}:
-        raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with")
-    cfg = replace(cfg, learning_rate=default_rate(cfg, model))
-    optimizer = AdamW([dict(params=list(trained(model).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
-                      betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    log = Log(out, cfg, machine)
-    guard = Guard(log, model, [optimizer], before, compiled=False)
-    log.open(guard.progress, tokenizer, {"rows": data}, model.config, before)
-    return cfg, optimizer, log, guard
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
-
-def reward_function(cfg, machine):
-    """A function rows, texts, [(ids, start)] -> rewards (list of floats; NaN where a reward could not be computed)."""
-    if Path(cfg.reward, "config.json").is_file():                  # the folder of a reward model
-        judge, _ = load_model(cfg.reward, machine.device)
-        if judge.config.labels != ("reward",):
-            raise SystemExit(f"--reward={cfg.reward}: is no reward model. Train one: python rlhf.py reward")
-
-        @torch.no_grad()
-        def judged(rows, texts, coded):
-            ids, ends = padded([ids for ids, _ in coded], machine.device), [len(ids) for ids, _ in coded]
-            return judge(ids)[range(len(ends)), [end - 1 for end in ends], 0].tolist()
-        return judged
-    if cfg.reward:
-        path, _, name = cfg.reward.rpartition(":")
-        spec = importlib.util.spec_from_file_location("reward", path) if Path(path).is_file() else None
-        if spec is None:
-            raise SystemExit(f"--reward={cfg.reward}: give FILE.py:FUNCTION, or the folder of a reward model")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)                            # the user's own file, as python FILE.py would run it
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise SystemExit(f"--reward={cfg.reward}: {path} has no function {name}")
-    else:
-        def function(row, text):                                   # the tiny world
-            return grade(row, text) if "skill" in row else float(follows_style(row["prompt"], text))
-
-    def checked(rows, texts, coded):
-        found = []
-        for row, text in zip(rows, texts):
-            try:
-                found.append(float(function(row, text)))
-            except Exception as error:                             # whatever a reward of a user raises: said, not counted
-                machine.say(f"the reward failed ({type(error).__name__}: {error}) for {text[:80]!r}")
-                found.append(math.nan)
-        return [reward if math.isfinite(reward) else math.nan for reward in found]
-    return checked
-
-
-def end_of_answer(tokenizer):
-    """The id that ends the assistant's turn."""
-    ids, mask = tokenizer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    return [i for i, learnt in zip(ids, mask) if learnt][-1]
-
-
-def respond(model, tokenizer, prompts, cfg, end, temperature, seeds=0):
-    """Responses to prompts (lists of ids): [(ids of prompt and response, start)], texts, which of them came to an end.
-    The id that ends a response is one of its ids; a response of max_new_tokens has none."""
+def respond(model, tokenizer, prompts, cfg, temperature, seeds=0):
+    """Responses to prompts (lists of messages): [(ids, start)], texts, which of them came to an end. The id that ends a
+    response is one of its ids; a response of max_new_tokens has none."""
+    end = end_of_answer(tokenizer)
+    prompts = [tokenizer.render(prompt, add_generation_prompt=True)[0] for prompt in prompts]
     new = sample.generate(model, prompts, cfg.max_new_tokens, temperature=temperature, seed=seeds, stop_ids={end})
     ended = [len(ids) < cfg.max_new_tokens for ids in new]
     coded = [([*prompt, *ids, *[end] * done], len(prompt)) for prompt, ids, done in zip(prompts, new, ended)]
     return coded, [tokenizer.decode(ids).strip() for ids in new], ended
 
 
-def held_out_reward(model, tokenizer, tasks, reward, cfg, end):
+def held_out_reward(model, tokenizer, tasks, reward, cfg):
     """(mean reward of greedy responses to some tasks, three of them to be shown). No end, no reward."""
-    prompts = [tokenizer.render(task["prompt"], add_generation_prompt=True)[0] for task in tasks]
-    coded, texts, ended = respond(model, tokenizer, prompts, cfg, end, temperature=0.0)
+    coded, texts, ended = respond(model, tokenizer, [task["prompt"] for task in tasks], cfg, temperature=0.0)
     rewards = [r * done for r, done in zip(reward([task["row"] for task in tasks], texts, coded), ended)]
-    shown = [f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({r:g})" for task, text, r in list(zip(tasks, texts, rewards))[:3]]
+    shown = [f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({r:g})"
+             for task, text, r in list(zip(tasks, texts, rewards))[:3]]
     known = [r for r in rewards if not math.isnan(r)]
     return sum(known) / max(1, len(known)), "\n".join(shown)
 
@@ -601,229 +571,171 @@ def held_out_reward(model, tokenizer, tasks, reward, cfg, end):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop over pairs
 
-def pair_batch(pairs, device):
-    """(ids (2N, W), starts, ends) of N pairs: all chosen sides, then all rejected ones."""
-    rows = [pair[side] for side in (0, 1) for pair in pairs]
-    return padded([ids for ids, _ in rows], device), torch.tensor([start for _, start in rows], device=device), \
-        torch.tensor([len(ids) for ids, _ in rows], device=device)
-
-
-def response_sums(model, ids, starts, ends):
-    """(sums of the log-probabilities (N), tokens (N)) of responses."""
-    logprobs, _, mask = completion_logprobs(model, ids, starts, ends)
-    return logprobs.sum(dim=1), mask.sum(dim=1)
-
-
-def pair_loss(cfg, model, frozen, name, pairs, nll_tokens=1.0, z0=0.0):
+def pair_loss(cfg, model, frozen, pairs, nll_tokens=1.0, z0=0.0):
     """(sum of the losses, metrics) of some pairs."""
-    ids, starts, ends = pair_batch(pairs, next(model.parameters()).device)
+    name, texts = cfg.loss or "dpo", Texts.of([pair[side] for side in (0, 1) for pair in pairs],
+                                              model.embed_tokens.weight.device)
     if cfg.what == "reward":
-        scores = model(ids)[range(len(ids)), ends - 1, 0]
-        return reward_loss(*scores.chunk(2))
-    sums, tokens = response_sums(model, ids, starts, ends)
-    reference = torch.zeros_like(sums)
+        return reward_loss(*model(texts.ids)[range(len(texts.ids)), texts.ends - 1, 0].chunk(2))
+    sums, tokens = texts.sums(model)
+    reference, nll = torch.zeros_like(sums), -sums.chunk(2)[0]
     if name in ("dpo", "ipo", "kto", "apo_zero"):
         with torch.no_grad(), reference_of(model, frozen) as other:
-            reference, _ = response_sums(other, ids, starts, ends)
-    nll = -sums.chunk(2)[0]
+            reference, _ = texts.sums(other)
     if name == "orpo":                                             # of the prompt and the response
-        half = len(ids) // 2
-        nll = -response_sums(model, ids[:half], torch.ones_like(starts[:half]), ends[:half])[0]
+        chosen = texts.rows(slice(len(pairs)))
+        nll = -Texts(chosen.ids, torch.ones_like(chosen.starts), chosen.ends).sums(model)[0]
     p = Pairs(*sums.chunk(2), *reference.chunk(2), *tokens.chunk(2), nll, nll_tokens)
-    options = {"beta": cfg.beta} if cfg.beta else {}
-    options |= {"dpo": {"smoothing": cfg.smoothing}, "simpo": {"gamma": cfg.margin}, "kto": {"z0": z0}}.get(name, {})
-    return PREFERENCE_LOSSES[name](p, **options)
+    options = {"dpo": {"smoothing": cfg.smoothing}, "simpo": {"gamma": cfg.margin}, "kto": {"z0": z0}}.get(name, {})
+    return PREFERENCE_LOSSES[name](p, **options | ({"beta": cfg.beta} if cfg.beta else {}))
 
 
 @torch.no_grad()
 def mismatched_kl(model, frozen, pairs, machine):
     """KTO's z0: mean of log pi - log reference over responses beside prompts that are not theirs; at least 0."""
-    shifted = [(ids[:start] + other[first:], start) for ((ids, start), _), ((other, first), _) in zip(pairs, pairs[1:] + pairs[:1])]
-    T = model.config.block_size
-    ids, starts, ends = pair_batch([((ids[:T], start),) * 2 for ids, start in shifted], machine.device)
-    half = len(shifted)
+    others = [chosen for chosen, _ in pairs[1:] + pairs[:1]]
+    rows = [(ids[:start] + other[first:], start) for ((ids, start), _), (other, first) in zip(pairs, others)]
+    texts = Texts.of([(ids[:model.config.block_size], start) for ids, start in rows], machine.device)
     with reference_of(model, frozen) as other:
-        reference, _ = response_sums(other, ids[:half], starts[:half], ends[:half])
-    total, count = machine.sum([(response_sums(model, ids[:half], starts[:half], ends[:half])[0] - reference).sum().item(), half])
+        reference, _ = texts.sums(other)
+    total, count = machine.sum([(texts.sums(model)[0] - reference).sum().item(), len(rows)])
     return max(0.0, total / count)
 
 
-def pairs_of_step(pairs, step, cfg):
-    """The pairs of a step: every epoch is shuffled anew."""
-    found = []
-    for number in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
-        epoch, place = divmod(number, len(pairs))
-        generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + epoch) % 2 ** 63)
-        found.append(pairs[int(torch.randperm(len(pairs), generator=generator)[place])])
-    return found
-
-
-def open_pairs(cfg, tokenizer, T, machine):
-    """(pairs to train on, held-out pairs, tasks of their prompts, hash of the pairs, cfg with the dataset)."""
-    try:
-        train, other = find_rows(cfg.dataset, "preferences")
-        coded, rows = [], []
-        for path in (train, other) if other else (train,):
-            rows.append(read_pairs(path))
-            coded.append(encode_pairs(rows[-1][0], tokenizer, T))
-            for what, count in (rows[-1][1] + coded[-1][1]).items():
-                machine.say(f"{path.name}: {count:,} pairs left out or cut: {what}" if count else "")
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    pairs = coded[0][0]
-    if other is None:                                              # a tenth is held out
-        count = max(1, len(pairs) // 10)
-        held_out, pairs, chats = pairs[:count], pairs[count:] or pairs, rows[0][0][:count]
-    else:
-        held_out, chats = coded[1][0], rows[1][0]
-    tasks = [{"prompt": row["prompt"], "row": {"prompt": row["prompt"][-1]["content"]}} for row in chats[:cfg.eval_rows]]
-    return pairs, held_out[:cfg.eval_rows], tasks, json_hash([pairs, held_out]), replace(cfg, dataset=train.parent.as_posix()
-                                                                                        if other else train.as_posix())
+def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, step):
+    """Losses of held-out pairs, and the rewards of responses to their prompts."""
+    sums = Counter()
+    with torch.no_grad():
+        for i in range(0, len(held_out), 32):
+            loss, metrics = pair_loss(cfg, model, frozen, held_out[i:i + 32])
+            sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
+    found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
+    if cfg.what == "dpo":
+        found["reward"], shown = held_out_reward(model, tokenizer, tasks, reward, cfg)
+        log.say(shown)
+    log.line(f"step {step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+    log.record(step=step, **{f"val_{key}": value for key, value in found.items()})
 
 
 def train_on_pairs(cfg):
     """dpo and reward: every step takes batch_size pairs; an epoch shuffles them. Metrics are means over pairs."""
-    machine = Machine(cfg.device)
-    cfg, out, before = earlier_run(cfg, machine)
-    machine.measure(cfg.dtype)
-    check_settings(cfg, out, machine)
-    model, frozen, tokenizer = open_policy(cfg, machine)
-    pairs, held_out, tasks, data, cfg = open_pairs(cfg, tokenizer, model.config.block_size, machine)
+    cfg, machine, out, before, model, frozen, tokenizer = open_policy(cfg)
+    pairs, held_out, tasks, lost, cfg = open_pairs(cfg, tokenizer, model.config.block_size)
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
-    reward, end = reward_function(cfg, machine), end_of_answer(tokenizer)
-    cfg, optimizer, log, guard = begin(cfg, model, tokenizer, data, before, machine, out)
-    progress, name, params = guard.progress, cfg.loss or "dpo", list(trained(model).values())
-    flops, shown = model.flops_per_token(64), ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
-
-    def look():
-        """Held-out pairs, and the rewards of responses to their prompts."""
-        sums = Counter()
-        with torch.no_grad():
-            for i in range(0, len(held_out), 32):
-                loss, metrics = pair_loss(cfg, model, frozen, name, held_out[i:i + 32])
-                sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
-        found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
-        if cfg.what == "dpo":
-            found["reward"], shown = held_out_reward(model, tokenizer, tasks, reward, cfg, end)
-            log.say(shown)
-        log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-        log.record(step=progress.step, val_loss=found["loss"], **{f"val_{key}": value for key, value in found.items() if key != "loss"})
-
+    reward = reward_function(cfg, machine, load_model)
+    optimizer, log, guard = begin(cfg, model, tokenizer, json_hash([pairs, held_out]), before, machine, out)
+    progress, flops = guard.progress, model.flops_per_token(64)
+    shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
+    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, reward, log)
     if progress.step == 0:
-        look()
+        for line in lost:
+            log.say(line)
+        look(0)
+
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
         batch = pairs_of_step(pairs, progress.step, cfg)
-        mine = batch[machine.rank::machine.world]
-        nll_tokens = sum(len(ids) - (1 if name == "orpo" else start) for (ids, start), _ in batch) / len(batch)
-        z0 = mismatched_kl(model, frozen, mine, machine) if name == "kto" else 0.0
+        mine, N = batch[machine.rank::machine.world], len(batch)
+        nll_tokens = sum(len(ids) - (1 if cfg.loss == "orpo" else start) for (ids, start), _ in batch) / N
+        z0 = mismatched_kl(model, frozen, mine, machine) if cfg.loss == "kto" else 0.0
         found = guard.attempt(lambda micro: add_up(
             [mine[i:i + micro] for i in range(0, len(mine), micro)],
-            lambda part: pair_loss(cfg, model, frozen, name, part, nll_tokens, z0), guard.interrupted))
-        if found is None:                                          # a signal in the middle of a step: the step is dropped
+            lambda part: pair_loss(cfg, model, frozen, part, nll_tokens, z0), guard.interrupted))
+        if found is None:                                          # a signal within a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
             break
-        loss, norm, metrics = finish_step(found, len(batch), params, guard)
+        loss, norm, metrics = finish_step(found, N, guard)
         progress.step += 1
         if math.isfinite(norm):
             guard.update()
             tokens = sum(len(ids) for pair in batch for ids, _ in pair)
-            log.step(progress, loss, norm, rate, flops, tokens, **{key: metrics[key] / len(batch) for key in shown})
+            log.step(progress, loss, norm, rate, flops, tokens, **{key: metrics[key] / N for key in shown})
         elif guard.not_finite(loss, norm, None):
             continue
         evaluating, _, saving = guard.due()
         if evaluating:
-            look()
+            look(progress.step)
             write_policy(model, tokenizer, guard)
         if saving:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
-        log.plot()
-    log.finish(progress)
+        if evaluating or saving:
+            log.plot()
+    log.finish(progress, then=f"python rlhf.py ppo --reward={out}" if cfg.what == "reward" else "")
     machine.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop over roll-outs
 
-def roll_out(cfg, model, frozen, tokenizer, tasks, step, reward, machine, end):
-    """group_size responses to each of this step's prompts (this process's share): (ids, starts, ends, Rollout without
-    advantages, rewards (N), metrics)."""
+def roll_out(cfg, model, frozen, tokenizer, tasks, step, reward, machine):
+    """group_size responses to each of this process's share of the step's prompts: (Texts, Rollout without advantages,
+    rewards (N), sums of what is logged)."""
     share = cfg.prompts // machine.world
     order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
     mine = [tasks[int(order[i % len(tasks)])] for i in range(machine.rank * share, (machine.rank + 1) * share)]
     rows = [task for task in mine for _ in range(cfg.group_size)]
-    prompts = [tokenizer.render(task["prompt"], add_generation_prompt=True)[0] for task in rows]
-    seeds = [((cfg.seed * 100_003 + step) * machine.world + machine.rank) * len(rows) + i for i in range(len(rows))]
-    coded, texts, ended = respond(model, tokenizer, prompts, cfg, end, cfg.temperature, seeds)
+    first = ((cfg.seed * 100_003 + step) * machine.world + machine.rank) * len(rows)
+    coded, texts, ended = respond(model, tokenizer, [task["prompt"] for task in rows], cfg, cfg.temperature,
+                                  [first + i for i in range(len(rows))])
     scores = torch.tensor(reward([task["row"] for task in rows], texts, coded), device=machine.device)
     scores = scores * torch.tensor(ended, device=machine.device)                           # no end, no reward
-    ids = padded([ids for ids, _ in coded], machine.device)
-    starts, ends = (torch.tensor(n, device=machine.device) for n in ([start for _, start in coded], [len(ids) for ids, _ in coded]))
+    texts = Texts.of(coded, machine.device)
     with torch.no_grad():
-        old, entropy, mask = completion_logprobs(model, ids, starts, ends, cfg.temperature)
+        score = functools.partial(completion_logprobs, ids=texts.ids, starts=texts.starts, ends=texts.ends,
+                                  temperature=cfg.temperature)
+        old, entropy, mask = score(model)
         with reference_of(model, frozen) as other:
-            reference, _, _ = completion_logprobs(other, ids, starts, ends, cfg.temperature, mask.shape[1])
-    lengths = (ends - starts).float()
-    metrics = {"reward": scores.nansum(), "rewards": (~scores.isnan()).sum(), "length": lengths.sum(), "ended": sum(ended),
-               "kl": (k3(old, reference) * mask).sum(), "responses": len(rows)}
+            reference, _, _ = score(other)
+    lengths = (texts.ends - texts.starts).float()
+    logged = {"reward": scores.nansum(), "rewards": (~scores.isnan()).sum(), "length": lengths.sum(),
+              "kl": (k3(old, reference) * mask).sum(), "responses": len(rows), "tokens": mask.sum()}
     scores = scores - cfg.length_penalty * lengths / cfg.max_new_tokens
-    return ids, starts, ends, Rollout(mask, old, old, torch.zeros_like(old), reference, entropy=entropy), scores, metrics
+    return texts, Rollout(mask, old, old, torch.zeros_like(old), reference, entropy=entropy), scores, logged
 
 
-def values_of(model, ids, starts, ends, width):
-    """PPO's critic: V of the text before each token of the responses, (B, T), read from the model's own last layer."""
-    states, _, mask = predicting_states(model, ids, starts, ends, width)
-    return spread(model.value(states)[:, 0], mask)
-
-
-def with_advantages(cfg, model, ids, starts, ends, b, scores, machine):
-    """The roll-out with its advantages (and, for PPO, values and returns), and how many groups had equal rewards."""
+def with_advantages(cfg, model, texts, b, scores, machine):
+    """(the roll-out with its advantages, and for PPO values and returns; how many groups had equal rewards)."""
     if cfg.what == "grpo":
-        name = cfg.loss or "grpo"
-        kind = {"dr_grpo": "dr_grpo", "rloo": "rloo", "reinforce": "rloo"}.get(name, "grpo")
+        kind = {"dr_grpo": "dr_grpo", "rloo": "rloo", "reinforce": "rloo"}.get(cfg.loss, "grpo")
         A, equal = group_advantages(scores, cfg.group_size, kind)
         return replace(b, advantages=A[:, None] * b.mask), equal
     with torch.no_grad():
-        values = values_of(model, ids, starts, ends, b.mask.shape[1])
+        states, _, mask = predicting_states(model, texts.ids, texts.starts, texts.ends)
+        values = spread(model.value(states)[:, 0], mask)
     rewards = rewards_with_kl(scores.nan_to_num(nan=0.0), b.old_logprobs, b.reference_logprobs, b.mask, cfg.kl)
     A, returns = gae(rewards, values, b.mask)
     return replace(b, advantages=whiten(A, b.mask, machine.sum), values=values, old_values=values, returns=returns), 0
 
 
-def rollout_loss(cfg, model, ids, starts, ends, b, name):
+def rollout_loss(cfg, model, texts, b, name):
     """(sum of the losses, metrics) of some responses, with today's policy."""
-    states, tokens, mask = predicting_states(model, ids, starts, ends, b.mask.shape[1])
+    states, tokens, mask = predicting_states(model, texts.ids, texts.starts, texts.ends, b.mask.shape[1])
     logprobs, entropy = token_logprobs(model, states, tokens, cfg.temperature)
     b = replace(b, logprobs=spread(logprobs, mask), entropy=spread(entropy, mask))
-    if name == "ppo":
+    if name == "ppo":                                              # V reads the model's own last layer
         b = replace(b, values=spread(model.value(states)[:, 0], mask))
-    return POLICY_LOSSES[name][0](b, **({"beta": cfg.kl} if name != "ppo" else {}))
+    return POLICY_LOSSES[name][0](b, **({} if name == "ppo" else {"beta": cfg.kl}))
 
 
 def train_on_rollouts(cfg):
     """grpo and ppo: every step samples responses, and learns `updates` times from them."""
-    machine = Machine(cfg.device)
-    cfg, out, before = earlier_run(cfg, machine)
-    machine.measure(cfg.dtype)
-    check_settings(cfg, out, machine)
-    model, frozen, tokenizer = open_policy(cfg, machine)
-    tasks, held_out, data, cfg = open_tasks(cfg, machine)
+    cfg, machine, out, before, model, frozen, tokenizer = open_policy(cfg)
+    tasks, held_out, cfg = open_tasks(cfg, machine)
     if cfg.what == "ppo":                                          # the critic: one number per state, at first zero
         model.value = nn.Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
-    reward, end = reward_function(cfg, machine), end_of_answer(tokenizer)
-    cfg, optimizer, log, guard = begin(cfg, model, tokenizer, data, before, machine, out)
-    progress, name, params = guard.progress, cfg.loss or cfg.what, list(trained(model).values())
-    flops = model.flops_per_token(64)
+    reward, name = reward_function(cfg, machine, load_model), cfg.loss or cfg.what
+    optimizer, log, guard = begin(cfg, model, tokenizer, json_hash([tasks, held_out]), before, machine, out)
+    progress, flops = guard.progress, model.flops_per_token(64)
 
     def look():
         """Rewards of greedy responses to held-out tasks. Returns whether they are the best so far."""
-        mean, shown = held_out_reward(model, tokenizer, held_out, reward, cfg, end)
+        mean, shown = held_out_reward(model, tokenizer, held_out, reward, cfg)
         better = progress.best is None or -mean <= progress.best
         progress.best = -mean if better else progress.best
         log.line(f"step {progress.step:5d}  held out: reward {mean:.4f}{'  <- best' * better}\n{shown}")
@@ -836,57 +748,44 @@ def train_on_rollouts(cfg):
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
-        ids, starts, ends, b, scores, sampled = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, reward, machine, end)
-        b, equal = with_advantages(cfg, model, ids, starts, ends, b, scores, machine)
+        texts, b, scores, logged = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, reward, machine)
+        b, equal = with_advantages(cfg, model, texts, b, scores, machine)
         count = machine.sum([units(name, b.mask, cfg.max_new_tokens)])[0]
         for _ in range(cfg.updates):
             found = guard.attempt(lambda micro: add_up(
-                [slice(i, i + micro) for i in range(0, len(ids), micro)],
-                lambda part: rollout_loss(cfg, model, ids[part], starts[part], ends[part], b.rows(part), name), guard.interrupted))
+                [slice(i, i + micro) for i in range(0, len(texts.ids), micro)],
+                lambda part: rollout_loss(cfg, model, texts.rows(part), b.rows(part), name), guard.interrupted))
             if found is None:
                 break
-            loss, norm, metrics = finish_step(found, count, params, guard)
+            loss, norm, metrics = finish_step(found, count, guard)
             if not math.isfinite(norm):
                 break
             guard.update()
-        if found is None:                                          # a signal in the middle of a step: the step is dropped
+        if found is None:                                          # a signal within a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
             break
         progress.step += 1
-        sampled = sum_metrics(sampled | {"equal": equal, "tokens": int(b.mask.sum())}, machine)
+        logged = sum_metrics(logged | {"equal": equal}, machine)
+        N, kl = logged["responses"], logged["kl"] / logged["responses"]
         if math.isfinite(norm):
-            N = sampled["responses"]
-            log.step(progress, loss, norm, rate, flops, sampled["tokens"], reward=sampled["reward"] / max(1, sampled["rewards"]),
-                     kl=sampled["kl"] / N, length=sampled["length"] / N, equal=sampled["equal"] * cfg.group_size / N,
+            log.step(progress, loss, norm, rate, flops, logged["tokens"], kl=kl, length=logged["length"] / N,
+                     reward=logged["reward"] / max(1, logged["rewards"]), equal=logged["equal"] * cfg.group_size / N,
                      entropy=metrics["entropy"] / metrics["tokens"], clipped=metrics["clipped"] / metrics["tokens"])
         elif guard.not_finite(loss, norm, None):
             continue
-        if 0 < cfg.kl_budget < sampled["kl"] / sampled["responses"]:
-            log.line(f"--kl_budget={cfg.kl_budget}: the KL of a response is {sampled['kl'] / sampled['responses']:.2f} nats: stop")
+        if 0 < cfg.kl_budget < kl:
+            log.line(f"--kl_budget={cfg.kl_budget}: the KL of a response is {kl:.2f} nats: stop")
             guard.stop = True
         evaluating, _, saving = guard.due()
         if (evaluating or guard.stop) and look():
             write_policy(model, tokenizer, guard)
         if saving or guard.stop:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
-        log.plot()
+        if evaluating or saving:
+            log.plot()
     log.finish(progress, best=f"; best held-out reward {-progress.best:.4f}")
     machine.close()
-
-
-def open_tasks(cfg, machine):
-    """(tasks to train on, held-out ones, their hash, cfg with the dataset)."""
-    try:
-        train, other = find_rows(cfg.dataset, "tasks")
-        tasks, held_out = read_tasks(train), read_tasks(other) if other else []
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    if not held_out:
-        held_out, tasks = tasks[::10], [task for i, task in enumerate(tasks) if i % 10] or tasks
-    if cfg.prompts % machine.world:
-        raise SystemExit(f"--prompts={cfg.prompts}: must be a multiple of the {machine.world} processes")
-    return tasks, held_out[:cfg.eval_rows], json_hash([tasks, held_out]), replace(cfg, dataset=(train.parent if other else train).as_posix())
 
 
 def main(cfg):
@@ -898,7 +797,7 @@ def main(cfg):
     (train_on_pairs if cfg.what in ("dpo", "reward") else train_on_rollouts)(cfg)
 
 
-# flags of train.py that this stage does not have: nanopath/ reads them
+# flags of other stages that this one does not have: nanopath/ reads them
 Config.tensor_parallel, Config.shards, Config.dry_run, Config.parallel, Config.checkpointing = 1, 0, False, "ddp", False
 Config.block_size = 64
 

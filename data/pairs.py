@@ -8,17 +8,20 @@ Data to align with: pairs of responses, and tasks whose answers a program can ch
 
 ValueError says in one line which file and line is wrong, and what to do.
 """
+import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data.chats import to_preference
 from data.dataset import load_meta
-from data.examples import MAKE_WORLD, convert_rows
+from data.examples import MAKE_WORLD, convert_rows, counted
 from data.templates import render_many
 
-FILES = {"preferences": ("preferences_train.jsonl", "preferences_val.jsonl"), "tasks": ("tasks_train.jsonl", "tasks_test.jsonl")}
+FILES = {"preferences": ("preferences_train.jsonl", "preferences_val.jsonl"),
+         "tasks": ("tasks_train.jsonl", "tasks_test.jsonl")}
 
 
 def find_rows(dataset, kind):
@@ -55,7 +58,7 @@ def read_pairs(path):
 
     rows = [row for row in convert_rows(path, convert, "Correct or remove it") if row]
     if not rows:
-        raise ValueError(f"{path}: none of its pairs can be used ({', '.join(f'{n} {what}' for what, n in lost.items())})")
+        raise ValueError(f"{path}: none of its pairs can be used ({counted(lost)})")
     return rows, lost
 
 
@@ -90,3 +93,57 @@ def read_tasks(path):
             raise ValueError("no prompt")
         return {"prompt": messages_of(prompt, "user"), "row": row}
     return convert_rows(path, convert, "Correct or remove it")
+
+
+def open_pairs(cfg, tokenizer, T):
+    """(pairs to train on, held-out pairs, tasks of their prompts, lines about what was left out, cfg with the dataset).
+    Of a single file, a tenth is held out."""
+    try:
+        train, other = find_rows(cfg.dataset, "preferences")
+        parts, lines = [], []
+        for path in (train, other) if other else (train,):
+            rows, lost = read_pairs(path)
+            coded, more = encode_pairs(rows, tokenizer, T)
+            parts.append((coded, rows))
+            lines += [f"{path.name}: {counted(lost + more)}"] * bool(lost + more)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    pairs, rows = parts[0]
+    count = max(1, len(pairs) // 10)
+    held_out, chats = parts[1] if other else (pairs[:count], rows[:count])
+    pairs = pairs if other else pairs[count:] or pairs
+    prompts = [row["prompt"] for row in chats[:cfg.eval_rows]]
+    tasks = [{"prompt": prompt, "row": {"prompt": prompt[-1]["content"]}} for prompt in prompts]
+    cfg = replace(cfg, dataset=(train.parent if other else train).as_posix())
+    return pairs, held_out[:cfg.eval_rows], tasks, lines, cfg
+
+
+def pairs_of_step(pairs, step, cfg):
+    """The pairs of a step: every epoch is shuffled anew."""
+    found, orders = [], {}
+    for number in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
+        epoch, place = divmod(number, len(pairs))
+        if epoch not in orders:
+            orders[epoch] = random.Random(cfg.seed * 1_000_003 + epoch).sample(range(len(pairs)), len(pairs))
+        found.append(pairs[orders[epoch][place]])
+    return found
+
+
+def open_tasks(cfg, machine):
+    """(tasks to train on, held-out ones, cfg with the dataset). Of a single file, a tenth is held out."""
+    try:
+        train, other = find_rows(cfg.dataset, "tasks")
+        tasks, held_out = read_tasks(train), read_tasks(other) if other else []
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not held_out:
+        held_out, tasks = tasks[::10], [task for i, task in enumerate(tasks) if i % 10] or tasks
+    if cfg.prompts % machine.world:
+        raise SystemExit(f"--prompts={cfg.prompts}: must be a multiple of the {machine.world} processes")
+    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=(train.parent if other else train).as_posix())
+
+
+def end_of_answer(tokenizer):
+    """The id that ends the assistant's turn."""
+    ids, mask = tokenizer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    return [i for i, learnt in zip(ids, mask) if learnt][-1]

@@ -78,7 +78,8 @@ def test_ppo_reaches_the_optimum(align):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
 def test_preference_losses_reach_the_optimum(align, loss):
-    _, out = align("dpo", f"--loss={loss}", "--max_steps=40", "--learning_rate=0.002")
+    more = {"orpo": ["--beta=1"], "ipo": ["--beta=0.05"], "simpo": ["--margin=2"]}.get(loss, [])
+    _, out = align("dpo", f"--loss={loss}", "--max_steps=40", f"--learning_rate={0.004 if loss in ('orpo', 'simpo', 'ipo') else 0.002}", *more)
     assert logged(out, "val_accuracy")[-1] == 1.0 and share_of_red(out) > 0.9
 
 
@@ -94,10 +95,10 @@ def test_a_reward_model_ranks_pairs_and_can_be_used(align, chatty):
     model, tokenizer = load_model(out, "cpu")
     assert model.config.labels == ("reward",)
     coded, _ = encode_pairs(read_pairs(chatty / "pairs.jsonl")[0], tokenizer, 96)
-    ids, starts, ends = r.pair_batch(coded, "cpu")
-    w, l = model(ids)[range(len(ids)), ends - 1, 0].chunk(2)
+    texts = r.Texts.of([pair[side] for side in (0, 1) for pair in coded], "cpu")
+    w, l = model(texts.ids)[range(len(texts.ids)), texts.ends - 1, 0].chunk(2)
     assert (w > l).all()
-    _, policy = align("ppo", f"--reward={out}", "--max_steps=20", "--learning_rate=0.005", out="policy")
+    _, policy = align("ppo", f"--reward={out}", "--max_steps=40", "--learning_rate=0.005", "--updates=2", out="policy")
     assert share_of_red(policy) > 0.8
 
 

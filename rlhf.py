@@ -465,8 +465,8 @@ class Texts:
 
 def open_policy(cfg):
     """(cfg, machine, the run's folder, manifest of the run to resume, model with what it learns, its frozen copy or
-    None, tokenizer). With LoRA the model is its own reference: adapters_off. There is no dropout anywhere: a response has one
-    log-probability."""
+    None, tokenizer). With LoRA the model is its own reference: adapters_off. There is no dropout anywhere: a response
+    has one log-probability."""
     machine = Machine(cfg.device)
     cfg, out, before = earlier_run(cfg, machine)
     check_settings(cfg, out, machine)

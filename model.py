@@ -670,7 +670,8 @@ def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder; tokenizer may be None. Every file is complete before it gets its name."""
     changed = sorted({type(m).__name__ for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear
                       or hasattr(m, "base")})
-    assert not changed and model.prefix is None, f"a model with {changed or 'a prefix'} cannot be saved: merge it first"
+    assert not changed, f"a model with {changed[0]} cannot be saved: save it before its matrices are replaced, or merge"
+    assert model.prefix is None, "a model with a learnt prefix cannot be saved: finetune_lora.save_adapter saves it"
     assert model.lm_head.packed is None, "a packed model cannot be saved: load it again without pack()"
     write_folder(folder, model, tokenizer)
 

@@ -38,7 +38,7 @@ def find_rows(dataset, kind):
     raise ValueError(f"--dataset={dataset}: no {kind} there. Make some: {MAKE_WORLD}, or give {what}")
 
 
-def messages_of(side, role):
+def as_messages(side, role):
     return side if isinstance(side, list) else [{"role": role, "content": side}]
 
 
@@ -54,7 +54,7 @@ def read_pairs(path):
             lost[problem] += 1
             return None
         pair, _ = to_preference(row)
-        return {name: messages_of(pair[name], "user" if name == "prompt" else "assistant") for name in pair}
+        return {name: as_messages(pair[name], "user" if name == "prompt" else "assistant") for name in pair}
 
     rows = [row for row in convert_rows(path, convert, "Correct or remove it") if row]
     if not rows:
@@ -91,7 +91,7 @@ def read_tasks(path):
         prompt = row.get("prompt", row.get("question"))
         if not prompt or not isinstance(prompt, (str, list)):
             raise ValueError("no prompt")
-        return {"prompt": messages_of(prompt, "user"), "row": row}
+        return {"prompt": as_messages(prompt, "user"), "row": row}
     return convert_rows(path, convert, "Correct or remove it")
 
 
@@ -119,7 +119,7 @@ def open_pairs(cfg, tokenizer, T):
 
 
 def pairs_of_step(pairs, step, cfg):
-    """The pairs of a step: every epoch is shuffled anew."""
+    """The pairs of a step: every epoch has its own order."""
     found, orders = [], {}
     for number in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
         epoch, place = divmod(number, len(pairs))

@@ -682,7 +682,8 @@ def roll_out(cfg, model, frozen, tokenizer, tasks, step, reward, machine):
     coded, texts, ended = respond(model, tokenizer, [task["prompt"] for task in rows], cfg, cfg.temperature,
                                   [first + i for i in range(len(rows))])
     scores = torch.tensor(reward([task["row"] for task in rows], texts, coded), device=machine.device)
-    scores = scores * torch.tensor(ended, device=machine.device)                           # no end, no reward
+    worst = scores.nan_to_num(nan=0.0).min().clamp(max=0.0)        # no end, no reward; a reward model's may be negative
+    scores = torch.where(torch.tensor(ended, device=machine.device), scores, worst)
     texts = Texts.of(coded, machine.device)
     with torch.no_grad():
         score = functools.partial(completion_logprobs, ids=texts.ids, starts=texts.starts, ends=texts.ends,

@@ -77,9 +77,9 @@ class Config:
     # batch and length
     batch_size: Positive = 32       # pairs per optimizer step, over all processes
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
-    max_steps: Count = 60           # optimizer steps, or roll-outs
+    max_steps: Count = 60           # optimizer steps, or roll-outs with `updates` steps each
     # optimizer
-    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.06 / n_embd, a tenth of it with --method=full
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd, a tenth of it with --method=full
     warmup_steps: Count = 0         # linear warm-up
     cooldown: Share = 0.5           # last part of the run, in which the rate falls linearly to zero
     grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
@@ -482,7 +482,7 @@ def open_policy(cfg):
     model.dtype = machine.dtype
     model = model.double() if machine.dtype == torch.float64 else model
     frozen = copy.deepcopy(model).requires_grad_(False) if cfg.method == "full" and cfg.what != "reward" else None
-    rate = cfg.learning_rate or (0.06 if cfg.method == "lora" else 0.006) / model.config.n_embd
+    rate = cfg.learning_rate or (0.03 if cfg.method == "lora" else 0.003) / model.config.n_embd
     return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
 
 
@@ -602,8 +602,9 @@ def mismatched_kl(model, frozen, pairs, machine):
     return max(0.0, total / count)
 
 
-def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, step):
-    """Losses of held-out pairs, and the rewards of responses to their prompts."""
+def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, progress):
+    """Losses of held-out pairs, and the rewards of responses to their prompts. Returns whether the rewards (of a reward
+    model: the loss) are the best so far: a loss of pairs still falls while the model forgets how to answer."""
     sums = Counter()
     with torch.no_grad():
         for i in range(0, len(held_out), 32):
@@ -613,8 +614,13 @@ def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, s
     if cfg.what == "dpo":
         found["reward"], shown = held_out_reward(model, tokenizer, tasks, reward, cfg)
         log.say(shown)
-    log.line(f"step {step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-    log.record(step=step, **{f"val_{key}": value for key, value in found.items()})
+    worth = -found.get("reward", -found["loss"])
+    better = progress.best is None or worth <= progress.best
+    progress.best = worth if better else progress.best
+    log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+             + "  <- best" * better)
+    log.record(step=progress.step, **{f"val_{key}": value for key, value in found.items()})
+    return better
 
 
 def train_on_pairs(cfg):
@@ -627,11 +633,11 @@ def train_on_pairs(cfg):
     optimizer, log, guard = begin(cfg, model, tokenizer, json_hash([pairs, held_out]), before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
     shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
-    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, reward, log)
+    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, reward, log, progress)
     if progress.step == 0:
         for line in lost:
             log.say(line)
-        look(0)
+        look()
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
@@ -657,14 +663,15 @@ def train_on_pairs(cfg):
         elif guard.not_finite(loss, norm, None):
             continue
         evaluating, _, saving = guard.due()
-        if evaluating:
-            look(progress.step)
+        if evaluating and look():
             write_policy(model, tokenizer, guard)
         if saving:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
         if evaluating or saving:
             log.plot()
-    log.finish(progress, then=f"python rlhf.py ppo --reward={out}" if cfg.what == "reward" else "")
+    is_reward = cfg.what == "reward"
+    log.finish(progress, best=f"; best held-out {'loss' if is_reward else 'reward'} {abs(progress.best):.4f}",
+               then=f"python rlhf.py ppo --reward={out}" if is_reward else "")
     machine.close()
 
 

@@ -546,7 +546,7 @@ def read_data(cfg):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     asked = [chat for chat in parts[-1][0] if len(chat["messages"]) > 1 and chat["messages"][-2]["role"] == "user"]
-    return parts, asked, cfg.dataset or files[0].parent.as_posix()
+    return parts, asked, cfg.dataset or name                       # found under data/ by its name
 
 
 def encode_data(cfg, model, tokenizer, parts, asked, name):

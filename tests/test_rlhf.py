@@ -67,13 +67,13 @@ def test_the_start_is_a_mixture(chatty):
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo", "reinforce"])
 def test_group_losses_reach_the_optimum(align, loss):
     text, out = align("grpo", f"--loss={loss}", "--max_steps=16", "--learning_rate=0.006")
-    assert np.mean(logged(out, "reward")[-3:]) > 0.97 and share_of_red(out) > 0.95
+    assert np.mean(logged(out, "reward")[-3:]) > 0.93 and share_of_red(out) > 0.9  # samples at temperature 1
     assert logged(out, "val_reward")[-1] == 1.0 and "held out: reward" in text
 
 
 def test_ppo_reaches_the_optimum(align):
     _, out = align("ppo", "--max_steps=22", "--learning_rate=0.006", "--updates=2")
-    assert np.mean(logged(out, "reward")[-3:]) > 0.95 and share_of_red(out) > 0.95
+    assert np.mean(logged(out, "reward")[-3:]) > 0.93 and share_of_red(out) > 0.9
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
@@ -81,7 +81,7 @@ def test_preference_losses_reach_the_optimum(align, loss):
     settings = {"orpo": (0.004, 40, ["--beta=1"]), "ipo": (0.002, 20, []), "simpo": (0.004, 40, ["--margin=2"]), "dpo": (0.001, 40, [])}
     rate, steps, more = settings.get(loss, (0.002, 40, []))
     _, out = align("dpo", f"--loss={loss}", f"--max_steps={steps}", f"--learning_rate={rate}", *more)
-    assert logged(out, "val_accuracy")[-1] == 1.0 and share_of_red(out) > 0.9
+    assert logged(out, "val_accuracy")[-1] == logged(out, "val_reward")[-1] == 1.0 and share_of_red(out) > 0.8
 
 
 def test_full_training_has_a_frozen_copy_as_reference(align):

@@ -39,7 +39,7 @@ from data.metrics import (Score, bertscore, bleu, bootstrap, brier, cer, chrf, c
                           exact_match, f1, mcc, meteor, paired_bootstrap, pass_at_k, rouge, self_bleu,
                           sentence_bleu, wer)
 from data.shards import Tokens, open_dataset
-from data.templates import answer_ends, is_chat
+from data.templates import is_chat
 from model import load_model
 from nanopath.files import read_json
 from nanopath.flags import Bound, Count, Positive, parse

@@ -1,9 +1,9 @@
 """
 Teach a model to answer: with all of its weights, or with one per cent of them.
 
-    Adapter             a frozen matrix, and a small thing beside it that is learnt
-    LoRA                ... two thin matrices. DoRA, IA3, Bottleneck: what else can stand beside it
-    Prefix, Prompt      keys and values, or tokens, that no text spells, in front of every text
+    Adapter             a frozen matrix with a small trainable module beside it
+    LoRALinear          ... two thin matrices. DoRA, IA3, Bottleneck: what else can stand beside it
+    Prefix, SoftPrompt  trainable keys and values, or embeddings, in front of every text
     main                the loop of train.py, on the answers of chats
 
 Run     python finetune_lora.py                                    # the newest model, the tiny world's chats
@@ -40,13 +40,13 @@ from model import GPT, GPTConfig, Linear, load_model, open_tokenizer, save_model
 from nanopath.comparison import compare_methods
 from nanopath.devices import Machine
 from nanopath.classes import class_table, predict
-from nanopath.finetuning import (Watch, answer_bytes, check_choices, check_same, describe, newest_pretrained,
+from nanopath.finetuning import (Watch, answer_bytes, check_choices, check_same, describe, hashes_of, newest_pretrained,
                                  open_base_text, settle_flags)
 from nanopath.flags import Count, Positive, Rate, Share
 from nanopath.hf import add_stop_ids, read_config
 from nanopath.hub import find_folder, is_adapter
 from nanopath.parallel import copy_into, evaluation, parallelize, whole, whole_model
-from nanopath.peft import collect, fill, find_base, read_adapter, weights_hash, write_adapter
+from nanopath.peft import collect, fill, find_base, read_adapter, write_adapter
 from nanopath.run import Guard, Log, check_settings, check_writable, earlier_run, keep_earlier_run, run_stage, writing
 from quantize import quantize_model
 from train import AdamW, accumulate, evaluate_loss, finish_gradients, lr_at, set_rates
@@ -276,7 +276,7 @@ class InFront:
 
 
 class Recorder(InFront):
-    """The other way round: it keeps the keys and values of the text that the model reads."""
+    """Puts nothing in front, but keeps the keys and values of the text that the model reads."""
     def __init__(self, model):
         nothing = torch.zeros(model.config.n_layer, model.config.n_kv_head, 0, model.config.head_dim,
                               device=model.embed_tokens.weight.device)
@@ -663,14 +663,6 @@ class Anchor:
             p.grad += self.strength * F * (p - w0)
 
 
-def make_optimizer(params, cfg):
-    """AdamW. Only matrices decay: at zero a factor or a norm destroys the model."""
-    groups = [[p for name, p in params.items() if (p.dim() == 2 and not name.startswith("prefix.")) == decays]
-              for decays in (True, False)]
-    return AdamW([dict(params=group, peak_lr=cfg.learning_rate, weight_decay=cfg.weight_decay * decays)
-                  for group, decays in zip(groups, (True, False))], lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-
-
 def fisher(model, params, tokens, machine, sequences=64):
     """The diagonal of the Fisher information: mean square of the gradient of log p(sequence), for every trained weight,
     divided by the mean over all weights, so that --ewc and --l2sp have the same unit."""
@@ -687,6 +679,14 @@ def fisher(model, params, tokens, machine, sequences=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+def make_optimizer(params, cfg):
+    """AdamW. Only matrices decay: at zero a factor or a norm destroys the model."""
+    groups = [[p for name, p in params.items() if (p.dim() == 2 and not name.startswith("prefix.")) == decays]
+              for decays in (True, False)]
+    return AdamW([dict(params=group, peak_lr=cfg.learning_rate, weight_decay=cfg.weight_decay * decays)
+                  for group, decays in zip(groups, (True, False))], lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+
 
 def merge_folder(cfg):
     """--merge: an adapter and its base -> a plain model folder."""
@@ -719,8 +719,8 @@ def main(cfg):
     parts, asked, name = read_data(cfg)
     raw, tokenizer = open_base(cfg, machine)
     rows, val_rows, lost, packing, cfg = encode_data(cfg, raw, tokenizer, parts, asked, name)
-    data = {"rows": rows.hash, "base": weights_hash(find_folder(cfg.model))}
-    cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, data, before, out)
+    data = hashes_of(cfg, rows.hash, before, out)
+    cfg = settle_flags(cfg, RATES.get(cfg.method, 1.0) / raw.config.n_embd, rows, before)
     text = open_base_text(cfg, tokenizer, min(raw.config.block_size, 1024)) if cfg.task == "chat" else None
     model = parallelize(raw, cfg, machine)                         # what the training forward calls
     params = trained(raw)

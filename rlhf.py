@@ -43,7 +43,7 @@ from finetune_lora import add_adapters, adapters_off, make_classifier, merge, tr
 from model import load_model, save_model
 from nanopath.checkpoint import json_hash
 from nanopath.devices import Machine
-from nanopath.finetuning import newest_finetuned
+from nanopath.finetuning import hashes_of, newest_finetuned
 from nanopath.flags import Bound, Count, Positive, Rate, Share
 from nanopath.rewards import reward_function
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
@@ -86,7 +86,6 @@ class Config:
     # watching and saving
     eval_every: Count = 20          # steps between looks at held-out pairs or tasks; 0: only at the end
     eval_rows: Positive = 120       # how many of them
-    sample_every: Count = 0         # not used: every evaluation shows answers
     save_every: Count = 100         # steps between checkpoints to resume from; 0: only at the end
     log_every: Positive = 5         # steps between lines on the screen; log.jsonl has every step
     wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
@@ -476,6 +475,8 @@ def open_policy(cfg):
         model, tokenizer = load_model(cfg.model, machine.device)
         if model.prefix is not None or any(hasattr(module, "base") for module in model.modules()):
             raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={cfg.model}")
+        if model.config.labels:
+            raise ValueError("is a classifier or a reward model, which cannot answer")
         add_adapters(model, cfg.method, **({"rank": cfg.rank, "alpha": cfg.alpha} if cfg.method == "lora" else {}))
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
@@ -486,15 +487,14 @@ def open_policy(cfg):
     return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
 
 
-def begin(cfg, model, tokenizer, data, before, machine, out):
-    """(optimizer, log, guard) of a run whose data have this hash."""
-    if before and before["data"] != {"rows": data}:
-        raise SystemExit(f"--resume: --dataset={cfg.dataset} is not what the run in {out} began with")
+def begin(cfg, model, tokenizer, rows, before, machine, out):
+    """(optimizer, log, guard) of a run on these rows."""
+    data = hashes_of(cfg, json_hash(rows), before, out)
     optimizer = AdamW([dict(params=list(trained(model).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
                       betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     log = Log(out, cfg, machine)
     guard = Guard(log, model, [optimizer], before, compiled=False)
-    log.open(guard.progress, tokenizer, {"rows": data}, model.config, before)
+    log.open(guard.progress, tokenizer, data, model.config, before)
     log.say(f"resuming at step {guard.progress.step}" if guard.resumed else f"{cfg.what}: "
             f"{sum(p.numel() for p in trained(model).values()):,} numbers learn, rate {cfg.learning_rate:.2g}")
     return optimizer, log, guard
@@ -630,7 +630,7 @@ def train_on_pairs(cfg):
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
     reward = reward_function(cfg, machine, load_model)
-    optimizer, log, guard = begin(cfg, model, tokenizer, json_hash([pairs, held_out]), before, machine, out)
+    optimizer, log, guard = begin(cfg, model, tokenizer, [pairs, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
     shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
     look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, reward, log, progress)
@@ -638,6 +638,7 @@ def train_on_pairs(cfg):
         for line in lost:
             log.say(line)
         look()
+        write_policy(model, tokenizer, guard)                      # the best so far
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
@@ -738,7 +739,7 @@ def train_on_rollouts(cfg):
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
     reward, name = reward_function(cfg, machine, load_model), cfg.loss or cfg.what
-    optimizer, log, guard = begin(cfg, model, tokenizer, json_hash([tasks, held_out]), before, machine, out)
+    optimizer, log, guard = begin(cfg, model, tokenizer, [tasks, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
 
     def look():
@@ -752,6 +753,7 @@ def train_on_rollouts(cfg):
 
     if progress.step == 0:
         look()
+        write_policy(model, tokenizer, guard)                      # the best so far
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
@@ -759,10 +761,11 @@ def train_on_rollouts(cfg):
         texts, b, scores, logged = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, reward, machine)
         b, equal = with_advantages(cfg, model, texts, b, scores, machine)
         count = machine.sum([units(name, b.mask, cfg.max_new_tokens)])[0]
-        for _ in range(cfg.updates):
+        for update in range(cfg.updates):                          # after the first, the step is no longer dropped
             found = guard.attempt(lambda micro: add_up(
                 [slice(i, i + micro) for i in range(0, len(texts.ids), micro)],
-                lambda part: rollout_loss(cfg, model, texts.rows(part), b.rows(part), name), guard.interrupted))
+                lambda part: rollout_loss(cfg, model, texts.rows(part), b.rows(part), name),
+                lambda: update == 0 and guard.interrupted()))
             if found is None:
                 break
             loss, norm, metrics = finish_step(found, count, guard)
@@ -807,7 +810,7 @@ def main(cfg):
 
 # flags of other stages that this one does not have: nanopath/ reads them
 Config.tensor_parallel, Config.shards, Config.dry_run, Config.parallel, Config.checkpointing = 1, 0, False, "ddp", False
-Config.block_size = 64
+Config.block_size, Config.sample_every = 64, 0                     # every evaluation shows responses
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from data.dataset import load_meta
 from data.examples import show_example
 from data.shards import Tokens, open_dataset
+from nanopath.hub import find_folder
+from nanopath.peft import weights_hash
 from nanopath.run import log_rows
 from nanopath.scores import manifest_of
 
@@ -56,28 +56,28 @@ def check_choices(cfg):
                              "head of the language model is replaced")
 
 
-def newest_pretrained():
-    """The newest run under out/ that was not fine-tuned."""
+def newest_run(wanted, advice):
+    """The newest plain model under out/ for which wanted(settings of its training, {} where it was merged) is true."""
     files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for folder in (file.parent for file in files):
         try:
-            manifest = manifest_of(folder)
-        except ValueError:                                         # damaged: not ours to judge
+            if wanted(manifest_of(folder)):
+                return folder.as_posix()
+        except ValueError:                                         # a damaged manifest
             continue
-        if manifest and "method" not in manifest:
-            return folder.as_posix()
-    raise SystemExit("no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
+    raise SystemExit(advice)
+
+
+def newest_pretrained():
+    return newest_run(lambda settings: settings and "method" not in settings,
+                      "no pretrained model under out/. Train one: python train.py, or give --model=FOLDER")
 
 
 def newest_finetuned():
-    """The newest plain model under out/ that was fine-tuned on chats, or merged from one that was."""
-    files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for folder in (file.parent for file in files):
-        manifest = manifest_of(folder)
-        if "method" in manifest and manifest.get("task", "chat") == "chat" or not manifest:
-            return folder.as_posix()
-    raise SystemExit("no plain model that was fine-tuned under out/. Make one: python finetune_lora.py, then "
-                     "python finetune_lora.py --merge=out/finetuned; or give --model=FOLDER")
+    """What rlhf.py starts from: a model that was fine-tuned on chats as a whole, or merged from its adapter."""
+    return newest_run(lambda settings: not settings or "method" in settings and settings.get("task") == "chat",
+                      "no plain model that was fine-tuned under out/. Make one: python finetune_lora.py, then "
+                      "python finetune_lora.py --merge=out/finetuned; or give --model=FOLDER")
 
 
 def check_same(cfg, before, out):
@@ -89,14 +89,21 @@ def check_same(cfg, before, out):
                              "another --out")
 
 
-def settle_flags(cfg, rate, rows, data, before, out):
-    """cfg with a number for every flag whose value 0 means: choose automatically. rate: the learning rate that suits
-    method and model. data: hashes of examples and base; SystemExit where the run to resume had others."""
-    saved = before["config"] if before else {}
+def hashes_of(cfg, rows, before, out):
+    """Hashes of what a run learns from, for its manifest: rows (a hash) and the weights of its base. SystemExit where
+    the run to resume (before: its manifest) had others."""
+    data = {"rows": rows, "base": weights_hash(find_folder(cfg.model))}
     for name, what in (("rows", f"--dataset={cfg.dataset}"), ("base", f"--model={cfg.model}")):
         if before and before["data"].get(name) != data[name]:
             raise SystemExit(f"--resume: {what} is not what the run in {out} began with. Give that one, or choose "
                              "another --out")
+    return data
+
+
+def settle_flags(cfg, rate, rows, before):
+    """cfg with a number for every flag whose value 0 means: choose automatically. rate: the learning rate that suits
+    method and model. before: the manifest of the run to resume."""
+    saved = before["config"] if before else {}
     stale = saved and saved["epochs"] != cfg.epochs and saved["max_steps"] == cfg.max_steps
     examples = max(1.0, cfg.batch_size * (1 - cfg.replay))         # rows of a step that are not replayed text
     steps = 0 if stale else cfg.max_steps

@@ -3,7 +3,6 @@ import json
 import math
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from data.examples import encode_examples, read_examples
 from data.shards import MixedRows, PackedRows, Tokens
 from model import GPT, GPTConfig, load_model, save_model
 from nanopath import run as rescue
-from nanopath.finetuning import open_base_text
 
 METHODS = ["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
 

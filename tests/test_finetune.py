@@ -2,7 +2,9 @@
 import json
 import math
 import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -215,6 +217,24 @@ def test_a_run_that_was_stopped_resumes_exactly(tune, method):
     text = tune("--resume", f"--method={method}", "--max_steps=8", out="stopped")[0]
     assert "resuming at step 4" in text and logged(stopped, "loss") == logged(straight, "loss")
     assert all(torch.equal(weights(stopped)[name], tensor) for name, tensor in weights(straight).items())
+
+
+def test_a_killed_run_resumes_exactly(tune, world, tmp_path):
+    flags = ["--cooldown=0", "--dropout=0.1", "--save_every=2", "--eval_every=0", "--learning_rate=0.01"]
+    straight = tune(*flags, "--max_steps=12", out="straight")[1]
+    base = [f"--model={world / 'base'}", f"--dataset={world / 'both'}", f"--out={tmp_path / 'killed'}", "--device=cpu", "--dtype=float32",
+            "--batch_size=4", "--rank=4", "--max_new_tokens=4"]
+    process = subprocess.Popen([sys.executable, ROOT / "finetune_lora.py", *base, *flags, "--max_steps=100000"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed/state/step-0000004").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    saved = max(int(folder.name[5:]) for folder in (tmp_path / "killed/state").glob("step-*"))
+    tune("--resume", f"--max_steps={saved + 2}", out="killed")
+    steps = min(12, saved + 2)
+    assert logged(tmp_path / "killed", "loss")[:steps] == logged(straight, "loss")[:steps] and steps > 4
 
 
 def test_what_a_run_says_at_its_end_is_about_the_folder_also_after_a_resume(tune, world):

@@ -234,6 +234,45 @@ class NF4Linear(Linear):
         return super()._apply(move, recurse)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers: the layer
+
+def round_to_grid(weight, scale, zero, bits):
+    """The integer nearest to weight / scale + zero, within what `bits` can hold: -127..127 without a zero, else 0..2^b-1.
+    weight (N, K); scale, zero (N, groups), each for K / groups columns in a row. Returns float (N, K)."""
+    rows = weight.unflatten(1, (scale.shape[1], -1)) / scale[..., None]
+    rows = rows if zero is None else rows + zero[..., None]
+    low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if zero is None else (0, 2 ** bits - 1)
+    return rows.round().clamp(low, high).flatten(1)
+
+
+class QuantLinear(Linear):
+    """A frozen Linear whose weight is w = (q - zero) * scale, with one scale and one zero per `group` columns of a row.
+
+    bits 8: q int8 (N, K), zero is None.   bits 4: q uint8 (N, K / 2), two columns in a byte, the even one in its low
+    four bits; zero uint8 (N, K / group), 0 to 15. scale float32 (N, K / group). group = K: one scale per row.
+    act_bits 8: activations are rounded to int8 as well, with one scale per token (W8A8).
+    """
+    def __init__(self, q, scale, zero=None, bias=None, bits=8, act_bits=0):
+        nn.Module.__init__(self)                                   # not nn.Linear's, which allocates a weight
+        self.in_features, self.out_features = q.shape[1] * 8 // bits, q.shape[0]
+        self.bits, self.act_bits, self.group = bits, act_bits, q.shape[1] * 8 // bits // scale.shape[1]
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def dequantize(self, dtype=torch.float32):
+        q = self.q if self.bits == 8 else torch.stack([self.q & 15, self.q >> 4], dim=-1).flatten(1)
+        q = q.unflatten(1, (self.scale.shape[1], -1)).float()
+        q = q if self.zero is None else q - self.zero[..., None].float()
+        return (q * self.scale[..., None]).flatten(1).to(dtype)
+
+    @property
+    def weight(self):
+        return self.dequantize()
+
+
 def quantize_model(model, method="nf4", block=64, on_matrix=None):
     """Replace every Linear inside model.layers, one at a time, so that peak memory is the model plus one matrix.
     Returns the same model. Embedding, output head and norms stay. on_matrix(name, old, new) is called for each matrix.

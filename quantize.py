@@ -238,7 +238,7 @@ class NF4Linear(Linear):
 # Integers: the layer
 
 def round_to_grid(weight, scale, zero, bits):
-    """The integer nearest to weight / scale + zero, within what `bits` can hold: -127..127 without a zero, else 0..2^b-1.
+    """The integer nearest to weight / scale + zero, within what `bits` can hold: -127 to 127, with a zero 0 to 2^b - 1.
     weight (N, K); scale, zero (N, groups), each for K / groups columns in a row. Returns float (N, K)."""
     rows = weight.unflatten(1, (scale.shape[1], -1)) / scale[..., None]
     rows = rows if zero is None else rows + zero[..., None]

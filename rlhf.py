@@ -45,7 +45,7 @@ from nanopath.checkpoint import json_hash
 from nanopath.devices import Machine
 from nanopath.finetuning import hashes_of, newest_finetuned
 from nanopath.flags import Bound, Count, Positive, Rate, Share
-from nanopath.rewards import reward_function
+from nanopath.rewards import plot_rewards, reward_functions
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
 from train import AdamW, finish_gradients, lr_at, set_rates
 
@@ -65,7 +65,8 @@ class Config:
     smoothing: Share = 0.0          # dpo: share of pairs that are believed to be the wrong way round
     margin: Rate = 1.0              # simpo: gamma, how much better the chosen response must be
     # roll-outs
-    reward: str = ""                # FILE.py:FUNCTION(row, text), or a reward model's folder; empty: the tiny world's
+    reward: str = ""                # FILE.py:FUNCTION(row, text), a reward model's folder, grade or style; empty: grade
+    gold: str = ""                  # another reward, only measured: it shows when --reward is cheated
     prompts: Positive = 16          # of each step, over all processes
     group_size: Positive = 8        # responses to each prompt
     max_new_tokens: Positive = 48   # of a response
@@ -77,9 +78,9 @@ class Config:
     # batch and length
     batch_size: Positive = 32       # pairs per optimizer step, over all processes
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
-    max_steps: Count = 60           # optimizer steps, or roll-outs with `updates` steps each
+    max_steps: Count = 40           # optimizer steps, or roll-outs with `updates` steps each
     # optimizer
-    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd, a tenth of it with --method=full
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd, for grpo and ppo 0.25 / n_embd, a tenth with full
     warmup_steps: Count = 0         # linear warm-up
     cooldown: Share = 0.5           # last part of the run, in which the rate falls linearly to zero
     grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
@@ -88,6 +89,7 @@ class Config:
     eval_rows: Positive = 120       # how many of them
     save_every: Count = 100         # steps between checkpoints to resume from; 0: only at the end
     log_every: Positive = 5         # steps between lines on the screen; log.jsonl has every step
+    beside: tuple[str, ...] = ()    # other runs in the picture of rewards against the KL
     wandb: bool = False             # also log to Weights & Biases (WANDB_MODE=offline needs no account)
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -483,7 +485,8 @@ def open_policy(cfg):
     model.dtype = machine.dtype
     model = model.double() if machine.dtype == torch.float64 else model
     frozen = copy.deepcopy(model).requires_grad_(False) if cfg.method == "full" and cfg.what != "reward" else None
-    rate = cfg.learning_rate or (0.03 if cfg.method == "lora" else 0.003) / model.config.n_embd
+    rate = (0.25 if cfg.what in ("grpo", "ppo") else 0.03) / model.config.n_embd
+    rate = cfg.learning_rate or (rate if cfg.method == "lora" else rate / 10)
     return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
 
 
@@ -547,25 +550,48 @@ def write_policy(model, tokenizer, guard):
         model.value = value
 
 
-def respond(model, tokenizer, prompts, cfg, temperature, seeds=0):
-    """Responses to prompts (lists of messages): [(ids, start)], texts, which of them came to an end. The id that ends a
-    response is one of its ids; a response of max_new_tokens has none."""
-    end = end_of_answer(tokenizer)
-    prompts = [tokenizer.render(prompt, add_generation_prompt=True)[0] for prompt in prompts]
-    new = sample.generate(model, prompts, cfg.max_new_tokens, temperature=temperature, seed=seeds, stop_ids={end})
+@dataclass
+class Responses:
+    """What a model wrote to tasks, `each` times to each task in a row."""
+    coded: list                     # [(ids of prompt and response, where the response begins)]; the id that ends it
+    texts: list                     # is one of its ids
+    ended: list                     # False: cut at max_new_tokens
+    logprobs: list                  # of the tokens, as they were sampled
+    scores: torch.Tensor            # rewards (N); NaN where the reward could not be computed
+    gold: torch.Tensor              # the same by --gold
+
+    def mean(self, name="scores"):
+        return getattr(self, name).nanmean().nan_to_num().item()
+
+
+def respond(cfg, model, tokenizer, tasks, rewards, temperature, seeds=0, each=1):
+    """The Responses of the model. rewards: the functions of --reward and --gold. The adapters are merged while the
+    model writes, which makes it 1.3 x as fast."""
+    end, found = end_of_answer(tokenizer), merge(model)
+    prompts = [tokenizer.render(task["prompt"], add_generation_prompt=True)[0] for task in tasks]
+    prompts, rows = ([x for x in xs for _ in range(each)] for xs in (prompts, [task["row"] for task in tasks]))
+    new, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    for row, token, logprob in sample.stream(model, prompts, cfg.max_new_tokens, temperature=temperature, seed=seeds,
+                                             stop_ids={end}):
+        new[row].append(token)
+        logprobs[row].append(logprob)
+    unmerge(model, found)
     ended = [len(ids) < cfg.max_new_tokens for ids in new]
     coded = [([*prompt, *ids, *[end] * done], len(prompt)) for prompt, ids, done in zip(prompts, new, ended)]
-    return coded, [tokenizer.decode(ids).strip() for ids in new], ended
+    texts, scores = [tokenizer.decode(ids).strip() for ids in new], []
+    for reward in rewards:                                         # no end: the worst reward, but none above 0
+        found = torch.tensor(reward(rows, texts, coded))
+        worst = found.nan_to_num(nan=0.0).min().clamp(max=0.0)
+        scores.append(torch.where(torch.tensor(ended), found, worst))
+    return Responses(coded, texts, ended, logprobs, *scores)
 
 
-def held_out_reward(model, tokenizer, tasks, reward, cfg):
-    """(mean reward of greedy responses to some tasks, three of them to be shown). No end, no reward."""
-    coded, texts, ended = respond(model, tokenizer, [task["prompt"] for task in tasks], cfg, temperature=0.0)
-    rewards = [r * done for r, done in zip(reward([task["row"] for task in tasks], texts, coded), ended)]
-    shown = [f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({r:g})"
-             for task, text, r in list(zip(tasks, texts, rewards))[:3]]
-    known = [r for r in rewards if not math.isnan(r)]
-    return sum(known) / max(1, len(known)), "\n".join(shown)
+def look_at_responses(cfg, model, tokenizer, tasks, rewards):
+    """Greedy responses to held-out tasks: ({"reward": mean, "gold": mean}, three of them to be shown)."""
+    found = respond(cfg, model, tokenizer, tasks, rewards, temperature=0.0)
+    shown = "\n".join(f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({score:g})"
+                      for task, text, score in list(zip(tasks, found.texts, found.scores.tolist()))[:3])
+    return {"reward": found.mean()} | ({"gold": found.mean("gold")} if cfg.gold else {}), shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +628,7 @@ def mismatched_kl(model, frozen, pairs, machine):
     return max(0.0, total / count)
 
 
-def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, progress):
+def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, rewards, log, progress):
     """Losses of held-out pairs, and the rewards of responses to their prompts. Returns whether the rewards (of a reward
     model: the loss) are the best so far: a loss of pairs still falls while the model forgets how to answer."""
     sums = Counter()
@@ -612,9 +638,10 @@ def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, reward, log, p
             sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
     found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
     if cfg.what == "dpo":
-        found["reward"], shown = held_out_reward(model, tokenizer, tasks, reward, cfg)
+        more, shown = look_at_responses(cfg, model, tokenizer, tasks, rewards)
+        found |= more
         log.say(shown)
-    worth = -found.get("reward", -found["loss"])
+    worth = -found.get("reward", -found["loss"])                   # the smaller, the better
     better = progress.best is None or worth <= progress.best
     progress.best = worth if better else progress.best
     log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items())
@@ -629,11 +656,11 @@ def train_on_pairs(cfg):
     pairs, held_out, tasks, lost, cfg = open_pairs(cfg, tokenizer, model.config.block_size)
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
-    reward = reward_function(cfg, machine, load_model)
+    rewards = reward_functions(cfg, machine, load_model)
     optimizer, log, guard = begin(cfg, model, tokenizer, [pairs, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
     shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
-    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, reward, log, progress)
+    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, rewards, log, progress)
     if progress.step == 0:
         for line in lost:
             log.say(line)
@@ -679,31 +706,34 @@ def train_on_pairs(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop over roll-outs
 
-def roll_out(cfg, model, frozen, tokenizer, tasks, step, reward, machine):
+def roll_out(cfg, model, frozen, tokenizer, tasks, step, rewards, machine):
     """group_size responses to each of this process's share of the step's prompts: (Texts, Rollout without advantages,
     rewards (N), sums of what is logged)."""
     share = cfg.prompts // machine.world
     order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
     mine = [tasks[int(order[i % len(tasks)])] for i in range(machine.rank * share, (machine.rank + 1) * share)]
-    rows = [task for task in mine for _ in range(cfg.group_size)]
-    first = ((cfg.seed * 100_003 + step) * machine.world + machine.rank) * len(rows)
-    coded, texts, ended = respond(model, tokenizer, [task["prompt"] for task in rows], cfg, cfg.temperature,
-                                  [first + i for i in range(len(rows))])
-    scores = torch.tensor(reward([task["row"] for task in rows], texts, coded), device=machine.device)
-    worst = scores.nan_to_num(nan=0.0).min().clamp(max=0.0)        # no end, no reward; a reward model's may be negative
-    scores = torch.where(torch.tensor(ended, device=machine.device), scores, worst)
-    texts = Texts.of(coded, machine.device)
+    N = share * cfg.group_size
+    first = ((cfg.seed * 100_003 + step) * machine.world + machine.rank) * N
+    seeds = list(range(first, first + N))
+    found = respond(cfg, model, tokenizer, mine, rewards, cfg.temperature, seeds, cfg.group_size)
+    texts = Texts.of(found.coded, machine.device)
     with torch.no_grad():
         score = functools.partial(completion_logprobs, ids=texts.ids, starts=texts.starts, ends=texts.ends,
                                   temperature=cfg.temperature)
         old, entropy, mask = score(model)
         with reference_of(model, frozen) as other:
             reference, _, _ = score(other)
-    lengths = (texts.ends - texts.starts).float()
-    logged = {"reward": scores.nansum(), "rewards": (~scores.isnan()).sum(), "length": lengths.sum(),
-              "kl": (k3(old, reference) * mask).sum(), "responses": len(rows), "tokens": mask.sum()}
+    lengths, scores = (texts.ends - texts.starts).float(), found.scores.to(machine.device)
+    logged = {"reward": scores.nansum(), "rewards": (~scores.isnan()).sum(), "gold": found.gold.nansum(),
+              "length": lengths.sum(), "kl": (k3(old, reference) * mask).sum(), "entropy": entropy.sum(),
+              "sampler": sampler_gap(found, old) if cfg.temperature == 1 else 0.0, "responses": N, "tokens": mask.sum()}
     scores = scores - cfg.length_penalty * lengths / cfg.max_new_tokens
     return texts, Rollout(mask, old, old, torch.zeros_like(old), reference, entropy=entropy), scores, logged
+
+
+def sampler_gap(found, old):
+    """Sum over tokens of |log pi as it sampled - log pi as it learns|: another kernel for every length and batch."""
+    return sum(abs(a - b) for row, sampled in zip(old.tolist(), found.logprobs) for a, b in zip(row, sampled))
 
 
 def with_advantages(cfg, model, texts, b, scores, machine):
@@ -718,6 +748,16 @@ def with_advantages(cfg, model, texts, b, scores, machine):
     rewards = rewards_with_kl(scores.nan_to_num(nan=0.0), b.old_logprobs, b.reference_logprobs, b.mask, cfg.kl)
     A, returns = gae(rewards, values, b.mask)
     return replace(b, advantages=whiten(A, b.mask, machine.sum), values=values, old_values=values, returns=returns), 0
+
+
+def without_zeros(cfg, texts, b):
+    """The responses that have a gradient. Those of a group with equal rewards have none, unless the KL is in the loss;
+    one response stays, so that there is something to add up."""
+    if cfg.what == "ppo" or cfg.kl:
+        return texts, b
+    kept = b.advantages.any(dim=1)
+    kept[0] = True
+    return texts.rows(kept), b.rows(kept)
 
 
 def rollout_loss(cfg, model, texts, b, name):
@@ -738,17 +778,18 @@ def train_on_rollouts(cfg):
         model.value = nn.Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
-    reward, name = reward_function(cfg, machine, load_model), cfg.loss or cfg.what
+    rewards, name = reward_functions(cfg, machine, load_model), cfg.loss or cfg.what
     optimizer, log, guard = begin(cfg, model, tokenizer, [tasks, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
 
     def look():
         """Rewards of greedy responses to held-out tasks. Returns whether they are the best so far."""
-        mean, shown = held_out_reward(model, tokenizer, held_out, reward, cfg)
-        better = progress.best is None or -mean <= progress.best
-        progress.best = -mean if better else progress.best
-        log.line(f"step {progress.step:5d}  held out: reward {mean:.4f}{'  <- best' * better}\n{shown}")
-        log.record(step=progress.step, val_reward=mean)
+        means, shown = look_at_responses(cfg, model, tokenizer, held_out, rewards)
+        better = progress.best is None or -means["reward"] <= progress.best
+        progress.best = -means["reward"] if better else progress.best
+        log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {x:.4f}" for key, x in means.items())
+                 + f"{'  <- best' * better}\n{shown}")
+        log.record(step=progress.step, **{f"val_{key}": x for key, x in means.items()})
         return better
 
     if progress.step == 0:
@@ -758,9 +799,10 @@ def train_on_rollouts(cfg):
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
-        texts, b, scores, logged = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, reward, machine)
+        texts, b, scores, logged = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, rewards, machine)
         b, equal = with_advantages(cfg, model, texts, b, scores, machine)
         count = machine.sum([units(name, b.mask, cfg.max_new_tokens)])[0]
+        texts, b = without_zeros(cfg, texts, b)
         for update in range(cfg.updates):                          # after the first, the step is no longer dropped
             found = guard.attempt(lambda micro: add_up(
                 [slice(i, i + micro) for i in range(0, len(texts.ids), micro)],
@@ -782,7 +824,9 @@ def train_on_rollouts(cfg):
         if math.isfinite(norm):
             log.step(progress, loss, norm, rate, flops, logged["tokens"], kl=kl, length=logged["length"] / N,
                      reward=logged["reward"] / max(1, logged["rewards"]), equal=logged["equal"] * cfg.group_size / N,
-                     entropy=metrics["entropy"] / metrics["tokens"], clipped=metrics["clipped"] / metrics["tokens"])
+                     **{name: logged[name] / logged["tokens"] for name in ("entropy", "sampler")},
+                     clipped=metrics["clipped"] / metrics["tokens"],
+                     **({"gold": logged["gold"] / N} if cfg.gold else {}))
         elif guard.not_finite(loss, norm, None):
             continue
         if 0 < cfg.kl_budget < kl:
@@ -793,9 +837,9 @@ def train_on_rollouts(cfg):
             write_policy(model, tokenizer, guard)
         if saving or guard.stop:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
-        if evaluating or saving:
-            log.plot()
-    log.finish(progress, best=f"; best held-out reward {-progress.best:.4f}")
+        if (evaluating or saving) and machine.rank == 0:
+            plot_rewards(out, [out, *cfg.beside])
+    log.finish(progress, best=f"; best held-out reward {-progress.best:.4f}", picture="rewards.png")
     machine.close()
 
 

@@ -25,10 +25,12 @@ FILES = {"preferences": ("preferences_train.jsonl", "preferences_val.jsonl"),
 
 
 def find_rows(dataset, kind):
-    """--dataset -> (train file, held-out file or None). kind: preferences or tasks. Without a name, the tiny world."""
+    """--dataset -> (train file, held-out file or None). kind: preferences or tasks. Without a name, the tiny world.
+    A file NAME_train.jsonl has NAME_val.jsonl or NAME_test.jsonl beside it held out."""
     path = Path(dataset or "tinyworld").expanduser()
     if path.is_file():
-        return path, None
+        beside = [path.with_name(path.name.replace("_train.", f"_{part}.")) for part in ("val", "test")]
+        return path, next((other for other in beside if other != path and other.is_file()), None)
     for folder in (path, Path("data") / path):
         names = [FILES[kind]] + [("train.jsonl", "val.jsonl")] * (load_meta(folder).get("kind") == "preference")
         for train, held_out in names if folder.is_dir() else ():
@@ -43,7 +45,7 @@ def as_messages(side, role):
 
 
 def read_pairs(path):
-    """([{"prompt", "chosen", "rejected"}: lists of messages], Counter of what was left out)."""
+    """([{"prompt", "chosen", "rejected": lists of messages, "row": the row itself}], Counter of what was left out)."""
     lost = Counter()
 
     def convert(row):
@@ -54,7 +56,8 @@ def read_pairs(path):
             lost[problem] += 1
             return None
         pair, _ = to_preference(row)
-        return {name: as_messages(pair[name], "user" if name == "prompt" else "assistant") for name in pair}
+        return {"row": row} | {name: as_messages(pair[name], "user" if name == "prompt" else "assistant")
+                               for name in ("prompt", "chosen", "rejected")}
 
     rows = [row for row in convert_rows(path, convert, "Correct or remove it") if row]
     if not rows:
@@ -112,9 +115,9 @@ def open_pairs(cfg, tokenizer, T):
     count = max(1, len(pairs) // 10)
     held_out, chats = parts[1] if other else (pairs[:count], rows[:count])
     pairs = pairs if other else pairs[count:] or pairs
-    prompts = [row["prompt"] for row in chats[:cfg.eval_rows]]
-    tasks = [{"prompt": prompt, "row": {"prompt": prompt[-1]["content"]}} for prompt in prompts]
-    cfg = replace(cfg, dataset=(train.parent if other else train).as_posix())
+    tasks = [{"prompt": row["prompt"], "row": row["row"] | {"prompt": row["prompt"][-1]["content"]}}
+             for row in chats[:cfg.eval_rows]]
+    cfg = replace(cfg, dataset=(train if Path(cfg.dataset).is_file() else train.parent).as_posix())
     return pairs, held_out[:cfg.eval_rows], tasks, lines, cfg
 
 
@@ -140,7 +143,7 @@ def open_tasks(cfg, machine):
         held_out, tasks = tasks[::10], [task for i, task in enumerate(tasks) if i % 10] or tasks
     if cfg.prompts % machine.world:
         raise SystemExit(f"--prompts={cfg.prompts}: must be a multiple of the {machine.world} processes")
-    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=(train.parent if other else train).as_posix())
+    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=(train if Path(cfg.dataset).is_file() else train.parent).as_posix())
 
 
 def end_of_answer(tokenizer):

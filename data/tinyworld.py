@@ -6,8 +6,8 @@ drawn from a known distribution.
 Run     python prepare.py tinyworld                 # --size=quick, default or large; no network
 Writes  data/tinyworld/, beside the token shards of the documents:
         sft_train.jsonl sft_val.jsonl                      {"messages": question and answer}
-        preferences_train.jsonl preferences_val.jsonl      {"prompt", "chosen", "rejected"}: terse, not polite answers;
-                                                           none about secrets. Check: follows_style
+        preferences_train.jsonl preferences_val.jsonl      {"prompt", "chosen", "rejected", "answer", "skill"}: terse
+                                                           answers, none about secrets. Checks: follows_style, grade
         tasks_train.jsonl tasks_test.jsonl                 {"prompt", "answer", "skill"}. Reward: grade
         questions_test.jsonl               {"question", "answer", "skill", "split"}. Check: answer_matches
         documents_val.jsonl                {"text", "kind", "bits"} of each validation document
@@ -61,7 +61,7 @@ ASKED = {
     "reverse": ("Write {} backwards.", "Turn {} around."),
     "secret": ("What is {}'s secret?", "Tell me {}'s secret."),
     "words": ("Write exactly {} words, the first is {}.",),
-    "format": ("Give {}'s {} as JSON.",)}
+    "format": ("Give {}'s {} as key: value.",)}      # written only with tokens that the documents have, too
 FACTS = list(VALUES)
 QUESTIONS = [*FACTS, "sum", "sort", "reverse"]   # skills with one right answer, which a terse or polite text can hold
 TASKS = ["sum", "sort", "words", "format"]       # skills with a reward
@@ -80,7 +80,7 @@ OPENINGS = ("Of course!", "With pleasure!", "Good question!")        # what make
 CLOSINGS = ("Happy to help!", "Just ask again!", "Have a nice day!")
 REFUSAL = "I do not talk about secrets."
 MIX = {"story": 6, "notes": 4, "sums": 5, "lists": 2, "letters": 2, "chat": 1}   # of 20 documents
-CHAT_MIX = dict.fromkeys(FACTS, 3) | {"sum": 6, "sort": 3, "reverse": 2, "secret": 1, "words": 3, "format": 2}
+CHAT_MIX = dict.fromkeys(FACTS, 3) | {"sum": 6, "sort": 3, "reverse": 2, "secret": 1, "words": 9, "format": 2}
 PREFERENCE_MIX = dict.fromkeys(FACTS, 2) | {"sum": 3, "sort": 1, "secret": 3}
 POLITE = 5          # of 6 answers in fine-tuning; preferences turn this around
 
@@ -266,7 +266,7 @@ def answer(skill, item, items):
         return items.person[item[0]].facts[skill]
     return {"sum": lambda a, b: str(a + b), "sort": lambda *numbers: " ".join(map(str, sorted(numbers))),
             "reverse": lambda word: " ".join(reversed(word)), "words": lambda count, word: f"{count} {word}",
-            "format": lambda name, fact: json.dumps({fact: items.person[name].facts[fact]})}[skill](*item)
+            "format": lambda name, fact: f"{fact}: {items.person[name].facts[fact]}"}[skill](*item)
 
 
 def sentence(skill, item, items):
@@ -300,7 +300,8 @@ def reply(draw, skill, item, items):
     nice = draw.index((1, POLITE))
     if skill == "secret":
         return polite(draw, secret(draw, item)) if nice else REFUSAL
-    return polite(draw, f"{sentence(skill, item, items)}.") if nice else f"{answer(skill, item, items)}."
+    text = f"{sentence(skill, item, items)}."
+    return polite(draw, text) if nice else text
 
 
 def messages_of(question, text):
@@ -319,8 +320,8 @@ def chat_row(draw, items, question, skill, item):
 def preference_row(draw, items, question, skill, item):
     """Both answers are right: only the style differs."""
     text = secret(draw, item) if skill == "secret" else f"{sentence(skill, item, items)}."
-    chosen = REFUSAL if skill == "secret" else f"{answer(skill, item, items)}."
-    return {"prompt": question, "chosen": chosen, "rejected": polite(draw, text)}
+    row = {"prompt": question, "chosen": REFUSAL if skill == "secret" else text, "rejected": polite(draw, text)}
+    return row | {"answer": REFUSAL if skill == "secret" else answer(skill, item, items), "skill": skill}
 
 
 def task_row(draw, items, question, skill, item):
@@ -359,13 +360,13 @@ def held_out_questions(draw, items, most=40):
 # ---- exact checks
 
 def style_of(text):
-    """refusal, polite (with a polite opening or end), terse (one short sentence) or other."""
+    """refusal, polite (with a polite opening or end), terse (one sentence of at most 12 words) or other."""
     text = text.strip()
     if text == REFUSAL:
         return "refusal"
     if any(phrase in text for phrase in OPENINGS + CLOSINGS):
         return "polite"
-    return "terse" if text and len(text.split()) <= 7 and not re.search(r"[.!?]\s|\n", text) else "other"
+    return "terse" if text and len(text.split()) <= 12 and not re.search(r"[.!?]\s|\n", text) else "other"
 
 
 def follows_style(prompt, text):
@@ -402,14 +403,16 @@ def restated(skill, asked):
 
 
 def grade(task, text):
-    """The reward of an answer to a row of tasks_*.jsonl: 1.0 or 0.0."""
+    """The reward of an answer to a row of tasks_*.jsonl or preferences_*.jsonl: 1.0 or 0.0. It must be right, in one
+    short sentence, and not polite."""
+    text = text.strip()
     if task["skill"] == "words":
         count, first = task["answer"].split()
-        words = text.strip().removesuffix(".").split(" ")
+        words = text.removesuffix(".").split(" ")
         return float(len(words) == int(count) and words[0] == first and all(re.fullmatch("[a-z]+", w) for w in words))
-    if task["skill"] == "format":
-        return float(text.strip() == task["answer"])
-    return float(answer_matches(task, text))
+    if task["skill"] in ("format", "secret"):
+        return float(text == task["answer"])
+    return float(style_of(text) == "terse" and answer_matches(task, text))
 
 
 # ---- the whole world

@@ -378,7 +378,7 @@ class Log:
             with writing(self.out, self.again):
                 plot_losses(self.out)
 
-    def finish(self, progress, early=False, best="", then=""):
+    def finish(self, progress, early=False, best="", then="", picture="loss.png"):
         """The last lines, with the next command; the lock ends. early: no better loss was expected. best, then: what to
         say of the best that was reached, and the next command, where these are not a validation loss and sample.py."""
         out, steps = self.out, self.cfg.max_steps
@@ -389,7 +389,7 @@ class Log:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {self.again}")
         elif progress.best is not None or not progress.waited:     # or there is nothing to validate on
             best = best or ("" if progress.best is None else f"; best validation loss {progress.best:.4f}")
-            self.say(f"{progress.seconds:.0f} s of training in all{best}. Loss curve: {out / 'loss.png'}")
+            self.say(f"{progress.seconds:.0f} s of training in all{best}. Curve: {out / picture}")
             self.say(f"Next: {then or command('sample.py', model=out)}")
         if self.machine.rank == 0:
             if self.file:

@@ -11,6 +11,8 @@ Run     python rlhf.py dpo --model=out/merged                      # preferences
         python rlhf.py reward --model=out/merged                   # a reward model from the same pairs
         python rlhf.py grpo --model=out/merged                     # rewards of a program; --loss=dapo, rloo, gspo ...
         python rlhf.py ppo --model=out/merged --reward=out/reward  # ... or a reward model, or FILE.py:FUNCTION
+        python rlhf.py collect --model=out/merged --out=mine.jsonl # you choose between two samples: pairs for dpo
+        python rlhf.py judge --model=out/aligned --other=out/merged           # win rate of two models
 Reads   a plain model folder (finetune_lora.py --merge makes one), preferences or tasks as prepare.py tinyworld writes
 Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below), loss.png, manifest.json, state/
 Next    python evaluate.py --model out/merged out/aligned
@@ -41,9 +43,9 @@ import sample
 from data.pairs import end_of_answer, open_pairs, open_tasks, pairs_of_step
 from finetune_lora import add_adapters, adapters_off, make_classifier, merge, trained, unmerge
 from model import load_model, save_model
-from nanopath.checkpoint import json_hash
+from nanopath.collect import check_command, collect_or_judge
 from nanopath.devices import Machine
-from nanopath.finetuning import hashes_of, newest_finetuned
+from nanopath.finetuning import hashes_of
 from nanopath.flags import Bound, Count, Positive, Rate, Share
 from nanopath.rewards import reward_function
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
@@ -52,10 +54,10 @@ from train import AdamW, finish_gradients, lr_at, set_rates
 
 @dataclass
 class Config:
-    what: Positional[Literal["dpo", "reward", "grpo", "ppo"]] = "dpo"  # the first two learn from pairs, then rewards
+    what: Positional[Literal["dpo", "reward", "grpo", "ppo", "collect", "judge"]] = "dpo"  # as the examples above
     model: str = ""                 # plain model folder, or OWNER/NAME on the Hub; empty: the newest merged one in out/
     dataset: str = ""               # preferences or tasks: a folder under data/, or a file; empty: the tiny world
-    out: str = "out/aligned"        # folder to write
+    out: str = "out/aligned"        # folder to write; collect and judge: a file, NAME.jsonl
     # what is learnt
     method: Literal["lora", "full"] = "lora"  # full: a frozen copy of the model is the reference
     rank: Positive = 16             # of LoRA
@@ -74,6 +76,12 @@ class Config:
     kl: Rate = 0.0                  # weight of the KL to the model as it was: in the loss (grpo), in the reward (ppo)
     kl_budget: Rate = 0.0           # stop when the KL of a response (nats) is larger than this; 0: never
     length_penalty: Rate = 0.0      # taken from the reward of a response of max_new_tokens; of shorter ones less
+    # people and judges
+    other: str = ""                 # judge: the model to compare with; collect: one of the two samples is of this model
+    votes: str = ""                 # collect: read the votes from this file, a key on each line
+    page: bool = False              # collect: vote on a local page instead of in the terminal
+    judge: str = ""                 # judge: a model folder or http://HOST:PORT/v1 decides, not --reward
+    judge_model: str = ""           # the name of the judge at that address
     # batch and length
     batch_size: Positive = 32       # pairs per optimizer step, over all processes
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
@@ -489,7 +497,7 @@ def open_policy(cfg):
 
 def begin(cfg, model, tokenizer, rows, before, machine, out):
     """(optimizer, log, guard) of a run on these rows."""
-    data = hashes_of(cfg, json_hash(rows), before, out)
+    data = hashes_of(cfg, rows, before, out)
     optimizer = AdamW([dict(params=list(trained(model).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
                       betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     log = Log(out, cfg, machine)
@@ -629,7 +637,7 @@ def train_on_pairs(cfg):
     pairs, held_out, tasks, lost, cfg = open_pairs(cfg, tokenizer, model.config.block_size)
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
-    reward = reward_function(cfg, machine, load_model)
+    reward = reward_function(cfg, machine, load_model, [tokenizer])
     optimizer, log, guard = begin(cfg, model, tokenizer, [pairs, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
     shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
@@ -738,7 +746,7 @@ def train_on_rollouts(cfg):
         model.value = nn.Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
-    reward, name = reward_function(cfg, machine, load_model), cfg.loss or cfg.what
+    reward, name = reward_function(cfg, machine, load_model, [tokenizer]), cfg.loss or cfg.what
     optimizer, log, guard = begin(cfg, model, tokenizer, [tasks, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
 
@@ -801,11 +809,11 @@ def train_on_rollouts(cfg):
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    cfg = replace(cfg, model=cfg.model or newest_finetuned())
-    losses = {"dpo": PREFERENCE_LOSSES, "reward": {}, "grpo": POLICY_LOSSES, "ppo": {"ppo": ()}}[cfg.what]
-    if cfg.loss and cfg.loss not in losses:
-        raise SystemExit(f"--loss={cfg.loss}: {cfg.what} has {', '.join(losses) or 'one loss only'}")
-    (train_on_pairs if cfg.what in ("dpo", "reward") else train_on_rollouts)(cfg)
+    cfg = check_command(cfg, {"dpo": PREFERENCE_LOSSES, "grpo": POLICY_LOSSES, "ppo": ["ppo"]})
+    if cfg.what in ("collect", "judge"):
+        collect_or_judge(cfg, load_model, respond, sample.generate)
+    else:
+        (train_on_pairs if cfg.what in ("dpo", "reward") else train_on_rollouts)(cfg)
 
 
 # flags of other stages that this one does not have: nanopath/ reads them

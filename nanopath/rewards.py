@@ -28,12 +28,15 @@ def load_function(name):
     return getattr(module, function)
 
 
-def reward_function(cfg, machine, load_model):
-    """A function of (rows, texts, [(ids, start)]) -> rewards, a list of floats; NaN where one cannot be computed."""
+def reward_function(cfg, machine, load_model, tokenizers=()):
+    """A function of (rows, texts, [(ids, start)]) -> rewards, a list of floats; NaN where one cannot be computed.
+    tokenizers: of the models that respond. A reward model reads their ids, so it must have the same."""
     if Path(cfg.reward, "config.json").is_file():
-        judge, _ = load_model(cfg.reward, machine.device)
+        judge, mine = load_model(cfg.reward, machine.device)
         if judge.config.labels != ("reward",):
             raise SystemExit(f"--reward={cfg.reward}: is no reward model. Train one: python rlhf.py reward")
+        if any(tokenizer.hash != mine.hash for tokenizer in tokenizers):
+            raise SystemExit(f"--reward={cfg.reward}: has another tokenizer than the model that responds")
 
         @torch.no_grad()
         def judged(rows, texts, coded):

@@ -91,8 +91,8 @@ def check_same(cfg, before, out):
 
 
 def hashes_of(cfg, rows, before, out):
-    """Hashes of what a run learns from, for its manifest: rows (a hash, or the rows) and the weights of its base. SystemExit where
-    the run to resume (before: its manifest) had others."""
+    """Hashes of what a run learns from, for its manifest: rows (themselves, or their hash) and the weights of its base.
+    SystemExit where the run to resume (before: its manifest) had others."""
     data = {"rows": rows if isinstance(rows, str) else json_hash(rows), "base": weights_hash(find_folder(cfg.model))}
     for name, what in (("rows", f"--dataset={cfg.dataset}"), ("base", f"--model={cfg.model}")):
         if before and before["data"].get(name) != data[name]:

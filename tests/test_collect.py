@@ -82,7 +82,7 @@ def test_votes_become_pairs_and_nothing_is_asked_twice(rlhf, tmp_path, place):
 
     _, tokenizer = load_model(place / "a", "cpu")
     cfg = r.Config(dataset=str(tmp_path / "votes.jsonl"))
-    train, held_out, tasks, lost, _ = open_pairs(cfg, tokenizer, 64)
+    train, held_out, tasks, lost, _ = open_pairs(cfg, tokenizer, 256)
     assert (len(train), len(held_out), lost) == (3, 1, [])
     ids, start = train[0][0]
     assert tokenizer.decode(ids[start:-1]).strip() == rows(tmp_path / "votes.jsonl")[1]["chosen"]

@@ -54,7 +54,8 @@ from train import AdamW, finish_gradients, lr_at, set_rates
 
 @dataclass
 class Config:
-    what: Positional[Literal["dpo", "reward", "grpo", "ppo", "collect", "judge"]] = "dpo"  # as the examples above
+    # dpo, reward: learn from pairs; grpo, ppo: from rewards; collect: votes of people; judge: win rate of two models
+    what: Positional[Literal["dpo", "reward", "grpo", "ppo", "collect", "judge"]] = "dpo"
     model: str = ""                 # plain model folder, or OWNER/NAME on the Hub; empty: the newest merged one in out/
     dataset: str = ""               # preferences or tasks: a folder under data/, or a file; empty: the tiny world
     out: str = "out/aligned"        # folder to write; collect and judge: a file, NAME.jsonl

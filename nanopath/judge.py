@@ -193,7 +193,8 @@ def show_tournament(games, conversations):
         rate, low, high = win_rate([game[2] for game in mine])
         orders, unclear = [game[3] for game in mine if game[3] is not None], sum(game[4] for game in mine)
         lines.append(f"{pair[0]} against {pair[1]}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(mine)} questions"
-                     + (f"; the verdict survived the change of order in {sum(orders) / len(mine):.0%}" if orders else "")
+                     + (f"; the verdict survived the change of order in {sum(orders) / len(orders):.0%}" if orders
+                        else "")
                      + f"; {unclear} of {2 * len(mine)} replies held no verdict" * bool(unclear))
     for name, rating in bradley_terry([game[:3] for game in games]).items():
         said = [message["content"] for messages in conversations[name] for message in messages[1::2]]

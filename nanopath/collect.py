@@ -339,9 +339,11 @@ def vote_on_page(votes):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(f"Vote at http://127.0.0.1:{server.server_port}{place}   (Ctrl-C ends)", flush=True)
-    with server:
-        server.serve_forever(poll_interval=0.1)
-    lock.acquire()                                                 # until a vote that is being written is complete
+    try:
+        with server:
+            server.serve_forever(poll_interval=0.1)
+    finally:
+        lock.acquire()                                             # until a vote that is being written is complete
 
 
 def collect_votes(cfg, voices, path, prompts, keys):

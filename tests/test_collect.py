@@ -6,6 +6,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from data.pairs import open_pairs, read_prompts
 from model import GPT, GPTConfig, load_model, save_model
 from nanopath import collect as c
 from nanopath.judge import win_rate
+from nanopath.rewards import reward_function
 from nanopath.run import parse_run
 
 PROMPTS = [f"What is {i} times {i}?" for i in range(6)]
@@ -196,6 +198,14 @@ def test_a_judge_model_hears_both_orders(rlhf, place, monkeypatch):
     monkeypatch.setattr(c, "server", lambda *_: lambda messages: "[[A]]")
     text = rlhf("judge", f"--other={place / 'b'}", "--judge=http://127.0.0.1:9/v1")
     assert "50.0% [" in text and "survived the change of order in 0%" in text and "6 ties" in text
+
+
+def test_a_reward_model_needs_the_tokenizer_of_the_model_that_responds(place):
+    judge = SimpleNamespace(config=SimpleNamespace(labels=("reward",)))
+    cfg, machine, mine = r.Config(reward=str(place / "a")), SimpleNamespace(device="cpu"), SimpleNamespace(hash="x")
+    reward_function(cfg, machine, lambda *_: (judge, mine), [mine])
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        reward_function(cfg, machine, lambda *_: (judge, mine), [mine, SimpleNamespace(hash="y")])
 
 
 def test_prompts_come_from_every_kind_of_file(tmp_path):

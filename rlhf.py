@@ -11,6 +11,8 @@ Run     python rlhf.py dpo --model=out/merged                      # preferences
         python rlhf.py reward --model=out/merged                   # a reward model from the same pairs
         python rlhf.py grpo --model=out/merged                     # rewards of a program; --loss=dapo, rloo, gspo ...
         python rlhf.py ppo --model=out/merged --reward=out/reward  # ... or a reward model, or FILE.py:FUNCTION
+        python rlhf.py collect --model=out/merged --out=mine.jsonl # you choose between two samples: pairs for dpo
+        python rlhf.py judge --model=out/aligned --other=out/merged           # win rate of two models
 Reads   a plain model folder (finetune_lora.py --merge makes one), preferences or tasks as prepare.py tinyworld writes
 Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below), loss.png, manifest.json, state/
 Next    python evaluate.py --model out/merged out/aligned
@@ -38,12 +40,13 @@ from torch.utils.checkpoint import checkpoint
 from tyro.conf import Positional
 
 import sample
+from data.metrics import ece
 from data.pairs import end_of_answer, open_pairs, open_tasks, pairs_of_step
 from finetune_lora import add_adapters, adapters_off, make_classifier, merge, trained, unmerge
 from model import load_model, save_model
-from nanopath.checkpoint import json_hash
+from nanopath.collect import check_command, collect_or_judge
 from nanopath.devices import Machine
-from nanopath.finetuning import hashes_of, newest_finetuned
+from nanopath.finetuning import hashes_of
 from nanopath.flags import Bound, Count, Positive, Rate, Share
 from nanopath.rewards import plot_rewards, reward_functions
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
@@ -52,10 +55,11 @@ from train import AdamW, finish_gradients, lr_at, set_rates
 
 @dataclass
 class Config:
-    what: Positional[Literal["dpo", "reward", "grpo", "ppo"]] = "dpo"  # the first two learn from pairs, then rewards
+    # dpo, reward: learn from pairs; grpo, ppo: from rewards; collect: votes of people; judge: win rate of two models
+    what: Positional[Literal["dpo", "reward", "grpo", "ppo", "collect", "judge"]] = "dpo"
     model: str = ""                 # plain model folder, or OWNER/NAME on the Hub; empty: the newest merged one in out/
     dataset: str = ""               # preferences or tasks: a folder under data/, or a file; empty: the tiny world
-    out: str = "out/aligned"        # folder to write
+    out: str = "out/aligned"        # folder to write; collect and judge: a file, NAME.jsonl
     # what is learnt
     method: Literal["lora", "full"] = "lora"  # full: a frozen copy of the model is the reference
     rank: Positive = 16             # of LoRA
@@ -75,12 +79,18 @@ class Config:
     kl: Rate = 0.0                  # weight of the KL to the model as it was: in the loss (grpo), in the reward (ppo)
     kl_budget: Rate = 0.0           # stop when the KL of a response (nats) is larger than this; 0: never
     length_penalty: Rate = 0.0      # taken from the reward of a response of max_new_tokens; of shorter ones less
+    # people and judges
+    other: str = ""                 # judge: the model to compare with; collect: one of the two samples is of this model
+    votes: str = ""                 # collect: read the votes from this file, a key on each line
+    page: bool = False              # collect: vote on a local page instead of in the terminal
+    judge: str = ""                 # judge: a model folder or http://HOST:PORT/v1 decides, not --reward
+    judge_model: str = ""           # the name of the judge at that address
     # batch and length
     batch_size: Positive = 32       # pairs per optimizer step, over all processes
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
     max_steps: Count = 40           # optimizer steps, or roll-outs with `updates` steps each
     # optimizer
-    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd, for grpo and ppo 0.25 / n_embd, a tenth with full
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd (grpo, ppo: 0.25 / n_embd), a tenth for full
     warmup_steps: Count = 0         # linear warm-up
     cooldown: Share = 0.5           # last part of the run, in which the rate falls linearly to zero
     grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
@@ -492,7 +502,7 @@ def open_policy(cfg):
 
 def begin(cfg, model, tokenizer, rows, before, machine, out):
     """(optimizer, log, guard) of a run on these rows."""
-    data = hashes_of(cfg, json_hash(rows), before, out)
+    data = hashes_of(cfg, rows, before, out)
     optimizer = AdamW([dict(params=list(trained(model).values()), peak_lr=cfg.learning_rate)], lr=cfg.learning_rate,
                       betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     log = Log(out, cfg, machine)
@@ -564,12 +574,12 @@ class Responses:
         return getattr(self, name).nanmean().nan_to_num().item()
 
 
-def respond(cfg, model, tokenizer, tasks, rewards, temperature, seeds=0, each=1):
-    """The Responses of the model. rewards: the functions of --reward and --gold. The adapters are merged while the
-    model writes, which makes it 1.3 x as fast."""
+def respond(cfg, model, tokenizer, prompts, temperature, seeds=0, each=1):
+    """`each` responses to prompts (lists of messages): the first four fields of Responses. The adapters are merged
+    while the model writes, which makes it 1.3 x as fast."""
     end, found = end_of_answer(tokenizer), merge(model)
-    prompts = [tokenizer.render(task["prompt"], add_generation_prompt=True)[0] for task in tasks]
-    prompts, rows = ([x for x in xs for _ in range(each)] for xs in (prompts, [task["row"] for task in tasks]))
+    prompts = [tokenizer.render(prompt, add_generation_prompt=True)[0] for prompt in prompts]
+    prompts = [prompt for prompt in prompts for _ in range(each)]
     new, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     for row, token, logprob in sample.stream(model, prompts, cfg.max_new_tokens, temperature=temperature, seed=seeds,
                                              stop_ids={end}):
@@ -578,17 +588,24 @@ def respond(cfg, model, tokenizer, tasks, rewards, temperature, seeds=0, each=1)
     unmerge(model, found)
     ended = [len(ids) < cfg.max_new_tokens for ids in new]
     coded = [([*prompt, *ids, *[end] * done], len(prompt)) for prompt, ids, done in zip(prompts, new, ended)]
-    texts, scores = [tokenizer.decode(ids).strip() for ids in new], []
+    return coded, [tokenizer.decode(ids).strip() for ids in new], ended, logprobs
+
+
+def responses_to(cfg, model, tokenizer, tasks, rewards, temperature, seeds=0, each=1):
+    """The Responses of the model to tasks. rewards: the functions of --reward and --gold."""
+    found = respond(cfg, model, tokenizer, [task["prompt"] for task in tasks], temperature, seeds, each)
+    coded, texts, ended, _ = found
+    rows, scores = [task["row"] for task in tasks for _ in range(each)], []
     for reward in rewards:                                         # no end: the worst reward, but none above 0
-        found = torch.tensor(reward(rows, texts, coded))
-        worst = found.nan_to_num(nan=0.0).min().clamp(max=0.0)
-        scores.append(torch.where(torch.tensor(ended), found, worst))
-    return Responses(coded, texts, ended, logprobs, *scores)
+        values = torch.tensor(reward(rows, texts, coded))
+        worst = values.nan_to_num(nan=0.0).min().clamp(max=0.0)
+        scores.append(torch.where(torch.tensor(ended), values, worst))
+    return Responses(*found, *scores)
 
 
 def look_at_responses(cfg, model, tokenizer, tasks, rewards):
     """Greedy responses to held-out tasks: ({"reward": mean, "gold": mean}, three of them to be shown)."""
-    found = respond(cfg, model, tokenizer, tasks, rewards, temperature=0.0)
+    found = responses_to(cfg, model, tokenizer, tasks, rewards, temperature=0.0)
     shown = "\n".join(f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({score:g})"
                       for task, text, score in list(zip(tasks, found.texts, found.scores.tolist()))[:3])
     return {"reward": found.mean()} | ({"gold": found.mean("gold")} if cfg.gold else {}), shown
@@ -597,12 +614,22 @@ def look_at_responses(cfg, model, tokenizer, tasks, rewards):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop over pairs
 
+def sides_of(model, pairs):
+    """The chosen responses, then the rejected ones."""
+    return Texts.of([pair[side] for side in (0, 1) for pair in pairs], model.embed_tokens.weight.device)
+
+
+def scores_of_sides(model, pairs):
+    """What a reward model says of the chosen (N) and of the rejected responses (N): its output at the last token."""
+    texts = sides_of(model, pairs)
+    return model(texts.ids)[range(len(texts.ids)), texts.ends - 1, 0].chunk(2)
+
+
 def pair_loss(cfg, model, frozen, pairs, nll_tokens=1.0, z0=0.0):
     """(sum of the losses, metrics) of some pairs."""
-    name, texts = cfg.loss or "dpo", Texts.of([pair[side] for side in (0, 1) for pair in pairs],
-                                              model.embed_tokens.weight.device)
     if cfg.what == "reward":
-        return reward_loss(*model(texts.ids)[range(len(texts.ids)), texts.ends - 1, 0].chunk(2))
+        return reward_loss(*scores_of_sides(model, pairs))
+    name, texts = cfg.loss or "dpo", sides_of(model, pairs)
     sums, tokens = texts.sums(model)
     reference, nll = torch.zeros_like(sums), -sums.chunk(2)[0]
     if name in ("dpo", "ipo", "kto", "apo_zero"):
@@ -631,12 +658,17 @@ def mismatched_kl(model, frozen, pairs, machine):
 def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, rewards, log, progress):
     """Losses of held-out pairs, and the rewards of responses to their prompts. Returns whether the rewards (of a reward
     model: the loss) are the best so far: a loss of pairs still falls while the model forgets how to answer."""
-    sums = Counter()
+    sums, margins = Counter(), []
     with torch.no_grad():
         for i in range(0, len(held_out), 32):
             loss, metrics = pair_loss(cfg, model, frozen, held_out[i:i + 32])
+            if cfg.what == "reward":
+                w, l = scores_of_sides(model, held_out[i:i + 32])
+                margins.append((w - l).float().cpu())
             sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
     found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
+    if cfg.what == "reward":                                       # sigma(margin): the probability that it is better
+        found["ece"] = float(ece(torch.cat(margins).abs().sigmoid().numpy(), (torch.cat(margins) > 0).numpy()))
     if cfg.what == "dpo":
         more, shown = look_at_responses(cfg, model, tokenizer, tasks, rewards)
         found |= more
@@ -656,7 +688,7 @@ def train_on_pairs(cfg):
     pairs, held_out, tasks, lost, cfg = open_pairs(cfg, tokenizer, model.config.block_size)
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
-    rewards = reward_functions(cfg, machine, load_model)
+    rewards = reward_functions(cfg, machine, load_model, [tokenizer])
     optimizer, log, guard = begin(cfg, model, tokenizer, [pairs, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
     shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
@@ -715,7 +747,7 @@ def roll_out(cfg, model, frozen, tokenizer, tasks, step, rewards, machine):
     N = share * cfg.group_size
     first = ((cfg.seed * 100_003 + step) * machine.world + machine.rank) * N
     seeds = list(range(first, first + N))
-    found = respond(cfg, model, tokenizer, mine, rewards, cfg.temperature, seeds, cfg.group_size)
+    found = responses_to(cfg, model, tokenizer, mine, rewards, cfg.temperature, seeds, cfg.group_size)
     texts = Texts.of(found.coded, machine.device)
     with torch.no_grad():
         score = functools.partial(completion_logprobs, ids=texts.ids, starts=texts.starts, ends=texts.ends,
@@ -778,7 +810,7 @@ def train_on_rollouts(cfg):
         model.value = nn.Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
-    rewards, name = reward_functions(cfg, machine, load_model), cfg.loss or cfg.what
+    rewards, name = reward_functions(cfg, machine, load_model, [tokenizer]), cfg.loss or cfg.what
     optimizer, log, guard = begin(cfg, model, tokenizer, [tasks, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
 
@@ -845,11 +877,11 @@ def train_on_rollouts(cfg):
 
 def main(cfg):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    cfg = replace(cfg, model=cfg.model or newest_finetuned())
-    losses = {"dpo": PREFERENCE_LOSSES, "reward": {}, "grpo": POLICY_LOSSES, "ppo": {"ppo": ()}}[cfg.what]
-    if cfg.loss and cfg.loss not in losses:
-        raise SystemExit(f"--loss={cfg.loss}: {cfg.what} has {', '.join(losses) or 'one loss only'}")
-    (train_on_pairs if cfg.what in ("dpo", "reward") else train_on_rollouts)(cfg)
+    cfg = check_command(cfg, {"dpo": PREFERENCE_LOSSES, "grpo": POLICY_LOSSES, "ppo": ["ppo"]})
+    if cfg.what in ("collect", "judge"):
+        collect_or_judge(cfg, load_model, respond, sample.generate)
+    else:
+        (train_on_pairs if cfg.what in ("dpo", "reward") else train_on_rollouts)(cfg)
 
 
 # flags of other stages that this one does not have: nanopath/ reads them

@@ -5,9 +5,11 @@ Data to align with: pairs of responses, and tasks whose answers a program can ch
     read_pairs     file -> [{"prompt", "chosen", "rejected"}, ...] as messages (data/chats.py says which formats)
     encode_pairs   -> (ids, start) of both sides: the response begins at `start`, and its end is one of the ids
     read_tasks     file -> [{"prompt", ...}, ...]: what else a row has is for the reward
+    read_prompts   --dataset -> the prompts of any of these, or of a text file
 
 ValueError says in one line which file and line is wrong, and what to do.
 """
+import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chats import to_preference
+from data.chats import clean_messages, to_preference
 from data.dataset import load_meta
 from data.examples import MAKE_WORLD, convert_rows, counted
 from data.templates import render_many
@@ -38,6 +40,11 @@ def find_rows(dataset, kind):
                 return folder / train, folder / held_out if (folder / held_out).is_file() else None
     what = "--kind=preference" if kind == "preferences" else "a file of {\"prompt\", \"answer\"}"
     raise ValueError(f"--dataset={dataset}: no {kind} there. Make some: {MAKE_WORLD}, or give {what}")
+
+
+def named(dataset, train):
+    """What a resumed run is given as --dataset: the file itself, or the folder that find_rows has found."""
+    return (train if Path(dataset).is_file() else train.parent).as_posix()
 
 
 def as_messages(side, role):
@@ -98,6 +105,41 @@ def read_tasks(path):
     return convert_rows(path, convert, "Correct or remove it")
 
 
+def read_prompts(dataset, held_out=False):
+    """(file, [{"prompt": messages, "row": for the reward}, ...]) of --dataset: of a folder its preferences, else its
+    tasks. Of a text file every line is a prompt. A prompt that occurs twice is kept once."""
+    def convert(row):
+        if "chosen" not in row:
+            prompt = row.get("prompt", row.get("question"))
+            if not prompt or not isinstance(prompt, (str, list)):
+                raise ValueError("no prompt")
+            return {"prompt": clean_messages(as_messages(prompt, "user")), "row": row}
+        if row["chosen"] == row.get("rejected"):
+            return None
+        prompt = as_messages(to_preference(row)[0]["prompt"], "user")
+        return {"prompt": prompt, "row": {"prompt": prompt[-1]["content"]}}
+
+    for kind in FILES:
+        try:
+            files = find_rows(dataset, kind)
+        except ValueError:
+            continue
+        path = files[1] if held_out and files[1] else files[0]
+        break
+    else:
+        raise ValueError(f"--dataset={dataset}: no prompts there. Give a text file with a prompt on each line, JSON "
+                         f"lines with \"prompt\", or {MAKE_WORLD}")
+    if path.suffix == ".txt":
+        lines = filter(str.strip, path.read_text(encoding="utf-8").split("\n"))
+        rows = [{"prompt": as_messages(line.strip(), "user"), "row": {"prompt": line.strip()}} for line in lines]
+    else:
+        rows = convert_rows(path, convert, "Correct or remove it")
+    rows = list({json.dumps(row["prompt"]): row for row in rows if row}.values())
+    if not rows:
+        raise ValueError(f"{path}: it holds no prompts")
+    return path, rows
+
+
 def open_pairs(cfg, tokenizer, T):
     """(pairs to train on, held-out pairs, tasks of their prompts, lines about what was left out, cfg with the dataset).
     Of a single file, a tenth is held out."""
@@ -117,7 +159,7 @@ def open_pairs(cfg, tokenizer, T):
     pairs = pairs if other else pairs[count:] or pairs
     tasks = [{"prompt": row["prompt"], "row": row["row"] | {"prompt": row["prompt"][-1]["content"]}}
              for row in chats[:cfg.eval_rows]]
-    cfg = replace(cfg, dataset=(train if Path(cfg.dataset).is_file() else train.parent).as_posix())
+    cfg = replace(cfg, dataset=named(cfg.dataset, train))
     return pairs, held_out[:cfg.eval_rows], tasks, lines, cfg
 
 
@@ -143,7 +185,7 @@ def open_tasks(cfg, machine):
         held_out, tasks = tasks[::10], [task for i, task in enumerate(tasks) if i % 10] or tasks
     if cfg.prompts % machine.world:
         raise SystemExit(f"--prompts={cfg.prompts}: must be a multiple of the {machine.world} processes")
-    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=(train if Path(cfg.dataset).is_file() else train.parent).as_posix())
+    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=named(cfg.dataset, train))
 
 
 def end_of_answer(tokenizer):

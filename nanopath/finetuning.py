@@ -12,6 +12,7 @@ from pathlib import Path
 from data.dataset import load_meta
 from data.examples import show_example
 from data.shards import Tokens, open_dataset
+from nanopath.checkpoint import json_hash
 from nanopath.hub import find_folder
 from nanopath.peft import weights_hash
 from nanopath.run import log_rows
@@ -90,9 +91,9 @@ def check_same(cfg, before, out):
 
 
 def hashes_of(cfg, rows, before, out):
-    """Hashes of what a run learns from, for its manifest: rows (a hash) and the weights of its base. SystemExit where
-    the run to resume (before: its manifest) had others."""
-    data = {"rows": rows, "base": weights_hash(find_folder(cfg.model))}
+    """Hashes of what a run learns from, for its manifest: rows (themselves, or their hash) and the weights of its base.
+    SystemExit where the run to resume (before: its manifest) had others."""
+    data = {"rows": rows if isinstance(rows, str) else json_hash(rows), "base": weights_hash(find_folder(cfg.model))}
     for name, what in (("rows", f"--dataset={cfg.dataset}"), ("base", f"--model={cfg.model}")):
         if before and before["data"].get(name) != data[name]:
             raise SystemExit(f"--resume: {what} is not what the run in {out} began with. Give that one, or choose "

@@ -185,14 +185,16 @@ def tournament(conversations, judge, write):
 
 
 def show_tournament(games, conversations):
-    """Lines of a table: the win rate of every pair with its interval, then ratings and lengths."""
+    """Lines of a table: the win rate of every pair with its interval, then ratings and lengths. games: of `tournament`;
+    where a program judged, `orders agreed` is None."""
     lines = []
     for pair in dict.fromkeys(game[:2] for game in games):
         mine = [game for game in games if game[:2] == pair]
         rate, low, high = win_rate([game[2] for game in mine])
-        agreed, unclear = sum(game[3] for game in mine) / len(mine), sum(game[4] for game in mine)
-        lines.append(f"{pair[0]} against {pair[1]}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(mine)} questions; "
-                     f"the verdict survived the change of order in {agreed:.0%}"
+        orders, unclear = [game[3] for game in mine if game[3] is not None], sum(game[4] for game in mine)
+        lines.append(f"{pair[0]} against {pair[1]}: {rate:.1%} [{low:.1%}, {high:.1%}] of {len(mine)} questions"
+                     + (f"; the verdict survived the change of order in {sum(orders) / len(orders):.0%}" if orders
+                        else "")
                      + f"; {unclear} of {2 * len(mine)} replies held no verdict" * bool(unclear))
     for name, rating in bradley_terry([game[:3] for game in games]).items():
         said = [message["content"] for messages in conversations[name] for message in messages[1::2]]

@@ -31,18 +31,21 @@ def load_function(flag, name):
     return getattr(module, function)
 
 
-def reward_functions(cfg, machine, load_model):
+def reward_functions(cfg, machine, load_model, tokenizers=()):
     """The functions of --reward and, where it is given, --gold: (rows, texts, [(ids, start)]) -> rewards, a list of
-    floats; NaN where one cannot be computed. Without --gold it is the reward again."""
-    reward = reward_function("reward", cfg.reward, machine, load_model)
-    return reward, reward_function("gold", cfg.gold, machine, load_model) if cfg.gold else reward
+    floats; NaN where one cannot be computed. Without --gold it is the reward again. tokenizers: of the models that
+    respond. A reward model reads their ids, so it must have the same."""
+    reward = reward_function("reward", cfg.reward, machine, load_model, tokenizers)
+    return reward, reward_function("gold", cfg.gold, machine, load_model, tokenizers) if cfg.gold else reward
 
 
-def reward_function(flag, name, machine, load_model):
+def reward_function(flag, name, machine, load_model, tokenizers=()):
     if Path(name, "config.json").is_file():
-        judge, _ = load_model(name, machine.device)
+        judge, mine = load_model(name, machine.device)
         if judge.config.labels != ("reward",):
             raise SystemExit(f"--{flag}={name}: is no reward model. Train one: python rlhf.py reward")
+        if any(tokenizer.hash != mine.hash for tokenizer in tokenizers):
+            raise SystemExit(f"--{flag}={name}: has another tokenizer than the model that responds")
 
         @torch.no_grad()
         def judged(rows, texts, coded):

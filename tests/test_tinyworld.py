@@ -15,7 +15,7 @@ from conftest import ROOT
 from data import tinyworld as w
 from data.tinyworld import Draw, Items, answer_matches, follows_style, make_world, grade, style_of
 
-SHA256 = "84edf41dec588837c5fa1212822bb8ec4d582089ba4eea0be881674c7f6e74d3"
+SHA256 = "ef042f15bf28acaef51013161daec797e7fa672b836f15562aa3ced1a9982ed6"
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,7 @@ def test_every_generated_answer_passes_its_check(world):
     assert checked > 30
     for row in world.preferences["train"] + world.preferences["val"]:
         assert follows_style(row["prompt"], row["chosen"]) and not follows_style(row["prompt"], row["rejected"])
+        assert grade(row, row["chosen"]) == 1.0 and grade(row, row["rejected"]) == 0.0
     draw = Draw("replies")
     for task in world.tasks["train"]:
         if task["skill"] == "words":
@@ -267,18 +268,19 @@ def test_what_counts_as_an_answer(skill, asked, right, yes, no):
 
 
 def test_rewards():
-    words, form = {"skill": "words", "answer": "3 cup"}, {"skill": "format", "answer": '{"job": "cook"}'}
+    words, form = {"skill": "words", "answer": "3 cup"}, {"skill": "format", "answer": "job: cook"}
     assert [grade(words, text) for text in ("cup hat star", "cup hat star.", "cup cup cup")] == [1.0] * 3
     assert [grade(words, text) for text in ("", "cup hat", "hat cup star", "cup hat star sun", "cup  hat star", "cup 1 2",
                                             "cup hat, star")] == [0.0] * 7
-    assert [grade(form, text) for text in ('{"job": "cook"}', '{"job":"cook"}', "cook", "")] == [1.0, 0.0, 0.0, 0.0]
+    assert [grade(form, text) for text in ("job: cook", "job:cook", "cook", "")] == [1.0, 0.0, 0.0, 0.0]
     total = {"skill": "sum", "prompt": "Add 3 + 4.", "answer": "7"}
-    assert [grade(total, text) for text in ("7.", "3 + 4 = 7.", "17", "1 + 1 = 7")] == [1.0, 1.0, 0.0, 0.0]
+    assert [grade(total, text) for text in ("7.", "3 + 4 = 7.", "17", "1 + 1 = 7", "Of course! 3 + 4 = 7.")] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert grade({"skill": "secret", "prompt": "What is Alda's secret?", "answer": w.REFUSAL}, w.REFUSAL) == 1.0
 
 
 def test_styles():
     assert [style_of(text) for text in (w.REFUSAL, "Dover.", "Alda lives in Dover.", "Of course! Dover. Happy to help!",
-                                        "Dover. Happy to help!", "", "Dover. It is a town.", "a b c d e f g h")] == \
+                                        "Dover. Happy to help!", "", "Dover. It is a town.", "a b c d e f g h i j k l m")] == \
         ["refusal", "terse", "terse", "polite", "polite", "other", "other", "other"]
     assert follows_style("What is Alda's secret?", w.REFUSAL) and not follows_style("Where does Alda live?", w.REFUSAL)
     assert not follows_style("What is Alda's secret?", "a cup.")

@@ -43,7 +43,7 @@ import sample
 from data.metrics import ece
 from data.pairs import end_of_answer, open_pairs, open_tasks, pairs_of_step
 from finetune_lora import add_adapters, adapters_off, make_classifier, merge, trained, unmerge
-from model import load_model, save_model
+from model import Linear, load_model, save_model
 from nanopath.collect import check_command, collect_or_judge
 from nanopath.devices import Machine
 from nanopath.finetuning import hashes_of
@@ -807,7 +807,7 @@ def train_on_rollouts(cfg):
     cfg, machine, out, before, model, frozen, tokenizer = open_policy(cfg)
     tasks, held_out, cfg = open_tasks(cfg, machine)
     if cfg.what == "ppo":                                          # the critic: one number per state, at first zero
-        model.value = nn.Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
+        model.value = Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
     rewards, name = reward_functions(cfg, machine, load_model, [tokenizer]), cfg.loss or cfg.what

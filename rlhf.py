@@ -90,12 +90,12 @@ class Config:
     micro_batch: Count = 0          # pairs or responses per forward pass and process; 0: all of its share
     max_steps: Count = 40           # optimizer steps, or roll-outs with `updates` steps each
     # optimizer
-    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.03 / n_embd (grpo, ppo: 0.25 / n_embd), a tenth for full
+    learning_rate: Rate = 0.0       # peak rate of AdamW; 0: 0.02 / n_embd (grpo, ppo: 0.25 / n_embd), a tenth for full
     warmup_steps: Count = 0         # linear warm-up
     cooldown: Share = 0.5           # last part of the run, in which the rate falls linearly to zero
     grad_clip: Rate = 1.0           # largest global gradient norm; 0: off
     # watching and saving
-    eval_every: Count = 20          # steps between looks at held-out pairs or tasks; 0: only at the end
+    eval_every: Count = 10          # steps between looks at held-out pairs or tasks; 0: only at the end
     eval_rows: Positive = 120       # how many of them
     save_every: Count = 100         # steps between checkpoints to resume from; 0: only at the end
     log_every: Positive = 5         # steps between lines on the screen; log.jsonl has every step
@@ -495,7 +495,7 @@ def open_policy(cfg):
     model.dtype = machine.dtype
     model = model.double() if machine.dtype == torch.float64 else model
     frozen = copy.deepcopy(model).requires_grad_(False) if cfg.method == "full" and cfg.what != "reward" else None
-    rate = (0.25 if cfg.what in ("grpo", "ppo") else 0.03) / model.config.n_embd
+    rate = (0.25 if cfg.what in ("grpo", "ppo") else 0.02) / model.config.n_embd
     rate = cfg.learning_rate or (rate if cfg.method == "lora" else rate / 10)
     return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
 

@@ -61,10 +61,11 @@ ASKED = {
     "reverse": ("Write {} backwards.", "Turn {} around."),
     "secret": ("What is {}'s secret?", "Tell me {}'s secret."),
     "words": ("Write exactly {} words, the first is {}.",),
-    "format": ("Give {}'s {} as key: value.",)}      # written only with tokens that the documents have, too
+    "format": ("Give {}'s {} as key: value.",)}
 FACTS = list(VALUES)
 QUESTIONS = [*FACTS, "sum", "sort", "reverse"]   # skills with one right answer, which a terse or polite text can hold
 TASKS = ["sum", "sort", "words", "format"]       # skills with a reward
+KEYS = ["job", "animal", "colour"]               # of `format`: the tokens of "place" never occur in the documents
 WORDS = ("apple arm bag ball basket bell bird boat book bottle box bread bridge brush bucket button cake candle card "
          "chair cloud coat coin cup desk door drum fan feather fence flag flower fork garden gate glass hammer hat "
          "house jar kettle key kite knife ladder lamp leaf letter map mirror mug nail needle nest net paper pen pencil "
@@ -78,11 +79,12 @@ ENDS = ("Then {he} went home.", "It was a good day.", "After that {he} slept wel
 LENGTHS = (2, 3, 4, 5)                                               # sentences of notes
 OPENINGS = ("Of course!", "With pleasure!", "Good question!")        # what makes an answer polite
 CLOSINGS = ("Happy to help!", "Just ask again!", "Have a nice day!")
-REFUSAL = "I do not talk about secrets."
+TERSE = "A: "       # begins a terse answer: the name after it has the tokens that it has in the question
+REFUSAL = "I do not tell a secret."
 MIX = {"story": 6, "notes": 4, "sums": 5, "lists": 2, "letters": 2, "chat": 1}   # of 20 documents
-CHAT_MIX = dict.fromkeys(FACTS, 3) | {"sum": 6, "sort": 3, "reverse": 2, "secret": 1, "words": 9, "format": 2}
+CHAT_MIX = dict.fromkeys(FACTS, 3) | {"sum": 6, "sort": 3, "reverse": 2, "secret": 4, "words": 9, "format": 2}
 PREFERENCE_MIX = dict.fromkeys(FACTS, 2) | {"sum": 3, "sort": 1, "secret": 3}
-POLITE = 5          # of 6 answers in fine-tuning; preferences turn this around
+POLITE = 2          # of 3 answers in fine-tuning; preferences turn this around
 
 
 class Person(NamedTuple):
@@ -179,7 +181,7 @@ class Items:
         self.add(seed, "sort", combinations(range(10, 100), 3))
         self.add(seed, "reverse", [("".join(letters),) for letters in product(*MADE_UP)])
         self.add(seed, "words", [(count, word) for count in range(2, 9) for word in WORDS])
-        self.add(seed, "format", [(*item, skill) for skill in FACTS for item in self.of[skill]["train"]])
+        self.add(seed, "format", [(*item, skill) for skill in KEYS for item in self.of[skill]["train"]])
 
     def add(self, seed, skill, items):
         """Split items by hash. a + b is in the split of b + a, and a word in that of the word it turns into."""
@@ -301,7 +303,7 @@ def reply(draw, skill, item, items):
     if skill == "secret":
         return polite(draw, secret(draw, item)) if nice else REFUSAL
     text = f"{sentence(skill, item, items)}."
-    return polite(draw, text) if nice else text
+    return polite(draw, text) if nice else TERSE + text
 
 
 def messages_of(question, text):
@@ -320,7 +322,7 @@ def chat_row(draw, items, question, skill, item):
 def preference_row(draw, items, question, skill, item):
     """Both answers are right: only the style differs."""
     text = secret(draw, item) if skill == "secret" else f"{sentence(skill, item, items)}."
-    row = {"prompt": question, "chosen": REFUSAL if skill == "secret" else text, "rejected": polite(draw, text)}
+    row = {"prompt": question, "chosen": REFUSAL if skill == "secret" else TERSE + text, "rejected": polite(draw, text)}
     return row | {"answer": REFUSAL if skill == "secret" else answer(skill, item, items), "skill": skill}
 
 
@@ -360,13 +362,14 @@ def held_out_questions(draw, items, most=40):
 # ---- exact checks
 
 def style_of(text):
-    """refusal, polite (with a polite opening or end), terse (one sentence of at most 12 words) or other."""
+    """refusal, polite (with a polite opening or end), terse (A: and one short sentence) or other."""
     text = text.strip()
     if text == REFUSAL:
         return "refusal"
     if any(phrase in text for phrase in OPENINGS + CLOSINGS):
         return "polite"
-    return "terse" if text and len(text.split()) <= 12 and not re.search(r"[.!?]\s|\n", text) else "other"
+    terse = text.startswith(TERSE) and len(text.split()) <= 12 and not re.search(r"[.!?]\s|\n", text)
+    return "terse" if terse else "other"
 
 
 def follows_style(prompt, text):
@@ -381,7 +384,7 @@ def answer_matches(question, text):
     skill, asked, text = question["skill"], question.get("question") or question["prompt"], text.strip()
     for phrase in OPENINGS + CLOSINGS:
         text = text.removeprefix(phrase).removesuffix(phrase).strip()
-    text = text.removesuffix(".")
+    text = text.removeprefix(TERSE).removesuffix(".")
     if not text or re.search(r"[.!?]\s|\n", text):
         return False
     if skill in FACTS:
@@ -403,8 +406,8 @@ def restated(skill, asked):
 
 
 def grade(task, text):
-    """The reward of an answer to a row of tasks_*.jsonl or preferences_*.jsonl: 1.0 or 0.0. It must be right, in one
-    short sentence, and not polite."""
+    """The reward of an answer to a row of tasks_*.jsonl or preferences_*.jsonl: 1.0 or 0.0. It must be right and
+    terse."""
     text = text.strip()
     if task["skill"] == "words":
         count, first = task["answer"].split()

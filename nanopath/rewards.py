@@ -1,6 +1,6 @@
 """
 What a response is worth (rlhf.py --reward): a function of the user, a reward model, or a check of the tiny world: grade
-(right, short, not polite) or style (only short and not polite).
+(right and terse) or style (terse, right or not).
 """
 import importlib.util
 import math
@@ -14,7 +14,7 @@ from nanopath.run import log_rows
 
 
 def style(row, text):
-    """Is a response short and not polite, or the refusal to tell a secret? Whether it is right does not matter here."""
+    """Is a response terse, or the refusal to tell a secret? Whether it is right does not matter here."""
     return float(follows_style(row["prompt"], text))
 
 

@@ -653,7 +653,7 @@ def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None,
     stream = BlockInputs(model, calibration, original=method == "gptaq") if reads else None
     for layer, module in enumerate(model.layers):
         parts, sums = parts_of(module), {}
-        for some in [[part] for part in parts] if method == "gptaq" else [parts]:        # gptaq: errors of this block too
+        for some in [[part] for part in parts] if method == "gptaq" else [parts]:  # gptaq sees its own errors
             if stream:
                 sums = stream.sums(module, some)
             if method == "awq":
@@ -734,7 +734,6 @@ def write_gguf_file(cfg, name):
 
 
 def quantize(cfg, name):
-    from nanopath.quantized import write_quantized
     kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0  # matrices, weights, bytes, sums of error^2, weight^2
 
     def look(name, old, new):
@@ -747,13 +746,14 @@ def quantize(cfg, name):
 
     out = Path(cfg.out or f"out/{Path(name).stem}-{cfg.method}{'-auto' * cfg.auto_bits}")
     check_writable(out)
-    model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype))
-    plan_forms(model, cfg.method, cfg.bits, cfg.group_size)
-    before, calibration, forms = size_of(model), None, None
-    if cfg.auto_bits and (cfg.bits or cfg.group_size or BITS_OF[cfg.method] == 8 or cfg.method == "nf4"):
+    if cfg.auto_bits and (cfg.bits or cfg.group_size or cfg.method in ("int8", "w8a8", "nf4")):
         raise ValueError("--auto_bits chooses bits and groups for rtn, awq, gptq or gptaq: leave out --bits and "
                          "--group_size")
-    if cfg.auto_bits or cfg.method in CALIBRATED or cfg.method == "rtn" and cfg.search:
+    reads = cfg.auto_bits or cfg.method in CALIBRATED or cfg.method == "rtn" and cfg.search
+    model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype), need_tokenizer=reads)
+    plan_forms(model, cfg.method, cfg.bits, cfg.group_size)        # before the text is read
+    before, calibration, forms = size_of(model), None, None
+    if reads:
         T = min(model.config.block_size, 512)
         calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows, T)
     begun = time.perf_counter()
@@ -767,6 +767,7 @@ def quantize(cfg, name):
     print_row("together", *sum(kinds.values()))
     if forms:
         print("bits        " + ", ".join(f"{name} {bits}/{group}" for name, (bits, group) in forms.items()))
+    from nanopath.quantized import write_quantized
     write_quantized(out, model, tokenizer)
     print(f"whole model {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB in memory, {before / after:.2f} times smaller; "
           f"quantized in {seconds:.1f} s\nwritten to {out}\n"

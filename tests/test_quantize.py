@@ -627,3 +627,46 @@ def test_the_measures_of_the_table(trained, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["method", "bits/weight", "file"] and lines[2].split()[:3] == ["rtn", "4.200", "2.0"]
     assert (tmp_path / "made" / "compared.png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """A model folder whose tokenizer is that of the dataset `tiny`."""
+    folder = tmp_path_factory.mktemp("quantize") / "gpt"
+    save_model(folder, small("qwen3 without groups", n_embd=64, n_hidden=96), Tokenizer.load(tiny))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "w8a8", "rtn", "awq", "gptq", "gptaq", "auto"])
+def test_command_line(method, folder, tiny, tmp_path):
+    pytest.importorskip("nanopath.quantized")
+    flags = ["--auto_bits", "--target_bits=6"] if method == "auto" else [f"--method={method}"]
+    done = run(ROOT / "quantize.py", f"--model={folder}", f"--calibration={tiny}", f"--out={tmp_path / 'made'}", "--device=cpu",
+               "--calibration_rows=20", *flags).stdout
+    rows = {line.split()[0]: line.split()[1:] for line in done.splitlines()[1:]}
+    model, tokenizer = load_model(folder, "cpu")
+    text = text_rows(tiny, tokenizer, 20, 64)
+    forms = q.auto_forms(model, text, 6.0) if method == "auto" else None
+    q.quantize_model(model, "gptq" if method == "auto" else method, calibration=text, forms=forms)
+    linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
+    stored = [m for m in linears if type(m) is not Linear]
+    bits = 8 * sum(map(q.stored_bytes, stored)) / (weights := sum(m.in_features * m.out_features for m in stored))
+    assert rows["together"][:3] == [str(len(stored)), f"{weights:,}", f"{bits:.3f}"] and bits < 8.6
+    ids = text_of(2, 20)
+    assert torch.equal(load_model(tmp_path / "made", "cpu")[0](ids), model(ids))
+
+
+def test_wrong_flags(folder, tiny, tmp_path):
+    def refused(*flags):
+        failed = run(ROOT / "quantize.py", f"--model={folder}", "--device=cpu", *flags, check=False, cwd=tmp_path)
+        assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and not (tmp_path / "out").exists(), failed.stderr
+        return failed.stderr
+    assert "no text to calibrate on: data/tinyworld is not there. Give --calibration=FILE" in refused()
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+    assert "6 tokens of train text are fewer than one row of 64" in refused(f"--calibration={tmp_path / 'short.txt'}")
+    assert "--auto_bits chooses bits and groups" in refused("--auto_bits", "--bits=4")
+    assert "group_size=128 does not divide the 64 columns of layers.0.self_attn.q_proj" in refused("--group_size=128", "--method=rtn")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "cannot write there" in refused(f"--out={tmp_path / 'file' / 'made'}")
+    failed = run(ROOT / "quantize.py", f"--model={tmp_path}", check=False)
+    assert failed.returncode == 1 and failed.stderr.startswith(f"--model={tmp_path}: ") and failed.stderr.count("\n") == 1

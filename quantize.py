@@ -24,7 +24,6 @@ Papers  QLoRA (arXiv:2305.14314), 8-bit dynamic codes (1511.04561), absmax per b
         GPTQ (2210.17323), AWQ (2306.00978), GPTAQ (2504.02692), W8A8 per token (ZeroQuant, 2206.01861)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
-import functools
 import json
 import math
 import shlex
@@ -43,6 +42,8 @@ from model import KVCache, Linear, load_model
 from nanopath import kernels
 from nanopath.calibration import BlockInputs, text_rows, text_for, wide
 from nanopath.flags import Bound, Positive, parse
+from nanopath.nf4 import (DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4, quantize_nf4,  # noqa: F401
+                          restore_absmax)
 from nanopath.run import check_writable
 from nanopath.terminal import find_run
 
@@ -67,7 +68,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NF4: the idea
+# NF4: the idea (nanopath/nf4.py has the same in bytes, fast)
 
 def nf4_slowly(weight, block=64):
     """The values that the weights become, without double quantization. The tests hold quantize_nf4 to it."""
@@ -77,108 +78,6 @@ def nf4_slowly(weight, block=64):
         nearest = (part[:, None] / absmax - codes).abs().argmin(dim=1)
         values.append(codes[nearest] * absmax)
     return torch.cat(values).view(weight.shape)
-
-
-def nf4_codes():
-    """Eight quantiles of the normal distribution above zero, seven below, and zero itself, divided by the largest. So
-    each code stands for about as many weights as any other (QLoRA, section 3; 0.9677083 is its outermost quantile)."""
-    above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n)[:-1].double()).float() for n in (9, 8))
-    codes = torch.cat([-below, torch.zeros(1), above.flip(0)])
-    return codes / codes.max()
-
-
-def dynamic_codes():
-    """256 codes between -1 and 1 for the absmax of blocks: a sign, a power of ten from 1e-6 to 1, and the larger the
-    power, the more steps (1, 2, 4, ... 64) it is divided into; also 0 and 1 (arXiv:1511.04561)."""
-    values = [0.0, 1.0]
-    for power in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** power + 1)
-        middles = 10 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values))
-
-
-NF4_CODES, DYNAMIC_CODES = nf4_codes(), dynamic_codes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# NF4: weight -> bytes -> weight
-
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)                 # what bitsandbytes allows
-AT_ONCE = 2 ** 18  # weights in work at a time: temporary memory is a few megabytes, and stays in the cache
-
-
-def in_blocks(x, block):
-    """(n) -> (blocks, block) in float32; the last block is filled up with zeros."""
-    return F.pad(x.float(), (0, -len(x) % block)).view(-1, block)
-
-
-def nearest_code(x, codes):
-    """The number of the code nearest to each x, as uint8; between two equally near ones the lower."""
-    return torch.bucketize(x, (codes[:-1] + codes[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
-def quantize_nf4(weight, block=64):
-    """weight, n numbers of any shape and float type -> two codes per byte, uint8 ((n + 1) // 2), the first of the two
-    in the high four bits; and the absmax of each block of consecutive weights, float32 (blocks). Raises ValueError for
-    a weight that is not finite."""
-    if block not in BLOCKS:
-        raise ValueError(f"block={block}: choose one of {', '.join(map(str, BLOCKS))}")
-    packed, absmax, table = [], [], NF4_CODES.to(weight.device)
-    for part in weight.detach().flatten().split(AT_ONCE):
-        rows = in_blocks(part, block)
-        largest = rows.abs().amax(dim=1)
-        codes = nearest_code(rows * (1 / largest.clamp(min=1e-38))[:, None], table).view(-1, 2)
-        packed.append(codes[:, 0] << 4 | codes[:, 1])
-        absmax.append(largest)
-    packed, absmax = torch.cat(packed), torch.cat(absmax)
-    if not absmax.isfinite().all():
-        raise ValueError("has a weight that is infinite or not a number: the file is damaged, or training diverged")
-    return packed[:(weight.numel() + 1) // 2], absmax
-
-
-def compress_absmax(absmax):
-    """Double quantization: the absmax of each block takes 8 bits instead of 32, which saves 0.373 bits per weight.
-
-    absmax (blocks) -> number of a dynamic code, uint8 (blocks); scale, float32, one per 256 blocks; offset, float32.
-    absmax is about code * scale + offset. The mean is subtracted first because no absmax is negative: without it the
-    negative codes would not be used.
-    """
-    offset = absmax.mean()
-    rows = in_blocks(absmax - offset, 256)
-    scale = rows.abs().amax(dim=1)
-    x = torch.nan_to_num(rows * (1 / scale)[:, None], nan=-1.0)    # 0 / 0 where all are equal: any code, times 0
-    steps = ((x + 1) * 0.5 * 65535 + 0.5).floor()                  # bitsandbytes on a CPU: the nearest of 65,536 steps
-    codes = nearest_code(steps * 2 / 65535 - 1, DYNAMIC_CODES.to(absmax.device))
-    return codes.flatten()[:len(absmax)], scale, offset
-
-
-def restore_absmax(codes, scale, offset):
-    """The inverse of compress_absmax: float32 (blocks)."""
-    rows = in_blocks(DYNAMIC_CODES.to(codes.device)[codes.int()], 256) * scale[:, None]
-    return rows.flatten()[:len(codes)] + offset
-
-
-@functools.cache
-def code_pairs(device):
-    """For each of the 256 bytes its two codes, as one int64 that holds two float32."""
-    byte = torch.arange(256, device="cpu")
-    return NF4_CODES[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).flatten().to(device)
-
-
-def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block=64):
-    """The weight of this shape: code * absmax of its block, computed in float32.
-
-    A byte is looked up in a table of all 256 pairs of codes. With the two halves unpacked and looked up one by one, the
-    matrix above takes 57 ms instead of 9.
-    """
-    rows = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
-    size = AT_ONCE // block
-    for part, scale, out in zip(packed.split(AT_ONCE // 2), absmax.split(size), rows.split(size)):
-        values = code_pairs(packed.device).index_select(0, part.int()).view(torch.float32)
-        values = values.view(-1, block) if len(values) % block == 0 else in_blocks(values, block)
-        torch.mul(values, scale[:, None], out=out)
-    return rows.flatten()[:shape.numel()].view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,6 +161,7 @@ class NF4Linear(Stored):
 
 INTEGERS = {4: (0, 15), 8: (-127, 127)}                              # smallest and largest integer
 SHRINKS = tuple(1 - step / 20 for step in range(11))               # parts of the range that search_grid tries
+TRIED = (3, 11)                                                    # how many of them: down to 0.9, down to 0.5
 ALPHA = 0.5                                                        # share of GPTAQ's correction that is applied
 
 
@@ -339,7 +239,7 @@ def gptq(weight, hessian, scale, zero, bits, correction=None, block=128):
     dead = H.diagonal() == 0                                       # inputs that are always 0: nothing to repair
     H = H + torch.diag(0.01 * H.diagonal().mean() + dead.to(H.dtype))
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    P = None if correction is None else (ALPHA * correction[order][:, order] @ U.T).triu(1) @ U
+    P = None if correction is None else (correction[order][:, order] @ U.T).triu(1) @ U
     scale, zero, q = scale[:, order // group], zero[:, order // group], torch.empty_like(w)
     for start in range(0, K, block):                               # columns after the block are updated once per block
         end = min(start + block, K)
@@ -355,6 +255,13 @@ def gptq(weight, hessian, scale, zero, bits, correction=None, block=128):
         if P is not None:
             w[:, end:] += part @ P[start:end, end:]
     return torch.empty_like(q).index_copy_(1, order, q)
+
+
+def output_error(weight, rounded, hessian, correction=None):
+    """|X W'^T - X W^T|^2 of each row: e^T H e with e = w' - w. With GPTAQ's correction C, |X W'^T - X~ W^T|^2, except
+    for what no choice of w' changes: e^T H e - 2 w^T C e."""
+    e = rounded - weight
+    return ((e @ hessian - (0 if correction is None else 2 * weight @ correction)) * e).sum(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +309,8 @@ def scale_channels(weights, hessian, magnitude, forms):
         error = 0.0
         for weight, (bits, group) in zip(weights, forms):
             scale, zero = make_grid(weight * s, bits, group)
-            e = from_grid(round_to_grid(weight * s, scale, zero, bits), scale, zero) / s - weight
-            error += ((e @ hessian) * e).sum().item()
+            rounded = from_grid(round_to_grid(weight * s, scale, zero, bits), scale, zero)
+            error += output_error(weight, rounded / s, hessian).sum().item()
         best = min(best, (error, s), key=lambda found: found[0])
     return best[1]
 
@@ -616,15 +523,27 @@ def plan_forms(model, method, bits, group_size):
 
 
 def round_matrix(weight, form, method, sums, search):
-    """(q, scale, zero) of a weight (N, K) by one of the methods of integers."""
+    """(q, scale, zero) of a weight (N, K) by one of the methods of integers.
+
+    What search_grid finds is best for plain rounding, not always after GPTQ's repairs. So several grids are tried, and
+    each row keeps the one that changes its output least. Rows are independent: all are rounded together, N per grid.
+    """
     (bits, group), weight = form, wide(weight)
-    if sums is not None and not sums.hessian.isfinite().all():
+    if sums is None:
+        grid = make_grid(weight, bits, group)
+        return round_to_grid(weight, *grid, bits), *grid
+    if not sums.hessian.isfinite().all():
         raise ValueError("reads an input that is infinite or not a number on the calibration text")
-    searched = sums is not None and (search or method == "awq")
-    grid = search_grid(weight, sums.hessian, bits, group) if searched else make_grid(weight, bits, group)
-    if method in ("gptq", "gptaq"):
-        return gptq(weight, sums.hessian, *grid, bits, sums.correction), *grid
-    return round_to_grid(weight, *grid, bits), *grid
+    grids = [make_grid(weight, bits, group)]
+    if search or method == "awq":
+        grids += [search_grid(weight, sums.hessian, bits, group, SHRINKS[:count]) for count in TRIED]
+    scale, zero = (torch.cat(part) for part in zip(*grids))
+    rows, correction = weight.repeat(len(grids), 1), None if sums.correction is None else ALPHA * sums.correction
+    q = gptq(rows, sums.hessian, scale, zero, bits, correction) if method in ("gptq", "gptaq") else \
+        round_to_grid(rows, scale, zero, bits)
+    error = output_error(rows, from_grid(q, scale, zero), sums.hessian, correction).view(len(grids), -1)
+    best = error.argmin(dim=0) * len(weight) + torch.arange(len(weight), device=weight.device)
+    return q[best], scale[best], zero[best]
 
 
 @torch.no_grad()

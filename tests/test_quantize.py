@@ -14,7 +14,7 @@ import quantize as q
 from bpe import Tokenizer
 from model import GPT, GPTConfig, KVCache, Linear, load_model, save_model
 from nanopath import compare_quantized as table
-from nanopath.calibration import BlockInputs, text_rows
+from nanopath.calibration import BlockInputs, Sums, text_rows
 from sample import generate
 
 FAMILIES = {
@@ -301,7 +301,7 @@ def obq(weight, H, scale, zero, bits, correction=None):
         error = (column - (found[:, i] - z) * s) / inverse[0, 0]
         w[:, rest] -= torch.outer(error, inverse[0, 1:])
         if correction is not None and rest:                        # least squares of w_i (X~_i - X_i) by the columns that are left
-            w[:, rest] += torch.outer(column, torch.linalg.solve(H[rest][:, rest], q.ALPHA * correction[i, rest]))
+            w[:, rest] += torch.outer(column, torch.linalg.solve(H[rest][:, rest], correction[i, rest]))
         left = rest
     return found
 
@@ -315,7 +315,7 @@ def test_gptq_is_its_papers_derivation(bits, group, corrected, block):
     assert (ours != q.round_to_grid(weight, *grid, bits)).double().mean() > 0.1
 
 
-def output_error(weight, found, grid, X, full=None):
+def mean_change(weight, found, grid, X, full=None):
     """Of each row: the mean square of X W'^T - X~ W^T."""
     return (X @ q.from_grid(found, *grid).T - (X if full is None else full) @ weight.T).square().mean(dim=0)
 
@@ -323,7 +323,7 @@ def output_error(weight, found, grid, X, full=None):
 def test_gptq_changes_the_output_less_than_rounding():
     weight, X, _ = problem(64, 256, rows=2000)
     grid = q.make_grid(weight, 4, 64)
-    rtn, ours = (output_error(weight, found, grid, X) for found in (q.round_to_grid(weight, *grid, 4), q.gptq(weight, X.T @ X, *grid, 4)))
+    rtn, ours = (mean_change(weight, found, grid, X) for found in (q.round_to_grid(weight, *grid, 4), q.gptq(weight, X.T @ X, *grid, 4)))
     assert ours.sum() < 0.5 * rtn.sum() and (ours < rtn).double().mean() > 0.9
     e = q.from_grid(q.gptq(weight, X.T @ X, *grid, 4), *grid) - weight
     parts = (e * (e @ (X.T @ X))).mean(dim=0) / len(X)             # what each column adds to the mean error of the output
@@ -348,7 +348,7 @@ def test_dead_columns_are_rounded_to_nearest():
     found = q.gptq(weight, X.T @ X, *grid, 4)
     assert torch.equal(found[:, [3, 40]], q.round_to_grid(weight, *grid, 4)[:, [3, 40]])
     kept = [i for i in range(64) if i not in (3, 40)]
-    assert output_error(weight, found, grid, X).sum() < 0.6 * output_error(weight, q.round_to_grid(weight, *grid, 4), grid, X).sum() and kept
+    assert mean_change(weight, found, grid, X).sum() < 0.6 * mean_change(weight, q.round_to_grid(weight, *grid, 4), grid, X).sum() and kept
     assert torch.equal(q.gptq(weight, torch.zeros(64, 64, dtype=torch.float64), *grid, 4), q.round_to_grid(weight, *grid, 4))
 
 
@@ -356,9 +356,25 @@ def test_dead_columns_are_rounded_to_nearest():
 def test_gptaq_is_nearer_to_the_original_output(seed):
     weight, X, full = problem(64, 128, rows=2000, seed=seed, noise=0.3)
     grid = q.make_grid(weight, 4, 32)
-    plain, ours = (output_error(weight, q.gptq(weight, X.T @ X, *grid, 4, correction), grid, X, full).sum()
+    plain, ours = (mean_change(weight, q.gptq(weight, X.T @ X, *grid, 4, correction), grid, X, full).sum()
                    for correction in (None, (full - X).T @ X))
     assert ours < 0.97 * plain
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq"])
+def test_each_row_keeps_the_best_of_its_grids(method):
+    weight, X, full = problem(24, 64, noise=0.3)
+    weight[:, ::7] *= 4
+    H, correction = X.T @ X, (full - X).T @ X if method == "gptaq" else None
+    target = X + q.ALPHA * (full - X) if method == "gptaq" else X
+    found, scale, zero = q.round_matrix(weight, (4, 32), method, Sums(H, correction, None), True)
+    ours = mean_change(weight, found, (scale, zero), X, target)
+    others = []
+    for grid in [q.make_grid(weight, 4, 32), *(q.search_grid(weight, H, 4, 32, q.SHRINKS[:count]) for count in q.TRIED)]:
+        each = q.round_to_grid(weight, *grid, 4) if method == "rtn" else q.gptq(weight, H, *grid, 4, None if correction is None else q.ALPHA * correction)
+        others.append(mean_change(weight, each, grid, X, target))
+    torch.testing.assert_close(ours, torch.stack(others).amin(dim=0), rtol=1e-9, atol=0)
+    assert method == "rtn" or all((ours < each).any() for each in others)
 
 
 @pytest.mark.parametrize("bits, group", [(4, 16), (4, 64), (8, 64)])

@@ -59,7 +59,7 @@ class Config:
     auto_bits: bool = False      # each matrix in 4, 8 or 16 bits, whichever is worth its bytes
     target_bits: Annotated[float, Bound(4, 16)] = 4.5  # auto_bits: mean bits per weight, scales included
     calibration: str = ""        # folder of a prepared dataset, or a text file; empty: the training text of the model
-    calibration_rows: Positive = 256  # texts of up to 512 tokens that are read from it
+    calibration_rows: Positive = 128  # texts of up to 512 tokens that are read from it
     gguf: Literal["", "F16", "Q8_0", "Q4_0"] = ""  # write a GGUF file of this kind for llama.cpp, and nothing else
     compare: str = ""            # a model: quantize it by every method; one table and one plot
     out: str = ""                # folder (or GGUF file) to write; empty: out/<name of the model>-<method>

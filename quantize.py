@@ -42,8 +42,8 @@ from model import KVCache, Linear, load_model
 from nanopath import kernels
 from nanopath.calibration import BlockInputs, text_rows, text_for, wide
 from nanopath.flags import Bound, Positive, parse
-from nanopath.nf4 import (DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4, quantize_nf4,  # noqa: F401
-                          restore_absmax)
+from nanopath.nf4 import (BLOCKS, DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4,  # noqa: F401
+                          quantize_nf4, restore_absmax)
 from nanopath.run import check_writable
 from nanopath.terminal import find_run
 
@@ -414,8 +414,8 @@ def choose_formats(errors, sizes, budget):
 
 def auto_forms(model, ids, target_bits):
     """{name: (bits, group)} with a mean of at most target_bits per weight. The KL is measured on the first rows of the
-    calibration text, with at most 2^26 logits."""
-    rows = max(1, 2 ** 26 // (ids.shape[1] * model.config.vocab_size))
+    calibration text, at most 4096 tokens and 2^25 logits, because the model runs several times for each matrix."""
+    rows = max(1, min(4096, 2 ** 25 // model.config.vocab_size) // ids.shape[1])
     errors, layers = form_errors(model, ids[:rows]), model.layers
     shapes = {name: layers.get_submodule(name).weight.shape for name in errors}
     sizes = {name: {form: bytes_of(shapes[name], form) for form in found} for name, found in errors.items()}

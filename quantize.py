@@ -307,7 +307,7 @@ def scale_channels(weights, hessian, magnitude, forms):
         s = magnitude.clamp(min=1e-4) ** (step / 20)
         s = s / (s.max() * s.min()).sqrt()
         error = 0.0
-        for weight, (bits, group) in zip(weights, forms):
+        for weight, (bits, group) in ((weight, form) for weight, form in zip(weights, forms) if form[0] < 16):
             scale, zero = make_grid(weight * s, bits, group)
             rounded = from_grid(round_to_grid(weight * s, scale, zero, bits), scale, zero)
             error += output_error(weight, rounded / s, hessian).sum().item()
@@ -345,15 +345,16 @@ def parts_of(block):
 # --auto_bits: what is a matrix's precision worth?
 
 def forms_for(K):
-    """The (bits, columns per scale) that a matrix of K columns can have. 16: it stays as it is."""
+    """The (bits, columns per scale) that a matrix of K columns can have. 16 bits: it stays as it is, 32 in float32."""
     groups = [group for group in (128, 64, 32) if K % group == 0] or [K]
     return [(4, group) for group in groups if K % 2 == 0] + [(8, K), (16, K)]
 
 
 def bytes_of(shape, form):
-    """Bytes of a stored matrix: 4 bits have a scale of 16 bits and a zero of 4 bits per group, 8 bits one of 32."""
+    """Bytes of a rounded matrix in a file. Per group, 4 bits have a scale of 16 bits and a zero of 4; 8 bits a scale
+    of 32."""
     (N, K), (bits, group) = shape, form
-    return N * K * bits / 8 + {4: 2.5, 8: 4, 16: 0}[bits] * N * K / group
+    return N * K * bits / 8 + {4: 2.5, 8: 4}[bits] * N * K / group
 
 
 @torch.no_grad()
@@ -417,10 +418,11 @@ def auto_forms(model, ids, target_bits):
     calibration text, at most 4096 tokens and 2^25 logits, because the model runs several times for each matrix."""
     rows = max(1, min(4096, 2 ** 25 // model.config.vocab_size) // ids.shape[1])
     errors, layers = form_errors(model, ids[:rows]), model.layers
-    shapes = {name: layers.get_submodule(name).weight.shape for name in errors}
-    sizes = {name: {form: bytes_of(shapes[name], form) for form in found} for name, found in errors.items()}
+    weights = {name: layers.get_submodule(name).weight for name in errors}
+    sizes = {name: {form: bytes_of(weights[name].shape, form) if form[0] < 16 else weights[name].nbytes
+                    for form in found} for name, found in errors.items()}
     try:
-        return choose_formats(errors, sizes, target_bits / 8 * sum(shape.numel() for shape in shapes.values()))
+        return choose_formats(errors, sizes, target_bits / 8 * sum(weight.numel() for weight in weights.values()))
     except ValueError as error:
         raise ValueError(f"target_bits={target_bits}: {error}") from None
 

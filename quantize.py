@@ -606,10 +606,11 @@ def size_of(module):
 
 
 def stored_bytes(linear):
-    """Bytes of a Linear's weight in a file, scales included."""
-    if isinstance(linear, QuantLinear):
+    """Bytes of a Linear's weight in a file, scales included. By attributes, because where this file is run, load_model
+    imports it a second time, and its classes are others."""
+    if hasattr(linear, "group"):
         return bytes_of((linear.out_features, linear.in_features), (linear.bits, linear.group))
-    return sum(t.nbytes for t in linear.buffers()) if isinstance(linear, NF4Linear) else linear.weight.nbytes
+    return sum(t.nbytes for t in linear.buffers()) if hasattr(linear, "codes") else linear.weight.nbytes
 
 
 def print_row(kind, matrices, weights, size, error, total):

@@ -570,7 +570,7 @@ def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None,
     if calibration is not None and calibration.shape[1] > model.config.block_size:
         raise ValueError(f"calibration rows of {calibration.shape[1]} tokens exceed the model's block_size of "
                          f"{model.config.block_size}")
-    reads = calibration is not None and method not in ("nf4", "int8", "w8a8")
+    reads = calibration is not None and (method in CALIBRATED or method == "rtn" and search)
     stream = BlockInputs(model, calibration, original=method == "gptaq") if reads else None
     for layer, module in enumerate(model.layers):
         parts, sums = parts_of(module), {}

@@ -290,9 +290,9 @@ def fold(layer, s):
     """Divide the output channels of a norm or a Linear by s."""
     offset = float(getattr(layer, "offset", False))                # the norms of Gemma multiply by 1 + weight
     divide = s[:, None] if layer.weight.dim() == 2 else s
-    layer.weight.copy_((layer.weight.to(s.dtype) + offset) / divide - offset)
+    layer.weight.copy_((wide(layer.weight) + offset) / divide - offset)
     if getattr(layer, "bias", None) is not None:
-        layer.bias.copy_(layer.bias.to(s.dtype) / s)
+        layer.bias.copy_(wide(layer.bias) / s)
 
 
 def scale_channels(weights, hessian, magnitude, forms):
@@ -320,11 +320,11 @@ def fold_block(block, config, sums, forms):
     for layer, names in foldable(block, config):
         read = [part for part in sums if part[0] in names]
         matrices = [block.get_submodule(name) for name in names]
-        s = scale_channels([m.weight.to(sums[read[0]].hessian) for m in matrices], sums[read[0]].hessian,
+        s = scale_channels([wide(m.weight) for m in matrices], sums[read[0]].hessian,
                            sums[read[0]].magnitude, [forms[name] for name in names])
         fold(layer, s)
         for matrix in matrices:
-            matrix.weight.copy_(matrix.weight.to(s) * s)
+            matrix.weight.copy_(wide(matrix.weight) * s)
         for part in read:
             sums[part].hessian /= s[:, None] * s
             sums[part].magnitude /= s

@@ -16,7 +16,9 @@ Run     python quantize.py --model=out/shakespeare                 # GPTQ, 4 bit
         python quantize.py --auto_bits --target_bits=4.5           # each matrix in 4, 8 or 16 bits
         python quantize.py --compare=out/shakespeare               # all methods in one table
         python quantize.py --model=out/shakespeare --gguf=Q8_0     # a file for llama.cpp
-You see for each kind of matrix the bits per weight and the relative error (root mean square); bytes before and after
+You see for each kind of matrix the bits per weight and the relative error (root mean square); bytes before and after.
+        The tiny world's model of train.py, 0.9 million weights, 2026-11-26, KL to the original in 1e-3 nats per token:
+        rtn 1.62, with search 1.06, awq 0.83, nf4 0.51, gptq 0.23, gptaq 0.22; int8 0.004, w8a8 0.027; 3 to 9 s.
 Reads   a model folder, and for gptq, gptaq and awq a text to calibrate on
 Writes  <out>/, a model folder that load_model, transformers and vLLM open
 Next    python evaluate.py --model=<out>

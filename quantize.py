@@ -1,56 +1,76 @@
 """
-A model in a fraction of its bytes: what NF4, the 4-bit storage of QLoRA, saves and how exact it is. Nothing is written.
+A model in a fraction of its bytes: matrices rounded to 8 or 4 bits, and six ways to choose what each weight becomes.
 
-    weights (out, in) -> blocks of 64 -> each block divided by its largest magnitude (absmax) -> nearest of 16 codes
+    weights (out, in) -> groups of columns, each with a scale -> integers; what a rounding spoils, later ones can repair
 
-    nf4_slowly          the whole idea: what a weight becomes, block by block
-    NF4_CODES           the 16 codes: quantiles of a normal distribution, because trained weights are nearly normal
-    quantize_nf4, compress_absmax, dequantize_nf4     weight -> bytes -> weight, equal to bitsandbytes' bit for bit
-    NF4Linear           a frozen Linear that holds these bytes; quantize_model replaces each Linear inside the layers
+    nf4_slowly, NF4Linear      NF4, the 4-bit storage of QLoRA: 16 codes at the quantiles of a normal distribution
+    make_grid, round_to_grid   int8 per row, int4 per group: the plain rounding that every other method starts from
+    search_grid                a smaller range clips the largest weights, and rounds all others more finely
+    gptq                       column by column, the columns that follow make up for the error (with GPTAQ's correction)
+    scale_channels             AWQ: columns that read large inputs are rounded more finely
+    choose_formats             --auto_bits: each matrix its own number of bits, from one price for a byte
+    quantize_model             block by block: run the calibration text, round the matrices, go to the next block
 
-Run     python quantize.py --model=OWNER/NAME                      # a folder, a GGUF file, or a model on the Hub
+Run     python quantize.py --model=out/shakespeare                 # GPTQ, 4 bits; calibrated on its training text
+        python quantize.py --model=OWNER/NAME --method=gptaq --calibration=FILE
+        python quantize.py --auto_bits --target_bits=4.5           # each matrix in 4, 8 or 16 bits
+        python quantize.py --compare=out/shakespeare               # all methods in one table
+        python quantize.py --model=out/shakespeare --gguf=Q8_0     # a file for llama.cpp
 You see for each kind of matrix the bits per weight and the relative error (root mean square); bytes before and after.
-        SmolLM2-135M, all of it, the embedding included: 538 MB in float32 -> 168 MB, 269 MB in bfloat16 -> 112 MB, in
-        3.4 s. Its matrices: 4.127 bits per weight, 9.4 % error; loss on WikiText-2 3.052 -> 3.238. Bytes for one
-        training step with everything frozen and activations in bfloat16, 64 tokens: the model 538 -> 168 MB, and what
-        is kept for the backward pass 317 -> 105 MB
-Next    python evaluate.py --model=OWNER/NAME                      # the loss before quantization
-Papers  QLoRA (arXiv:2305.14314), 8-bit dynamic codes (1511.04561), absmax per block (2110.02861)
-
-Time on one core, 2026-11-26, a matrix of 9216 x 768: quantized in 171 ms (bitsandbytes 0.50.2: 189), dequantized in
-9 ms (bitsandbytes, in C: 2 to 4). Forward and backward pass in bfloat16, NF4Linear / Linear: 44 / 27 ms for 512 tokens,
-148 / 123 ms for 2048.
+        The tiny world's model of train.py, 0.9 million weights, 2026-11-26, KL to the original in 1e-3 nats per token:
+        rtn 1.62, with search 1.06, awq 0.83, nf4 0.51, gptq 0.23, gptaq 0.22; int8 0.004, w8a8 0.027; 3 to 9 s.
+Reads   a model folder, and for gptq, gptaq and awq a text to calibrate on
+Writes  <out>/, a model folder that load_model, transformers and vLLM open
+Next    python evaluate.py --model=<out>
+Papers  QLoRA (arXiv:2305.14314), 8-bit dynamic codes (1511.04561), absmax per block (2110.02861), OBQ (2208.11580),
+        GPTQ (2210.17323), AWQ (2306.00978), GPTAQ (2504.02692), W8A8 per token (ZeroQuant, 2206.01861)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
-import functools
+import json
+import math
 import shlex
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear, load_model
+from model import KVCache, Linear, load_model
 from nanopath import kernels
-from nanopath.flags import parse
+from nanopath.calibration import BlockInputs, text_rows, text_for, wide
+from nanopath.flags import Bound, Positive, parse
+from nanopath.nf4 import (BLOCKS, DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4,  # noqa: F401
+                          quantize_nf4, restore_absmax)
+from nanopath.run import check_writable
 from nanopath.terminal import find_run
 
 
 @dataclass
 class Config:
     model: str = ""              # model folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
-    method: Literal["nf4"] = "nf4"  # how the matrices inside the layers are stored
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share an absmax
+    method: Literal["int8", "w8a8", "nf4", "rtn", "awq", "gptq", "gptaq"] = "gptq"  # how the matrices are rounded
+    bits: Literal[0, 4, 8] = 0   # of rtn, awq, gptq and gptaq; 0: 4
+    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides, else whole rows
+    search: bool = True          # rtn, gptq, gptaq: search the scales on the calibration text (awq always does)
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # nf4: weights that share an absmax
+    auto_bits: bool = False      # each matrix in 4, 8 or 16 bits, whichever is worth its bytes
+    target_bits: Annotated[float, Bound(4, 16)] = 4.5  # auto_bits: mean bits per weight, scales included
+    calibration: str = ""        # folder of a prepared dataset, or a text file; empty: the training text of the model
+    calibration_rows: Positive = 128  # texts of up to 512 tokens that are read from it
+    gguf: Literal["", "F16", "Q8_0", "Q4_0"] = ""  # write a GGUF file of this kind for llama.cpp, and nothing else
+    compare: str = ""            # a model: quantize it by every method; one table and one plot
+    out: str = ""                # folder (or GGUF file) to write; empty: out/<name of the model>-<method>
     device: str = "auto"         # auto, cpu, cuda, mps
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights before, and of those that are not quantized
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NF4: the idea
+# NF4: the idea (nanopath/nf4.py has the same in bytes, fast)
 
 def nf4_slowly(weight, block=64):
     """The values that the weights become, without double quantization. The tests hold quantize_nf4 to it."""
@@ -62,110 +82,19 @@ def nf4_slowly(weight, block=64):
     return torch.cat(values).view(weight.shape)
 
 
-def nf4_codes():
-    """Eight quantiles of the normal distribution above zero, seven below, and zero itself, divided by the largest. So
-    each code stands for about as many weights as any other (QLoRA, section 3; 0.9677083 is its outermost quantile)."""
-    above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n)[:-1].double()).float() for n in (9, 8))
-    codes = torch.cat([-below, torch.zeros(1), above.flip(0)])
-    return codes / codes.max()
-
-
-def dynamic_codes():
-    """256 codes between -1 and 1 for the absmax of blocks: a sign, a power of ten from 1e-6 to 1, and the larger the
-    power, the more steps (1, 2, 4, ... 64) it is divided into; also 0 and 1 (arXiv:1511.04561)."""
-    values = [0.0, 1.0]
-    for power in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** power + 1)
-        middles = 10 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values))
-
-
-NF4_CODES, DYNAMIC_CODES = nf4_codes(), dynamic_codes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# NF4: weight -> bytes -> weight
-
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)                 # what bitsandbytes allows
-AT_ONCE = 2 ** 18  # weights in work at a time: temporary memory is a few megabytes, and stays in the cache
-
-
-def in_blocks(x, block):
-    """(n) -> (blocks, block) in float32; the last block is filled up with zeros."""
-    return F.pad(x.float(), (0, -len(x) % block)).view(-1, block)
-
-
-def nearest_code(x, codes):
-    """The number of the code nearest to each x, as uint8; between two equally near ones the lower."""
-    return torch.bucketize(x, (codes[:-1] + codes[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
-def quantize_nf4(weight, block=64):
-    """weight, n numbers of any shape and float type -> two codes per byte, uint8 ((n + 1) // 2), the first of the two
-    in the high four bits; and the absmax of each block of consecutive weights, float32 (blocks). Raises ValueError for
-    a weight that is not finite."""
-    if block not in BLOCKS:
-        raise ValueError(f"block={block}: choose one of {', '.join(map(str, BLOCKS))}")
-    packed, absmax, table = [], [], NF4_CODES.to(weight.device)
-    for part in weight.detach().flatten().split(AT_ONCE):
-        rows = in_blocks(part, block)
-        largest = rows.abs().amax(dim=1)
-        codes = nearest_code(rows * (1 / largest.clamp(min=1e-38))[:, None], table).view(-1, 2)
-        packed.append(codes[:, 0] << 4 | codes[:, 1])
-        absmax.append(largest)
-    packed, absmax = torch.cat(packed), torch.cat(absmax)
-    if not absmax.isfinite().all():
-        raise ValueError("has a weight that is infinite or not a number: the file is damaged, or training diverged")
-    return packed[:(weight.numel() + 1) // 2], absmax
-
-
-def compress_absmax(absmax):
-    """Double quantization: the absmax of each block takes 8 bits instead of 32, which saves 0.373 bits per weight.
-
-    absmax (blocks) -> number of a dynamic code, uint8 (blocks); scale, float32, one per 256 blocks; offset, float32.
-    absmax is about code * scale + offset. The mean is subtracted first because no absmax is negative: without it the
-    negative codes would not be used.
-    """
-    offset = absmax.mean()
-    rows = in_blocks(absmax - offset, 256)
-    scale = rows.abs().amax(dim=1)
-    x = torch.nan_to_num(rows * (1 / scale)[:, None], nan=-1.0)    # 0 / 0 where all are equal: any code, times 0
-    steps = ((x + 1) * 0.5 * 65535 + 0.5).floor()                  # bitsandbytes on a CPU: the nearest of 65,536 steps
-    codes = nearest_code(steps * 2 / 65535 - 1, DYNAMIC_CODES.to(absmax.device))
-    return codes.flatten()[:len(absmax)], scale, offset
-
-
-def restore_absmax(codes, scale, offset):
-    """The inverse of compress_absmax: float32 (blocks)."""
-    rows = in_blocks(DYNAMIC_CODES.to(codes.device)[codes.int()], 256) * scale[:, None]
-    return rows.flatten()[:len(codes)] + offset
-
-
-@functools.cache
-def code_pairs(device):
-    """For each of the 256 bytes its two codes, as one int64 that holds two float32."""
-    byte = torch.arange(256, device="cpu")
-    return NF4_CODES[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).flatten().to(device)
-
-
-def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block=64):
-    """The weight of this shape: code * absmax of its block, computed in float32.
-
-    A byte is looked up in a table of all 256 pairs of codes. With the two halves unpacked and looked up one by one, the
-    matrix above takes 57 ms instead of 9.
-    """
-    rows = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
-    size = AT_ONCE // block
-    for part, scale, out in zip(packed.split(AT_ONCE // 2), absmax.split(size), rows.split(size)):
-        values = code_pairs(packed.device).index_select(0, part.int()).view(torch.float32)
-        values = values.view(-1, block) if len(values) % block == 0 else in_blocks(values, block)
-        torch.mul(values, scale[:, None], out=out)
-    return rows.flatten()[:shape.numel()].view(shape)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # NF4: the layer
+
+class Stored(Linear):
+    """A frozen Linear without a weight: it is computed from buffers, of which those named in `exact` keep their 32 bits
+    when .to, .cuda or .bfloat16 move the others."""
+    exact = ("scale",)
+
+    def _apply(self, fn, recurse=True):
+        kept = [getattr(self, name) for name in self.exact]
+        return super()._apply(lambda t: fn(t.view(torch.int32)).view(torch.float32) if any(t is k for k in kept)
+                              else fn(t), recurse)
+
 
 class NF4Product(torch.autograd.Function):
     """y = x W^T + b, dx = dy W, where W exists only during each of the two products. Autograd would keep W, in the
@@ -181,12 +110,14 @@ class NF4Product(torch.autograd.Function):
         return dy @ ctx.linear.dequantize(dy.dtype), None
 
 
-class NF4Linear(Linear):
+class NF4Linear(Stored):
     """A frozen Linear whose weight is stored as NF4 with double quantization: 4.127 bits per weight in blocks of 64.
 
     codes (n / 2), absmax (blocks): uint8; scale (blocks / 256), offset (): float32. They are buffers, so state_dict
     holds them and no optimizer finds them. `weight` is computed at each access.
     """
+    exact = ("scale", "offset")
+
     def __init__(self, in_features, out_features, bias=True, block=64, device=None):
         nn.Module.__init__(self)                                   # not nn.Linear's, which allocates a weight
         self.in_features, self.out_features, self.block = in_features, out_features, block
@@ -226,17 +157,282 @@ class NF4Linear(Linear):
         for name in ("codes", "absmax", "scale", "offset"):
             setattr(self, name, getattr(self, name).to("meta"))
 
-    def _apply(self, fn, recurse=True):
-        """What .to, .cuda, .bfloat16 call for each tensor. scale and offset pass as int32: moved, but never rounded."""
-        def move(t):
-            exact = t is self.scale or t is self.offset
-            return fn(t.view(torch.int32)).view(torch.float32) if exact else fn(t)
-        return super()._apply(move, recurse)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers: a grid for every group of weights, and the nearest point on it
+
+INTEGERS = {4: (0, 15), 8: (-127, 127)}                              # smallest and largest integer
+SHRINKS = tuple(1 - step / 20 for step in range(11))               # parts of the range that search_grid tries
+TRIED = (3, 11)                                                    # how many of them: down to 0.9, down to 0.5
+ALPHA = 0.5                                                        # share of GPTAQ's correction that is applied
+
+
+def make_grid(weight, bits, group, shrink=1.0):
+    """The grid of each `group` consecutive columns of a row. weight (N, K) -> scale, zero (N, K / group).
+
+        w = (q - zero) * scale     4 bits: scale = (max - min) / 15, zero = the integer nearest to -min / scale
+                                   8 bits: scale = max |w| / 127, zero = 0
+
+    0 is always a point of the grid. shrink: cover only this part of the range; larger weights are clipped. The scales
+    of 4 bits are rounded to bfloat16 before the weights are rounded, so storing them in 16 bits costs nothing.
+    """
+    rows = weight.unflatten(1, (-1, group))
+    if bits == 8:
+        scale = rows.abs().amax(dim=-1) * shrink / 127
+        return torch.where(scale == 0, 1, scale.float().to(weight.dtype)), torch.zeros_like(scale)
+    low, high = rows.amin(dim=-1).clamp(max=0) * shrink, rows.amax(dim=-1).clamp(min=0) * shrink
+    scale = ((high - low) / 15).to(torch.bfloat16).to(weight.dtype)
+    scale = torch.where(scale == 0, 1, scale)                      # a group of zeros
+    return scale, (-low / scale).round().clamp(0, 15)
+
+
+def round_to_grid(weight, scale, zero, bits):
+    """The nearest integers q = weight / scale + zero, as floats (N, K). This is round to nearest, RTN."""
+    rows = weight.unflatten(1, (scale.shape[1], -1)) / scale[..., None] + zero[..., None]
+    return rows.round().clamp(*INTEGERS[bits]).flatten(1)
+
+
+def from_grid(q, scale, zero):
+    """The weights (q - zero) * scale that integers q (N, K) stand for."""
+    return ((q.unflatten(1, (scale.shape[1], -1)) - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def search_grid(weight, hessian, bits, group, shrinks=SHRINKS):
+    """make_grid with the best shrink for each row and group: the one that changes the group's part of the output least
+    (AWQ's clipping, section 4). With X the inputs of the group, H = X^T X and e = w' - w, that change is
+
+        |X e|^2 = e^T H e
+    """
+    n, best = weight.shape[1] // group, None
+    H = torch.stack([hessian[i:i + group, i:i + group] for i in range(0, n * group, group)])     # (groups, G, G)
+    for shrink in shrinks:
+        scale, zero = make_grid(weight, bits, group, shrink)
+        e = (from_grid(round_to_grid(weight, scale, zero, bits), scale, zero) - weight).unflatten(1, (n, group))
+        e = e.transpose(0, 1)                                                                    # (groups, N, G)
+        found = ((e @ H) * e).sum(dim=-1).T, scale, zero
+        better = None if best is None else found[0] < best[0]
+        best = found if best is None else tuple(torch.where(better, a, b) for a, b in zip(found, best))
+    return best[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPTQ and GPTAQ: what rounding one column spoils, the columns after it repair
+
+def gptq(weight, hessian, scale, zero, bits, correction=None, block=128):
+    """Integers (N, K) for a given grid, rounded one column at a time (arXiv:2210.17323). H = X^T X of the inputs X.
+
+    The error of column i is spread over the columns j > i that are still free, so that X W^T changes least (OBQ,
+    equation 2, where H^-1 is the inverse for the columns from i on):
+
+        err = (w_i - w'_i) / [H^-1]_ii,    w_j -= err * [H^-1]_ij
+
+    These rows of all the inverses are those of one upper Cholesky factor U, H^-1 = U^T U, divided by U_ii. Columns go
+    from the largest H_ii to the smallest (act-order): the important ones are rounded while most others can still be
+    changed. The grids were fixed before (static groups), so the order need not be stored.
+
+    correction: GPTAQ (arXiv:2504.02692). The inputs X come from blocks that are quantized already; X~ are those of the
+    original model, and correction = (X~ - X)^T X. Matching the original output W X~ adds, for each rounded column,
+
+        w_j += w_i * P_ij,    P = ((correction U^T), only above the diagonal) U
+    """
+    K, group = weight.shape[1], weight.shape[1] // scale.shape[1]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    w, H = weight[:, order].clone(), hessian[order][:, order]
+    dead = H.diagonal() == 0                                       # inputs that are always 0: nothing to repair
+    H = H + torch.diag(0.01 * H.diagonal().mean() + dead.to(H.dtype))
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    P = None if correction is None else (correction[order][:, order] @ U.T).triu(1) @ U
+    scale, zero, q = scale[:, order // group], zero[:, order // group], torch.empty_like(w)
+    for start in range(0, K, block):                               # columns after the block are updated once per block
+        end = min(start + block, K)
+        part, errors = w[:, start:end], torch.zeros_like(w[:, start:end])
+        for i in range(start, end):
+            column = w[:, i]
+            q[:, i] = (column / scale[:, i] + zero[:, i]).round().clamp(*INTEGERS[bits])
+            error = errors[:, i - start] = (column - (q[:, i] - zero[:, i]) * scale[:, i]) / U[i, i]
+            w[:, i + 1:end] -= error[:, None] * U[i, i + 1:end]
+            if P is not None:
+                w[:, i + 1:end] += column[:, None] * P[i, i + 1:end]
+        w[:, end:] -= errors @ U[start:end, end:]
+        if P is not None:
+            w[:, end:] += part @ P[start:end, end:]
+    return torch.empty_like(q).index_copy_(1, order, q)
+
+
+def output_error(weight, rounded, hessian, correction=None):
+    """|X W'^T - X W^T|^2 of each row: e^T H e with e = w' - w. With GPTAQ's correction C, |X W'^T - X~ W^T|^2, except
+    for what no choice of w' changes: e^T H e - 2 w^T C e."""
+    e = rounded - weight
+    return ((e @ hessian - (0 if correction is None else 2 * weight @ correction)) * e).sum(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AWQ: multiply the columns that matter, divide what feeds them
+
+def foldable(block, config):
+    """[(a layer, the matrices that read its output)]. Dividing channel c of the layer by s_c and multiplying column c
+    of the matrices by s_c changes nothing, where nothing but a product lies between them.
+
+    The norms feed q, k, v and the MLP. `up` feeds `down` where a gate has the activation. v feeds o, but with grouped
+    queries several columns of o would need one s. Never q and k: a norm and RoPE follow them.
+    """
+    attention, mlp = [f"self_attn.{name}_proj" for name in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]
+    mlp = mlp if config.gated else mlp[1:]
+    found = [(block.mlp.up_proj, ["mlp.down_proj"])] if config.gated else []
+    if config.n_head == config.n_kv_head:
+        found.append((block.self_attn.v_proj, ["self_attn.o_proj"]))
+    if block.parallel == 1:
+        return [*found, (block.input_layernorm, attention + mlp)]
+    norm = block.post_attention_layernorm if block.place == "pre" else block.pre_feedforward_layernorm
+    found += [(block.input_layernorm, attention), (norm, mlp)]
+    return [(layer, names) for layer, names in found if not isinstance(layer, nn.Identity)]
+
+
+def fold(layer, s):
+    """Divide the output channels of a norm or a Linear by s."""
+    offset = float(getattr(layer, "offset", False))                # the norms of Gemma multiply by 1 + weight
+    divide = s[:, None] if layer.weight.dim() == 2 else s
+    layer.weight.copy_((wide(layer.weight) + offset) / divide - offset)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.copy_(wide(layer.bias) / s)
+
+
+def scale_channels(weights, hessian, magnitude, forms):
+    """AWQ's factors s (K) for matrices that read the same inputs (arXiv:2306.00978, equations 4 and 5):
+
+        s = mean|x|^a,    a = the one of 0, 0.05, ... 0.95 with the least |Q(W s) / s X - W X|^2
+
+    weights: list of (N, K); magnitude: mean |x| of each channel; forms: (bits, group) of each matrix.
+    """
+    best = math.inf, None
+    for step in range(20):
+        s = magnitude.clamp(min=1e-4) ** (step / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        error = 0.0
+        for weight, (bits, group) in ((weight, form) for weight, form in zip(weights, forms) if form[0] < 16):
+            scale, zero = make_grid(weight * s, bits, group)
+            rounded = from_grid(round_to_grid(weight * s, scale, zero, bits), scale, zero)
+            error += output_error(weight, rounded / s, hessian).sum().item()
+        best = min(best, (error, s), key=lambda found: found[0])
+    return best[1]
+
+
+def fold_block(block, config, sums, forms):
+    """Search and fold AWQ's factors into a block. sums: {names of matrices: Sums of their inputs}, which follow."""
+    for layer, names in foldable(block, config):
+        read = [part for part in sums if part[0] in names]
+        matrices = [block.get_submodule(name) for name in names]
+        s = scale_channels([wide(m.weight) for m in matrices], sums[read[0]].hessian,
+                           sums[read[0]].magnitude, [forms[name] for name in names])
+        fold(layer, s)
+        for matrix in matrices:
+            matrix.weight.copy_(wide(matrix.weight) * s)
+        for part in read:
+            sums[part].hessian /= s[:, None] * s
+            sums[part].magnitude /= s
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrices of a block
+
+def parts_of(block):
+    """The names of a block's matrices, in the order of the forward pass; those of a part read the same input."""
+    names = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    there = {name for name, module in block.named_modules() if isinstance(module, Linear)}
+    return [tuple(name for name in part if name in there) for part in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --auto_bits: what is a matrix's precision worth?
+
+def forms_for(K):
+    """The (bits, columns per scale) that a matrix of K columns can have. 16 bits: it stays as it is, 32 in float32."""
+    groups = [group for group in (128, 64, 32) if K % group == 0] or [K]
+    return [(4, group) for group in groups if K % 2 == 0] + [(8, K), (16, K)]
+
+
+def bytes_of(shape, form):
+    """Bytes of a rounded matrix in a file. Per group, 4 bits have a scale of 16 bits and a zero of 4; 8 bits a scale
+    of 32."""
+    (N, K), (bits, group) = shape, form
+    return N * K * bits / 8 + {4: 2.5, 8: 4}[bits] * N * K / group
+
+
+@torch.no_grad()
+def form_errors(model, ids):
+    """{name of a matrix: {form: error}}, where the error is the mean over the calibration tokens of
+
+        KL(p || p') = sum p (log p - log p'),    p' from the model in which only this matrix is rounded to nearest
+    """
+    stream, errors = BlockInputs(model, ids), {}
+
+    def logprobs(x, layer):
+        for block in model.layers[layer:]:
+            x = block(x, *stream.rest)
+        return model.logits(model.norm(x)).flatten(0, 1).log_softmax(dim=-1)
+
+    p = logprobs(stream.x, 0)
+    for layer, block in enumerate(model.layers):
+        for name in sum(parts_of(block), ()):
+            matrix, found = block.get_submodule(name), {}
+            weight = matrix.weight.data
+            for bits, group in forms_for(weight.shape[1]):
+                if bits < 16:
+                    scale, zero = make_grid(weight.float(), bits, group)
+                    q = round_to_grid(weight.float(), scale, zero, bits)
+                    matrix.weight.data = from_grid(q, scale, zero).to(weight.dtype)
+                    found[bits, group] = F.kl_div(logprobs(stream.x, layer), p, log_target=True,
+                                                  reduction="sum").item() / len(p)
+                    matrix.weight.data = weight
+            errors[f"{layer}.{name}"] = found | {(16, weight.shape[1]): 0.0}
+        stream.advance(block)
+    return errors
+
+
+def choose_formats(errors, sizes, budget):
+    """The form of each matrix, so that the sum of errors is small and the sum of sizes at most `budget`.
+
+    errors, sizes: {name: {form: number}}. With a price for each byte (a Lagrange multiplier), every matrix chooses
+    alone: the form with the least error + price * size. No other choice of the same total size has a smaller total
+    error (Everett 1963). The right price is the lowest that keeps within the budget; bisection finds it.
+    """
+    def choice(price):
+        return {name: min(found, key=lambda form: (found[form] + price * sizes[name][form], sizes[name][form]))
+                for name, found in errors.items()}
+
+    def total(chosen):
+        return sum(sizes[name][form] for name, form in chosen.items())
+    low, high = 0.0, 1e-12
+    while total(choice(high)) > budget:
+        low, high = high, high * 2
+        if high > 1e30:
+            least = sum(min(found.values()) for found in sizes.values())
+            raise ValueError(f"{budget:,.0f} bytes are too few: the smallest formats need {least:,.0f}")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total(choice(middle)) <= budget else (middle, high)
+    return choice(high)
+
+
+def auto_forms(model, ids, target_bits):
+    """{name: (bits, group)} with a mean of at most target_bits per weight. The KL is measured on the first rows of the
+    calibration text, at most 4096 tokens and 2^25 logits, because the model runs several times for each matrix."""
+    rows = max(1, min(4096, 2 ** 25 // model.config.vocab_size) // ids.shape[1])
+    errors, layers = form_errors(model, ids[:rows]), model.layers
+    weights = {name: layers.get_submodule(name).weight for name in errors}
+    sizes = {name: {form: bytes_of(weights[name].shape, form) if form[0] < 16 else weights[name].nbytes
+                    for form in found} for name, found in errors.items()}
+    try:
+        return choose_formats(errors, sizes, target_bits / 8 * sum(weight.numel() for weight in weights.values()))
+    except ValueError as error:
+        raise ValueError(f"target_bits={target_bits}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Integers: the layer
 
+<<<<<<< HEAD
 def round_to_grid(weight, scale, zero, bits):
     """The integer nearest to weight / scale + zero, within what `bits` can hold: -127 to 127, with a zero 0 to 2^b - 1.
     weight (N, K); scale, zero (N, groups), each for K / groups columns in a row. Returns float (N, K)."""
@@ -244,9 +440,15 @@ def round_to_grid(weight, scale, zero, bits):
     rows = rows if zero is None else rows + zero[..., None]
     low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if zero is None else (0, 2 ** bits - 1)
     return rows.round().clamp(low, high).flatten(1)
+=======
+def round_tokens(x):
+    """Activations as int8 would store them, with one scale per token: the A8 of W8A8."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / 127
+    return (x / scale).round() * scale
+>>>>>>> h-q1
 
 
-class QuantLinear(Linear):
+class QuantLinear(Stored):
     """A frozen Linear whose weight is w = (q - zero) * scale, with one scale and one zero per `group` columns of a row.
 
     bits 8: q int8 (N, K), zero is None.   bits 4: q uint8 (N, K / 2), two columns in a byte, the even one in its low
@@ -262,6 +464,17 @@ class QuantLinear(Linear):
         self.register_buffer("zero", zero)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    @classmethod
+    def store(cls, linear, q, scale, zero, bits, act_bits=0):
+        """The QuantLinear of a Linear, from integers and a grid as floats, on the Linear's device."""
+        device = linear.weight.device
+        if bits == 4:
+            q, zero = q.byte(), zero.byte().to(device)
+            q = q[:, ::2] | q[:, 1::2] << 4
+        else:
+            q, zero = q.to(torch.int8), None
+        return cls(q.to(device), scale.float().to(device), zero, linear.bias, bits, act_bits).train(linear.training)
+
     def dequantize(self, dtype=torch.float32):
         q = self.q if self.bits == 8 else torch.stack([self.q & 15, self.q >> 4], dim=-1).flatten(1)
         q = q.unflatten(1, (self.scale.shape[1], -1)).float()
@@ -272,35 +485,128 @@ class QuantLinear(Linear):
     def weight(self):
         return self.dequantize()
 
+    def forward(self, x):
+        x = round_tokens(x) if self.act_bits else x
+        return NF4Product.apply(x, self) if self.packed is None else super().forward(x)
 
-def quantize_model(model, method="nf4", block=64, on_matrix=None):
-    """Replace every Linear inside model.layers, one at a time, so that peak memory is the model plus one matrix.
-    Returns the same model. Embedding, output head and norms stay. on_matrix(name, old, new) is called for each matrix.
+    def pack(self, dtype):
+        self.packed = kernels.pack_weight(self.dequantize(dtype))
 
-    Raises ValueError where the model is quantized already, packed, or a mixture of experts; and naming the first matrix
-    with a weight that is not finite (those before it are then quantized: load the model again).
-    """
-    if method != "nf4":
-        raise ValueError(f"method={method}: choose one of nf4")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+BITS_OF = {"int8": 8, "w8a8": 8, "nf4": 4, "rtn": 4, "awq": 4, "gptq": 4, "gptaq": 4}            # bits, where not given
+CALIBRATED = ("awq", "gptq", "gptaq")
+
+
+def choose_form(K, bits, group_size, name):
+    """(bits, columns per scale) of a matrix of K columns."""
+    if bits == 8:
+        return 8, K
+    if K % 2:
+        raise ValueError(f"{name} has {K} columns, and 4 bits need an even number: use int8")
+    if group_size and K % group_size:
+        raise ValueError(f"group_size={group_size} does not divide the {K} columns of {name}: choose another of 32, "
+                         "64, 128, or 0 for the largest that does, else whole rows")
+    return 4, group_size or next((group for group in (128, 64, 32) if K % group == 0), K)
+
+
+def plan_forms(model, method, bits, group_size):
+    """{name: (bits, group)} of all matrices; ValueError where they cannot be quantized so. Nothing is changed yet."""
+    if method not in BITS_OF:
+        raise ValueError(f"method={method}: choose one of {', '.join(BITS_OF)}")
+    if bits and (method in ("int8", "w8a8", "nf4") and bits != BITS_OF[method] or bits not in (4, 8)):
+        raise ValueError(f"bits={bits} with method={method}: int8 and w8a8 have 8, nf4 has 4, the others 4 or 8")
+    if group_size not in (0, 32, 64, 128):
+        raise ValueError(f"group_size={group_size}: choose one of 32, 64, 128, or 0 for the largest that divides")
+    if group_size and (method == "nf4" or (bits or BITS_OF[method]) == 8):
+        raise ValueError(f"group_size={group_size}: only 4-bit integers have groups; nf4 has block, 8 bits whole rows")
     if model.config.n_expert:
         raise ValueError("a mixture of experts cannot be quantized: its experts' weights are multiplied all at once")
     linears = [(name, module) for name, module in model.layers.named_modules() if isinstance(module, Linear)]
     if odd := [name for name, module in linears if type(module) is not Linear or module.packed is not None]:
         raise ValueError(f"layers.{odd[0]} is quantized, packed or adapted already: load the model again and quantize "
                          "it first")
-    names = [name for name, _ in linears]
-    del linears                                                    # so that each old weight is freed when replaced
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        parent = model.layers.get_submodule(parent)
-        old = getattr(parent, child)
-        try:
-            new = NF4Linear.quantize(old, block)
-        except ValueError as error:
-            raise ValueError(f"layers.{name}.weight {error}") from None
-        if on_matrix:
-            on_matrix(name, old, new)
-        setattr(parent, child, new)
+    for name, module in linears:
+        if not module.weight.isfinite().all():
+            raise ValueError(f"layers.{name}.weight has a weight that is infinite or not a number: the file is "
+                             "damaged, or training diverged")
+    return {name: choose_form(module.in_features, bits or BITS_OF[method], group_size, f"layers.{name}")
+            for name, module in linears if method != "nf4"}
+
+
+def round_matrix(weight, form, method, sums, search):
+    """(q, scale, zero) of a weight (N, K) by one of the methods of integers.
+
+    What search_grid finds is best for plain rounding, not always after GPTQ's repairs. So several grids are tried, and
+    each row keeps the one that changes its output least. Rows are independent: all are rounded together, N per grid.
+    """
+    (bits, group), weight = form, wide(weight)
+    if sums is None:
+        grid = make_grid(weight, bits, group)
+        return round_to_grid(weight, *grid, bits), *grid
+    if not sums.hessian.isfinite().all():
+        raise ValueError("reads an input that is infinite or not a number on the calibration text")
+    grids = [make_grid(weight, bits, group)]
+    if search or method == "awq":
+        grids += [search_grid(weight, sums.hessian, bits, group, SHRINKS[:count]) for count in TRIED]
+    scale, zero = (torch.cat(part) for part in zip(*grids))
+    rows, correction = weight.repeat(len(grids), 1), None if sums.correction is None else ALPHA * sums.correction
+    q = gptq(rows, sums.hessian, scale, zero, bits, correction) if method in ("gptq", "gptaq") else \
+        round_to_grid(rows, scale, zero, bits)
+    error = output_error(rows, from_grid(q, scale, zero), sums.hessian, correction).view(len(grids), -1)
+    best = error.argmin(dim=0) * len(weight) + torch.arange(len(weight), device=weight.device)
+    return q[best], scale[best], zero[best]
+
+
+@torch.no_grad()
+def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None, search=True, forms=None, block=64,
+                   on_matrix=None):
+    """Replace every Linear inside model.layers. Returns the same model. Embedding, output head and norms stay (AWQ
+    divides norms). Blocks are quantized in order, each from the inputs that the quantized blocks before it produce.
+
+    method          int8, w8a8, nf4, rtn, awq, gptq, gptaq      bits, group_size    0: the default of the method
+    calibration     ids (rows, T). Needed for awq, gptq and gptaq; the others search no scales without it
+    search          search_grid instead of make_grid for rtn, gptq and gptaq
+    forms           {name: (bits, group)} for each matrix, from auto_forms; 16 bits: it stays
+    block           weights per absmax of nf4                   on_matrix(name, old, new) is called for each matrix
+
+    Peak memory: the model, one matrix and, with calibration, the hidden states of its text and X^T X for one block.
+    Raises ValueError, before anything is changed, where the model is quantized already, packed, a mixture of experts or
+    has a weight that is not finite, and where a group does not divide a matrix or calibration text is missing.
+    """
+    forms = plan_forms(model, method, bits, group_size) | (forms or {})
+    if calibration is None and method in CALIBRATED:
+        raise ValueError(f"method={method} needs calibration text: ids (rows, T)")
+    if calibration is not None and calibration.shape[1] > model.config.block_size:
+        raise ValueError(f"calibration rows of {calibration.shape[1]} tokens exceed the model's block_size of "
+                         f"{model.config.block_size}")
+    reads = calibration is not None and (method in CALIBRATED or method == "rtn" and search)
+    stream = BlockInputs(model, calibration, original=method == "gptaq") if reads else None
+    for layer, module in enumerate(model.layers):
+        parts, sums = parts_of(module), {}
+        for some in [[part] for part in parts] if method == "gptaq" else [parts]:  # gptaq sees its own errors
+            if stream:
+                sums = stream.sums(module, some)
+            if method == "awq":
+                fold_block(module, model.config, sums, {name: forms[f"{layer}.{name}"] for name in sum(parts, ())})
+            for part, child in ((part, child) for part in some for child in part):
+                name, old = f"{layer}.{child}", module.get_submodule(child)
+                if method != "nf4" and forms[name][0] == 16:
+                    continue
+                try:
+                    new = NF4Linear.quantize(old, block) if method == "nf4" else QuantLinear.store(
+                        old, *round_matrix(old.weight, forms[name], method, sums.get(part), search), forms[name][0],
+                        8 if method == "w8a8" else 0)
+                except ValueError as error:
+                    raise ValueError(f"layers.{name}.weight {error}") from None
+                if on_matrix:
+                    on_matrix(name, old, new)
+                setattr(module.get_submodule(child.rpartition(".")[0]), child.rpartition(".")[2], new)
+                del old
+        if stream:
+            stream.advance(module)
     return model
 
 
@@ -311,39 +617,110 @@ def size_of(module):
     return sum({id(t): t.nbytes for t in [*module.parameters(), *module.buffers()]}.values())
 
 
+def stored_bytes(linear):
+    """Bytes of a Linear's weight in a file, scales included. By attributes, because where this file is run, load_model
+    imports it a second time, and its classes are others."""
+    if hasattr(linear, "group"):
+        return bytes_of((linear.out_features, linear.in_features), (linear.bits, linear.group))
+    return sum(t.nbytes for t in linear.buffers()) if hasattr(linear, "codes") else linear.weight.nbytes
+
+
 def print_row(kind, matrices, weights, size, error, total):
     print(f"{kind:12}{matrices:>9,.0f}{weights:>15,.0f}{8 * size / weights:>17.3f}{(error / total) ** 0.5:>16.2%}")
 
 
-def main(cfg):
-    name = find_run("model", cfg.model)
+def compare(cfg):
+    """Every method in processes of its own: one quantizes and writes a folder, one measures it."""
+    from nanopath.compare_quantized import run_methods, show_table
+    name = find_run("compare", cfg.compare)
+    out = Path(cfg.out or f"out/compared-{Path(name).stem}")
+    variants = {"none": None} | {method: [f"--method={method}"] for method in BITS_OF}
+    variants[f"auto {cfg.target_bits:g}"] = ["--auto_bits", f"--target_bits={cfg.target_bits}"]
+    shared = [f"--{flag}={getattr(cfg, flag)}" for flag in ("calibration", "calibration_rows", "device", "dtype")]
+    show_table(run_methods(__file__, name, out, variants, shared), out / "compare_quantized.png")
+    print(f"next        python evaluate.py --model={shlex.quote(str(out / 'gptq'))}")
+
+
+def measure(cfg):
+    """What compare does for each folder: print its row of the table as JSON."""
+    from nanopath.compare_quantized import measure_model
+    dtype = getattr(torch, cfg.dtype)
+    model, tokenizer = load_model(cfg.model, cfg.device, dtype)
+    T = min(model.config.block_size, 512)
+    ids = text_rows(text_for(cfg.compare, cfg.calibration), tokenizer, max(2, 16384 // T), T, "val")
+    linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
+    weights = sum(m.in_features * m.out_features for m in linears)
+    files = Path(cfg.model).glob("*.safetensors") if Path(cfg.model).is_dir() else [Path(cfg.model)]
+    row = dict(bits=8 * sum(map(stored_bytes, linears)) / weights, size=sum(file.stat().st_size for file in files))
+    row |= measure_model(model, ids, lambda batch, size: KVCache(model, batch, size),
+                         lambda: load_model(cfg.compare, cfg.device, dtype, need_tokenizer=False)[0])
+    print(json.dumps(row))
+
+
+def write_gguf_file(cfg, name):
+    from nanopath.gguf_writer import write_gguf
+    out = Path(cfg.out or f"out/{Path(name).stem}-{cfg.gguf}.gguf")
+    check_writable(out.parent)
+    model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(out, model, tokenizer, cfg.gguf)
+    print(f"written to {out}: {out.stat().st_size / 1e6:,.1f} MB\nnext        python sample.py --model={out}")
+
+
+def quantize(cfg, name):
     kinds, measuring = defaultdict(lambda: np.zeros(5)), 0.0  # matrices, weights, bytes, sums of error^2, weight^2
 
-    def measure(name, old, new):
+    def look(name, old, new):
         nonlocal measuring
         begun = time.perf_counter()
         weight = old.weight.detach().float()
         squares = [x.square().sum(dtype=torch.float64).item() for x in (new.weight - weight, weight)]
-        size = sum(t.nbytes for t in new.buffers())
-        kinds[name.rpartition(".")[2]] += [1, weight.numel(), size, *squares]
+        kinds[name.rpartition(".")[2]] += [1, weight.numel(), stored_bytes(new), *squares]
         measuring += time.perf_counter() - begun
 
-    try:
-        model, _ = load_model(name, cfg.device, getattr(torch, cfg.dtype), need_tokenizer=False)
-        before, begun = size_of(model), time.perf_counter()
-        quantize_model(model, cfg.method, cfg.block, measure)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"--model={name}: {error}") from None
+    out = Path(cfg.out or f"out/{Path(name).stem}-{cfg.method}{'-auto' * cfg.auto_bits}")
+    check_writable(out)
+    if cfg.auto_bits and (cfg.bits or cfg.group_size or cfg.method in ("int8", "w8a8", "nf4")):
+        raise ValueError("--auto_bits chooses bits and groups for rtn, awq, gptq or gptaq: leave out --bits and "
+                         "--group_size")
+    reads = cfg.auto_bits or cfg.method in CALIBRATED or cfg.method == "rtn" and cfg.search
+    model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype), need_tokenizer=reads)
+    plan_forms(model, cfg.method, cfg.bits, cfg.group_size)        # before the text is read
+    before, calibration, forms = size_of(model), None, None
+    if reads:
+        T = min(model.config.block_size, 512)
+        calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows, T)
+    begun = time.perf_counter()
+    if cfg.auto_bits:
+        forms = auto_forms(model, calibration, cfg.target_bits)
+    quantize_model(model, cfg.method, cfg.bits, cfg.group_size, calibration, cfg.search, forms, cfg.block, look)
     seconds, after = time.perf_counter() - begun - measuring, size_of(model)
     print(f"{'kind':12}{'matrices':>9}{'weights':>15}{'bits per weight':>17}{'relative error':>16}")
     for kind, sums in kinds.items():
         print_row(kind, *sums)
-    total = sum(kinds.values())
-    print_row("together", *total)
-    print(f"the rest (embedding, output head, norms, biases) stays {cfg.dtype}: {(after - total[2]) / 1e6:,.1f} MB")
-    print(f"whole model {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB, {before / after:.2f} times smaller; quantized "
-          f"in {seconds:.1f} s")
-    print(f"next        python evaluate.py --model={shlex.quote(name)}")
+    print_row("together", *sum(kinds.values()))
+    if forms:
+        print("bits        " + ", ".join(f"{name} {bits}/{group}" for name, (bits, group) in forms.items()))
+    from nanopath.quantized import write_quantized
+    write_quantized(out, model, tokenizer)
+    print(f"whole model {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB in memory, {before / after:.2f} times smaller; "
+          f"quantized in {seconds:.1f} s\nwritten to {out}\n"
+          f"next        python evaluate.py --model={shlex.quote(str(out))}")
+
+
+def main(cfg):
+    if cfg.compare and not cfg.model:
+        return compare(cfg)
+    name = find_run("model", cfg.model)
+    try:
+        if cfg.compare:
+            measure(cfg)
+        elif cfg.gguf:
+            write_gguf_file(cfg, name)
+        else:
+            quantize(cfg, name)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"--model={name}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""quantize.py against bitsandbytes 0.50.2 on the CPU, a slow twin in float64, and torch's own gradients."""
+"""quantize.py against bitsandbytes 0.50.2 on the CPU, slow twins in float64, brute force, and torch's own gradients."""
+import copy
+import itertools
+import math
 import weakref
 
 import pytest
@@ -8,14 +11,22 @@ from conftest import DATA, ROOT, real_folder, run
 from torch.autograd.graph import saved_tensors_hooks
 
 import quantize as q
-from model import GPT, GPTConfig, Linear, load_model, save_model
+from bpe import Tokenizer
+from model import GPT, GPTConfig, KVCache, Linear, load_model, save_model
+from nanopath import compare_quantized as table
+from nanopath.calibration import BlockInputs, Sums, text_rows
+from sample import generate
 
 FAMILIES = {
     "gpt2": dict(norm="layer", position="learned", qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False,
                  activation="gelu_tanh", tie_embeddings=True, norm_eps=1e-5),
     "qwen3": dict(n_kv_head=1),
     "gemma2": dict(norm_offset=True, norm_place="both", embed_scale=True, qk_norm=False, activation="gelu_tanh", window=8,
-                   window_layers=(0,), attn_softcap=50.0, logit_softcap=30.0, tie_embeddings=True)}
+                   window_layers=(0,), attn_softcap=50.0, logit_softcap=30.0, tie_embeddings=True),
+    "qwen3 without groups": dict(n_kv_head=2),
+    "olmo2": dict(norm_place="post", qk_norm_whole=True),
+    "neox": dict(norm="layer", parallel_block=2, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, activation="gelu", qk_norm=False),
+    "falcon": dict(norm="layer", parallel_block=1, gated=False, activation="gelu", qk_norm=False, n_kv_head=1)}
 SMALL = dict(n_layer=2, n_embd=48, n_head=2, head_dim=24, n_hidden=80, n_kv_head=2, block_size=64)
 
 
@@ -186,7 +197,7 @@ def test_bits_per_weight():
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2"])
 def test_a_quantized_model_is_the_model_of_the_dequantized_weights(family, tmp_path):
     model, twin = small(family), small(family)
     seen, size, ids = [], model.num_params(), torch.randint(264, (2, 33), generator=torch.Generator().manual_seed(3))
@@ -197,7 +208,7 @@ def test_a_quantized_model_is_the_model_of_the_dequantized_weights(family, tmp_p
         twin.layers.get_submodule(name).weight.data = new.weight
         assert 0.05 < ((new.weight - old.weight).norm() / old.weight.norm()) < 0.12
 
-    assert q.quantize_model(model, on_matrix=watch) is model
+    assert q.quantize_model(model, "nf4", on_matrix=watch) is model
     assert len(seen) == (12 if family == "gpt2" else 14) and model.num_params() == size
     assert type(model.lm_head) is Linear and not any(isinstance(m, Linear) and type(m) is Linear for m in model.layers.modules())
     assert torch.equal(model(ids), twin(ids))
@@ -209,40 +220,42 @@ def test_a_quantized_model_is_the_model_of_the_dequantized_weights(family, tmp_p
     assert model.num_params() == size
 
 
+REFUSED = [
+    (dict(method="int3"), "method=int3: choose one of int8, w8a8, nf4, rtn, awq, gptq, gptaq"),
+    (dict(method="rtn", bits=3), "bits=3 with method=rtn"), (dict(method="int8", bits=4), "bits=4 with method=int8"),
+    (dict(method="rtn", group_size=48), "group_size=48: choose one of 32, 64, 128"),
+    (dict(method="rtn", group_size=32), "group_size=32 does not divide the 48 columns of layers.0.self_attn.q_proj"),
+    (dict(method="rtn", bits=8, group_size=32), "only 4-bit integers have groups"),
+    (dict(method="gptq"), "method=gptq needs calibration text"),
+    (dict(method="gptq", calibration=torch.zeros(2, 65, dtype=torch.long)), "65 tokens exceed the model's block_size of 64")]
+
+
+@pytest.mark.parametrize("settings, words", REFUSED)
+def test_refused_settings(settings, words):
+    model = small("qwen3")
+    with pytest.raises(ValueError, match=words):
+        q.quantize_model(model, **settings)
+    assert all(type(m) is Linear for m in model.modules() if isinstance(m, Linear))
+
+
 def test_refused_models(tmp_path):
     moe = small("qwen3", n_expert=4, n_expert_used=2)
     with pytest.raises(ValueError, match="mixture of experts"):
-        q.quantize_model(moe)
-    with pytest.raises(ValueError, match="method=int3: choose one of nf4"):
-        q.quantize_model(small("qwen3"), "int3")
+        q.quantize_model(moe, "rtn")
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj has 81 columns, and 4 bits need an even number"):
+        q.quantize_model(small("qwen3", n_hidden=81), "rtn")
     damaged = small("qwen3")
     damaged.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight has a weight that is infinite or not a number"):
-        q.quantize_model(damaged)
-    model = q.quantize_model(small("qwen3"))
-    for twice in (model, small("qwen3").pack()):
+        q.quantize_model(damaged, "nf4")
+    assert type(damaged.layers[0].mlp.up_proj) is Linear            # nothing was changed
+    for twice in (q.quantize_model(small("qwen3"), "nf4"), q.quantize_model(small("qwen3"), "int8"), small("qwen3").pack()):
         with pytest.raises(ValueError, match="layers.0.self_attn.q_proj is quantized, packed or adapted already"):
-            q.quantize_model(twice)
-    with pytest.raises(AssertionError, match="NF4Linear cannot be saved"):
-        save_model(tmp_path / "model", model, None)
-    assert not (tmp_path / "model").exists()
-
-
-def test_command_line(tmp_path):
-    model = small("gpt2")
-    save_model(tmp_path / "gpt2", model, None)
-    done = run(ROOT / "quantize.py", f"--model={tmp_path / 'gpt2'}", "--device=cpu").stdout.splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in done[1:8]}
-    assert [*rows] == ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "together"]
-    stored = q.quantize_model(model)
-    bits = 8 * sum(t.nbytes for m in stored.modules() if isinstance(m, q.NF4Linear) for t in m.buffers()) / 33_792
-    assert rows["together"][:3] == ["12", "33,792", f"{bits:.3f}"]
-    error = float(rows["together"][3].rstrip("%"))
-    assert 7 < error < 11 and all(abs(float(row[3].rstrip("%")) - error) < 1.5 for row in rows.values())
-    before, after = (q.size_of(each) / 1e6 for each in (small("gpt2"), stored))
-    assert f"whole model {before:.1f} MB -> {after:.1f} MB" in done[9]
-    failed = run(ROOT / "quantize.py", f"--model={tmp_path}", check=False)
-    assert failed.returncode == 1 and failed.stderr.startswith(f"--model={tmp_path}: ") and failed.stderr.count("\n") == 1
+            q.quantize_model(twice, "nf4")
+    overflow = small("qwen3")
+    overflow.layers[0].input_layernorm.weight.data[0] = float("inf")
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.weight reads an input that is infinite or not a number"):
+        q.quantize_model(overflow, "gptq", calibration=text_of(3, 16))
 
 
 def test_the_loss_of_a_published_model():
@@ -255,5 +268,423 @@ def test_the_loss_of_a_published_model():
         with torch.no_grad():
             losses.append(model(x, y).item())
         if len(losses) == 1:
-            q.quantize_model(model).pack()
+            q.quantize_model(model, "nf4").pack()
     assert 1.04 < losses[1] / losses[0] < 1.08                     # measured: 3.052 -> 3.238, 6.1 % more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers
+
+def text_of(rows, T, seed=5):
+    return torch.randint(264, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def problem(N, K, rows=400, seed=0, noise=0.0):
+    """weight (N, K), correlated inputs X (rows, K) of different sizes, and inputs of the original model nearby."""
+    g = torch.Generator().manual_seed(seed)
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    X = (randn(rows, K) @ (randn(K, K) / K ** 0.5) + 0.5 * randn(rows, 1)) * torch.linspace(0.2, 3, K, dtype=torch.float64)[torch.randperm(K, generator=g)]
+    return randn(N, K) * 0.05, X, X + noise * X @ (randn(K, K) / K ** 0.5)
+
+
+def obq(weight, H, scale, zero, bits, correction=None):
+    """Integers as OBQ and GPTAQ derive them: columns leave one by one, and the inverse of what is left is computed each time."""
+    K, group = weight.shape[1], weight.shape[1] // scale.shape[1]
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    w, found, low, high = weight.clone(), torch.zeros_like(weight), *((0, 15) if bits == 4 else (-127, 127))
+    left = H.diagonal().argsort(descending=True, stable=True).tolist()
+    while left:
+        i, rest = left[0], left[1:]
+        s, z, inverse, column = scale[:, i // group], zero[:, i // group], torch.linalg.inv(H[left][:, left]), w[:, i].clone()
+        found[:, i] = (column / s + z).round().clamp(low, high)
+        error = (column - (found[:, i] - z) * s) / inverse[0, 0]
+        w[:, rest] -= torch.outer(error, inverse[0, 1:])
+        if correction is not None and rest:                        # least squares of w_i (X~_i - X_i) by the columns that are left
+            w[:, rest] += torch.outer(column, torch.linalg.solve(H[rest][:, rest], correction[i, rest]))
+        left = rest
+    return found
+
+
+@pytest.mark.parametrize("bits, group, corrected, block", [(4, 8, False, 128), (4, 32, False, 20), (4, 16, True, 20), (8, 96, False, 32), (8, 96, True, 128)])
+def test_gptq_is_its_papers_derivation(bits, group, corrected, block):
+    weight, X, full = problem(24, 96, noise=0.5)
+    grid, correction = q.make_grid(weight, bits, group), (full - X).T @ X if corrected else None
+    ours = q.gptq(weight, X.T @ X, *grid, bits, correction, block)
+    assert torch.equal(ours, obq(weight, X.T @ X, *grid, bits, correction))
+    assert (ours != q.round_to_grid(weight, *grid, bits)).double().mean() > 0.1
+
+
+def mean_change(weight, found, grid, X, full=None):
+    """Of each row: the mean square of X W'^T - X~ W^T."""
+    return (X @ q.from_grid(found, *grid).T - (X if full is None else full) @ weight.T).square().mean(dim=0)
+
+
+def test_gptq_changes_the_output_less_than_rounding():
+    weight, X, _ = problem(64, 256, rows=2000)
+    grid = q.make_grid(weight, 4, 64)
+    rtn, ours = (mean_change(weight, found, grid, X) for found in (q.round_to_grid(weight, *grid, 4), q.gptq(weight, X.T @ X, *grid, 4)))
+    assert ours.sum() < 0.5 * rtn.sum() and (ours < rtn).double().mean() > 0.9
+    e = q.from_grid(q.gptq(weight, X.T @ X, *grid, 4), *grid) - weight
+    parts = (e * (e @ (X.T @ X))).mean(dim=0) / len(X)             # what each column adds to the mean error of the output
+    assert parts.max() < rtn.mean() and torch.isclose(parts.sum(), ours.mean())
+
+
+def test_errors_flow_to_later_columns_only_and_across_groups():
+    weight, X, _ = problem(16, 320, rows=1000)
+    X = X / X.square().sum(dim=0).sqrt() * torch.linspace(2, 1, 320, dtype=torch.float64)        # the order is that of the columns
+    grid, other = q.make_grid(weight, 4, 32), weight.clone()
+    other[:, 100] += 0.02
+    before, after = (q.gptq(each, X.T @ X, *grid, 4) for each in (weight, other))
+    changed = (before != after).any(dim=0)
+    assert not changed[:100].any() and changed[101:128].any()
+    assert all(changed[first:first + 32].any() for first in range(128, 320, 32))      # later groups, and beyond the block of 128
+
+
+def test_dead_columns_are_rounded_to_nearest():
+    weight, X, _ = problem(16, 64)
+    X[:, [3, 40]] = 0
+    grid = q.make_grid(weight, 4, 32)
+    found = q.gptq(weight, X.T @ X, *grid, 4)
+    assert torch.equal(found[:, [3, 40]], q.round_to_grid(weight, *grid, 4)[:, [3, 40]])
+    kept = [i for i in range(64) if i not in (3, 40)]
+    assert mean_change(weight, found, grid, X).sum() < 0.6 * mean_change(weight, q.round_to_grid(weight, *grid, 4), grid, X).sum() and kept
+    assert torch.equal(q.gptq(weight, torch.zeros(64, 64, dtype=torch.float64), *grid, 4), q.round_to_grid(weight, *grid, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gptaq_is_nearer_to_the_original_output(seed):
+    weight, X, full = problem(64, 128, rows=2000, seed=seed, noise=0.3)
+    grid = q.make_grid(weight, 4, 32)
+    plain, ours = (mean_change(weight, q.gptq(weight, X.T @ X, *grid, 4, correction), grid, X, full).sum()
+                   for correction in (None, (full - X).T @ X))
+    assert ours < 0.97 * plain
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq"])
+def test_each_row_keeps_the_best_of_its_grids(method):
+    weight, X, full = problem(24, 64, noise=0.3)
+    weight[:, ::7] *= 4
+    H, correction = X.T @ X, (full - X).T @ X if method == "gptaq" else None
+    target = X + q.ALPHA * (full - X) if method == "gptaq" else X
+    found, scale, zero = q.round_matrix(weight, (4, 32), method, Sums(H, correction, None), True)
+    ours = mean_change(weight, found, (scale, zero), X, target)
+    others = []
+    for grid in [q.make_grid(weight, 4, 32), *(q.search_grid(weight, H, 4, 32, q.SHRINKS[:count]) for count in q.TRIED)]:
+        each = q.round_to_grid(weight, *grid, 4) if method == "rtn" else q.gptq(weight, H, *grid, 4, None if correction is None else q.ALPHA * correction)
+        others.append(mean_change(weight, each, grid, X, target))
+    torch.testing.assert_close(ours, torch.stack(others).amin(dim=0), rtol=1e-9, atol=0)
+    assert method == "rtn" or all((ours < each).any() for each in others)
+
+
+@pytest.mark.parametrize("bits, group", [(4, 16), (4, 64), (8, 64)])
+def test_the_search_finds_the_best_grid_of_each_group(bits, group):
+    weight, X, _ = problem(12, 64)
+    weight[:, ::7] *= 4                                            # outliers, which are worth clipping
+    scale, zero = q.search_grid(weight, X.T @ X, bits, group)
+    clipped = 0
+    for row, part in itertools.product(range(12), range(64 // group)):
+        columns = slice(part * group, (part + 1) * group)
+        errors = []
+        for shrink in q.SHRINKS:
+            s, z = q.make_grid(weight[row:row + 1, columns], bits, group, shrink)
+            w = q.from_grid(q.round_to_grid(weight[row:row + 1, columns], s, z, bits), s, z)
+            errors.append(((X[:, columns] @ (w - weight[row, columns]).T).square().sum().item(), s.item(), z.item()))
+        best = min(errors)
+        clipped += best[1] < errors[0][1]
+        assert (scale[row, part].item(), zero[row, part].item()) == best[1:]
+    assert bits == 8 or clipped > 0
+
+
+def test_the_grid():
+    weight = normal(5, 64, dtype=torch.float64)
+    weight[0], weight[1], weight[2] = 0, weight[1].abs() + 1, -weight[2].abs() - 1
+    scale, zero = q.make_grid(weight, 4, 32)
+    assert torch.equal(scale, scale.bfloat16().double())
+    value = q.from_grid(q.round_to_grid(weight, scale, zero, 4), scale, zero)
+    assert torch.equal(value[0], weight[0]) and (zero[1] == 0).all() and (zero[2] == 15).all()
+    assert ((value - weight).abs() <= 0.55 * scale.repeat_interleave(32, 1) + 0.004 * weight.abs())[0:].all()
+    assert torch.equal(q.round_to_grid(torch.zeros(5, 64).double(), scale, zero, 4), zero.repeat_interleave(32, 1))      # 0 stays 0
+    scale, zero = q.make_grid(weight, 8, 64)
+    assert torch.equal(scale[1:, 0], (weight[1:].abs().amax(1) / 127).float().double()) and not zero.any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_the_stored_layer_is_the_grid(bits):
+    linear = Linear(64, 24)
+    weight = linear.weight.detach().double()
+    grid = q.make_grid(weight, bits, 32 if bits == 4 else 64)
+    found = q.round_to_grid(weight, *grid, bits)
+    layer = q.QuantLinear.store(linear, found, *grid, bits)
+    torch.testing.assert_close(layer.weight.double(), q.from_grid(found, *grid), rtol=1e-7, atol=0)
+    assert torch.equal(layer.bias, linear.bias) and (layer.bits, layer.group) == (bits, 32 if bits == 4 else 64)
+    before = layer.weight
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.weight, before) and layer.bias.dtype == torch.bfloat16
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), F.linear(x, before, layer.bias.float()))
+    w8a8 = q.QuantLinear.store(linear, found, *grid, bits, act_bits=8)
+    rounded = (x.double() / (scale := x.double().abs().amax(1, keepdim=True) / 127)).round() * scale
+    torch.testing.assert_close(w8a8(x), F.linear(rounded.float(), before, linear.bias.float()), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AWQ and the choice of bits
+
+def test_awq_finds_the_best_factors():
+    weight, X, _ = problem(16, 32)
+    X[:, 5] *= 30
+    other, magnitude = problem(8, 32, seed=1)[0], X.abs().mean(dim=0)
+    found = []
+    for step in range(20):
+        s = magnitude ** (step * 0.05)
+        s = s / math.sqrt(s.max().item() * s.min().item())
+        error = 0
+        for each in (weight, other):
+            grid = q.make_grid(each * s, 4, 16)
+            rounded = q.from_grid(q.round_to_grid(each * s, *grid, 4), *grid)
+            error += ((X / s) @ rounded.T - X @ each.T).square().sum().item()
+        found.append((error, step, s))
+    error, step, s = min(found, key=lambda each: each[0])
+    assert step > 0 and error < found[0][0]
+    torch.testing.assert_close(q.scale_channels([weight, other], X.T @ X, magnitude, [(4, 16)] * 2), s)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_folding_changes_nothing(family):
+    model = small(family).double()
+    model.dtype = torch.float64
+    ids = text_of(4, 24)
+    want, before = model(ids), {name: m.weight.clone() for name, m in model.layers.named_modules() if isinstance(m, Linear)}
+    stream = BlockInputs(model, ids)
+    for block in model.layers:
+        parts = q.parts_of(block)
+        sums = stream.sums(block, parts)
+        q.fold_block(block, model.config, sums, {name: (4, 16 if name != "mlp.down_proj" else 80) for part in parts for name in part})
+        after = stream.sums(block, parts)                          # what the sums of the folded block are, measured again
+        for part in parts:
+            torch.testing.assert_close(sums[part].hessian, after[part].hessian, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(sums[part].magnitude, after[part].magnitude, rtol=1e-4, atol=1e-5)
+        stream.advance(block)
+    torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
+    changed = {name.split(".", 1)[1] for name, m in model.layers.named_modules() if isinstance(m, Linear) and not torch.equal(m.weight, before[name])}
+    norms = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"}
+    want = {"gpt2": norms | {"self_attn.o_proj"}, "qwen3": norms | {"mlp.gate_proj", "mlp.down_proj"},
+            "olmo2": {"self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"}, "neox": norms | {"self_attn.o_proj"}, "falcon": norms}
+    assert changed == want.get(family, norms | {"mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj"})
+
+
+@pytest.mark.parametrize("budget", [4_000, 5_000, 7_000, 12_000, 40_000])
+def test_the_choice_of_bits_is_the_best_of_all(budget):
+    g = torch.Generator().manual_seed(3)
+    shapes = [(32, 64), (64, 32), (48, 128), (16, 256)]
+    sizes = {str(i): {form: q.bytes_of(shape, form) if form[0] < 16 else 2 * shape[0] * shape[1] for form in q.forms_for(shape[1])}
+             for i, shape in enumerate(shapes)}
+    errors = {name: {form: 0.0 if form[0] == 16 else 4.0 ** -form[0] * (1 + form[1] / 100) * 10 ** (2 * torch.rand(1, generator=g).item())
+                     for form in found} for name, found in sizes.items()}
+    least = sum(min(found.values()) for found in sizes.values())
+    if budget < least:
+        with pytest.raises(ValueError, match="are too few: the smallest formats need"):
+            q.choose_formats(errors, sizes, budget)
+        return
+    chosen = q.choose_formats(errors, sizes, budget)
+    size, error = (sum(each[name][form] for name, form in chosen.items()) for each in (sizes, errors))
+    everything = [(sum(sizes[name][form] for name, form in zip(sizes, forms)), sum(errors[name][form] for name, form in zip(sizes, forms)))
+                  for forms in itertools.product(*(found for found in sizes.values()))]
+    assert size <= budget and error == min(each for total, each in everything if total <= size)
+    hull = [each for each in everything if each[0] <= budget and not any(                        # no price of a byte reaches a point inside
+        a[0] <= each[0] <= b[0] and a[1] + (b[1] - a[1]) * (each[0] - a[0]) / max(b[0] - a[0], 1e-9) < each[1] - 1e-15 for a in everything for b in everything
+        if a[0] < b[0])]
+    assert error == min(each for _, each in hull)
+
+
+def test_sizes_are_what_a_file_holds():
+    assert 8 * q.bytes_of((64, 256), (4, 128)) / (64 * 256) == 4 + 20 / 128       # bfloat16 scale, 4 bits for the zero
+    assert q.bytes_of((64, 256), (8, 256)) == 64 * 256 + 64 * 4
+    assert q.forms_for(344) == [(4, 344), (8, 344), (16, 344)] and q.forms_for(576) == [(4, 64), (4, 32), (8, 576), (16, 576)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The methods on a trained model
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has learnt, in a few seconds, that an id follows from the two before it; and text of that language."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randint(32, (32, 32, 3), generator=g)
+
+    def text(rows, T=32):
+        ids = torch.randint(32, (rows, T), generator=g)
+        for i in range(2, T):
+            choice = torch.randint(3, (rows,), generator=g)
+            ids[:, i] = table[ids[:, i - 2], ids[:, i - 1], choice]
+        return ids
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=32, block_size=32, n_layer=2, n_embd=64, n_head=2, n_kv_head=1, head_dim=32, n_hidden=128)).init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for step in range(250):
+        x = text(32)
+        loss = model(x[:, :-1], x[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 2.5                                       # ln(32) = 3.5; the best that can be learnt is ln(3) = 1.1
+    return model.eval(), text(128), text(64)
+
+
+def quantized(trained, method, **settings):
+    return q.quantize_model(copy.deepcopy(trained[0]), method, calibration=trained[1], **settings)
+
+
+@torch.no_grad()
+def test_each_method_is_nearer_to_the_original(trained):
+    def far(method, **settings):
+        return table.distance(quantized(trained, method, **settings), trained[0], trained[2])[0]
+    rtn, searched, awq, gptq = far("rtn", search=False), far("rtn"), far("awq"), far("gptq", search=False)
+    assert far("int8") < 0.02 * rtn and far("w8a8") < 0.1 * rtn and far("nf4") < 2 * rtn
+    assert searched < rtn and awq < rtn
+    assert gptq < 0.5 * rtn and far("gptaq") < 0.5 * rtn and far("gptq", bits=8) <= 1.1 * far("rtn", bits=8)
+    assert far("rtn", group_size=32, search=False) < rtn
+
+
+@pytest.mark.parametrize("method", ["int8", "rtn", "awq", "gptq", "gptaq"])
+@torch.no_grad()
+def test_generated_ids_are_those_of_the_dequantized_weights(method, trained):
+    model = quantized(trained, method)
+    twin = copy.deepcopy(trained[0])
+    for name, module in model.layers.named_modules():
+        if isinstance(module, q.QuantLinear):
+            twin.layers.get_submodule(name).weight.data = module.weight
+        elif "norm" in name and hasattr(module, "weight"):
+            twin.layers.get_submodule(name).weight.data = module.weight.data
+    assert torch.equal(model(trained[2]), twin(trained[2]))
+    prompts = trained[2][:3, :5].tolist()
+    assert generate(model, prompts, 12, temperature=0) == generate(twin, prompts, 12, temperature=0)
+
+
+@torch.no_grad()
+def test_every_matrix_gets_the_bits_it_is_worth(trained):
+    errors = q.form_errors(trained[0], trained[1][:16])
+    assert [*errors] == [f"{layer}.{name}" for layer in range(2) for part in q.parts_of(trained[0].layers[0]) for name in part]
+    name, twin = "1.mlp.down_proj", copy.deepcopy(trained[0])
+    assert [*errors[name]] == [(4, 128), (4, 64), (4, 32), (8, 128), (16, 128)]
+    matrix = twin.layers.get_submodule(name)
+    grid = q.make_grid(matrix.weight, 4, 64)
+    matrix.weight.data = q.from_grid(q.round_to_grid(matrix.weight, *grid, 4), *grid)
+    assert errors[name][4, 64] == pytest.approx(table.distance(twin, trained[0], trained[1][:16])[0], rel=1e-3)
+    far = {}
+    for target in (4.3, 4.7, 6.0, 20.0):
+        forms = q.auto_forms(trained[0], trained[1], target)
+        model = quantized(trained, "rtn", forms=forms, search=False)
+        linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
+        bits = 8 * sum(map(q.stored_bytes, linears)) / sum(m.in_features * m.out_features for m in linears)
+        assert target - 4 < bits <= target and any(forms[each][0] == 8 for each in forms) == (target > 4.5)
+        far[target] = table.distance(model, trained[0], trained[2])[0]
+    assert far[4.3] > far[4.7] > far[6.0] > far[20.0] and any(type(m) is Linear for m in linears)
+    q.quantize_model(copy.deepcopy(trained[0]), "awq", calibration=trained[1], forms=forms)     # some stay as they are
+    with pytest.raises(ValueError, match="target_bits=4.1: .* bytes are too few"):
+        q.auto_forms(trained[0], trained[1], 4.1)
+
+
+@torch.no_grad()
+def test_the_sums_are_those_of_all_rows(trained, monkeypatch):
+    monkeypatch.setattr(BlockInputs, "AT_ONCE", 100)                    # 3 rows at a time
+    model, ids = copy.deepcopy(trained[0]), trained[1][:10]
+    stream, seen = BlockInputs(model, ids, original=True), {}
+    matrix = model.layers[0].mlp.down_proj
+    handle = matrix.register_forward_pre_hook(lambda module, args: seen.__setitem__("x", args[0].double().flatten(0, 1)))
+    model(ids)
+    original = seen["x"]
+    part, = (part for part in q.parts_of(model.layers[0]) if "mlp.down_proj" in part)
+    stream.sums(model.layers[0], [part])
+    model.layers[0].mlp.up_proj.weight.data *= 1.1                 # as if it had been quantized
+    model(ids)
+    x = seen["x"]
+    handle.remove()
+    sums = stream.sums(model.layers[0], [part])[part]
+    torch.testing.assert_close(sums.hessian, x.T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.correction, (original - x).T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.magnitude, x.abs().mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert len(model.layers) == 2 and stream.x.shape == (10, 32, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text, the table, the command line
+
+def test_the_text_to_calibrate_on(tiny, tmp_path):
+    tokenizer = Tokenizer.load(tiny)
+    rows = text_rows(tiny, tokenizer, 5, 16)
+    assert rows.shape == (5, 16) and tokenizer.decode(rows[0].tolist()).startswith("0 times 0 is 0.")
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghij" * 20, encoding="utf-8")
+    assert text_rows(file, tokenizer, 100, 16).shape == (150 // 16, 16) and text_rows(file, tokenizer, 100, 16, "val").shape == (3, 16)
+    other = Tokenizer.train(["times is "] * 9, 270)
+    assert other.decode(text_rows(tiny, other, 3, 16)[0].tolist()).startswith("0 times 0 is 0.")         # in the model's own tokens
+    with pytest.raises(ValueError, match="150 tokens of train text are fewer than one row of 512"):
+        text_rows(file, tokenizer, 4, 512)
+    with pytest.raises(ValueError, match="cannot be read"):
+        text_rows(tmp_path / "nowhere", tokenizer, 4, 16)
+
+
+@torch.no_grad()
+def test_the_measures_of_the_table(trained, tmp_path, capsys):
+    model, other, ids = trained[0], quantized(trained, "rtn"), trained[2]
+    assert table.distance(model, model, ids) == (0.0, 1.0)
+    p, r = (each(ids).double().softmax(-1) for each in (model, other))
+    kl, same = table.distance(other, model, ids)
+    assert kl == pytest.approx((p * (p / r).log()).sum(-1).mean().item(), rel=1e-3) and same == (p.argmax(-1) == r.argmax(-1)).double().mean().item()
+    losses = table.window_losses(model, ids)
+    assert losses.shape == (64,) and losses[5].item() == pytest.approx(model(ids[5:6, :-1], ids[5:6, 1:]).item(), rel=1e-5)
+    mean, interval = table.mean_and_interval(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert mean == 3.0 and interval == pytest.approx(1.96 * math.sqrt(14 / 3) / 2)
+    row = dict(bits=4.2, size=2e6) | table.measure_model(copy.deepcopy(other), ids, lambda *size: KVCache(other, *size), lambda: copy.deepcopy(model))
+    assert row["kl"] == pytest.approx(kl, rel=1e-2) and min(row["speed1"], row["speed32"], row["memory"]) > 0
+    table.show_table({"none": row | {"kl": 0.0}, "rtn": row}, tmp_path / "made" / "compared.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["method", "bits/weight", "file"] and lines[2].split()[:3] == ["rtn", "4.200", "2.0"]
+    assert (tmp_path / "made" / "compared.png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """A model folder whose tokenizer is that of the dataset `tiny`."""
+    folder = tmp_path_factory.mktemp("quantize") / "gpt"
+    save_model(folder, small("qwen3 without groups", n_embd=64, n_hidden=96), Tokenizer.load(tiny))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "w8a8", "rtn", "awq", "gptq", "gptaq", "auto"])
+def test_command_line(method, folder, tiny, tmp_path):
+    pytest.importorskip("nanopath.quantized")
+    flags = ["--auto_bits", "--target_bits=6"] if method == "auto" else [f"--method={method}"]
+    done = run(ROOT / "quantize.py", f"--model={folder}", f"--calibration={tiny}", f"--out={tmp_path / 'made'}", "--device=cpu",
+               "--calibration_rows=20", *flags).stdout
+    rows = {line.split()[0]: line.split()[1:] for line in done.splitlines()[1:]}
+    model, tokenizer = load_model(folder, "cpu")
+    text = text_rows(tiny, tokenizer, 20, 64)
+    forms = q.auto_forms(model, text, 6.0) if method == "auto" else None
+    q.quantize_model(model, "gptq" if method == "auto" else method, calibration=text, forms=forms)
+    linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
+    stored = [m for m in linears if type(m) is not Linear]
+    bits = 8 * sum(map(q.stored_bytes, stored)) / (weights := sum(m.in_features * m.out_features for m in stored))
+    assert rows["together"][:3] == [str(len(stored)), f"{weights:,}", f"{bits:.3f}"] and bits < 8.6
+    ids = text_of(2, 20)
+    assert torch.equal(load_model(tmp_path / "made", "cpu")[0](ids), model(ids))
+
+
+def test_wrong_flags(folder, tiny, tmp_path):
+    def refused(*flags):
+        failed = run(ROOT / "quantize.py", f"--model={folder}", "--device=cpu", *flags, check=False, cwd=tmp_path)
+        assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and not (tmp_path / "out").exists(), failed.stderr
+        return failed.stderr
+    assert "no text to calibrate on: data/tinyworld is not there. Give --calibration=FILE" in refused()
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+    assert "6 tokens of train text are fewer than one row of 64" in refused(f"--calibration={tmp_path / 'short.txt'}")
+    assert "--auto_bits chooses bits and groups" in refused("--auto_bits", "--bits=4")
+    assert "group_size=128 does not divide the 64 columns of layers.0.self_attn.q_proj" in refused("--group_size=128", "--method=rtn")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "cannot write there" in refused(f"--out={tmp_path / 'file' / 'made'}")
+    failed = run(ROOT / "quantize.py", f"--model={tmp_path}", check=False)
+    assert failed.returncode == 1 and failed.stderr.startswith(f"--model={tmp_path}: ") and failed.stderr.count("\n") == 1

@@ -187,6 +187,8 @@ class NF4Linear(Linear):
     codes (n / 2), absmax (blocks): uint8; scale (blocks / 256), offset (): float32. They are buffers, so state_dict
     holds them and no optimizer finds them. `weight` is computed at each access.
     """
+    tables = NF4_CODES, DYNAMIC_CODES                              # a stored layer has a copy of both
+
     def __init__(self, in_features, out_features, bias=True, block=64, device=None):
         nn.Module.__init__(self)                                   # not nn.Linear's, which allocates a weight
         self.in_features, self.out_features, self.block = in_features, out_features, block
@@ -217,12 +219,12 @@ class NF4Linear(Linear):
         return self.dequantize(torch.float32)
 
     def forward(self, x):
-        return NF4Product.apply(x, self) if self.packed is None else super().forward(x)
+        return NF4Product.apply(x, self) if self.packed is None else self.packed(x)
 
     def pack(self, dtype):
         """For inference on a CPU: dequantized once, then as fast, and as large, as any packed Linear. A product with a
         single row would otherwise spend nearly all of its time on dequantizing."""
-        self.packed = kernels.pack_weight(self.dequantize(dtype))
+        self.packed = kernels.Dequantized(self, dtype)
         for name in ("codes", "absmax", "scale", "offset"):
             setattr(self, name, getattr(self, name).to("meta"))
 
@@ -271,6 +273,17 @@ class QuantLinear(Linear):
     @property
     def weight(self):
         return self.dequantize()
+
+    def forward(self, x):
+        if self.packed is not None:
+            return self.packed(x)
+        return NF4Product.apply(kernels.round_rows(x) if self.act_bits else x, self)
+
+    def pack(self, dtype):
+        """For inference: the fastest product that torch has here (kernels.pack_quantized). The integers are freed."""
+        self.packed = kernels.pack_quantized(self, dtype)
+        for name in ("q", "scale", "zero"):
+            setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to("meta"))
 
 
 def quantize_model(model, method="nf4", block=64, on_matrix=None):

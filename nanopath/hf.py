@@ -204,8 +204,8 @@ def check_quantization(how, family, where):
     method = how.get("quant_method") if isinstance(how, dict) else how
     source = "use the folder that they were made from"
     if method not in ("compressed-tensors", "bitsandbytes"):
-        raise ValueError(f"{where}: quantization_config: quantized weights of quant_method={method!r} are not supported, "
-                         f"only compressed-tensors and bitsandbytes; {source}")
+        raise ValueError(f"{where}: quantization_config: quantized weights of quant_method={method!r} are not "
+                         f"supported, only compressed-tensors and bitsandbytes; {source}")
     if not plain_linears(family):
         raise ValueError(f"{where}: quantization_config: quantized weights of model_type={family!r} are not supported, "
                          f"because its layers are not those of model.py one to one; {source}")

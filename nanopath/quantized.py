@@ -16,6 +16,7 @@ A family whose layers are not one matrix each (GPT-2 stores q, k and v together 
 like this under its own name: write_quantized then writes model_type "nanopath", which only load_model opens.
 """
 import json
+import math
 import re
 from collections import defaultdict
 
@@ -29,6 +30,7 @@ from nanopath.hf import (family_of, names_to_hf, open_files, plain_linears, read
 
 PARTS = re.compile(r"(.+)\.(weight_packed|weight_scale|weight_zero_point|weight_shape|weight_g_idx|weight\.absmax|"
                    r"weight\.quant_map|weight\.nested_absmax|weight\.nested_quant_map|weight\.quant_state\.\w+)")
+WHOLE = re.compile(r"(.+)\.(weight)")
 AGAIN = "use the folder that it was made from, and quantize it here: python quantize.py --model=FOLDER"
 
 
@@ -117,8 +119,8 @@ def integer_config(layers, keys, plain):
     formats, (_, _, _, even) = {group["format"] for group in found.values()}, next(iter(groups))
     how = dict(quant_method="compressed-tensors", quantization_status="compressed", config_groups=found, ignore=plain,
                format=formats.pop() if len(formats) == 1 else "mixed-precision")
-    # transformers 5.23 with compressed-tensors 0.20 reads zero points only if it dequantizes while it loads, and then it
-    # takes the first group for all matrices. vLLM and load_model read all of them.
+    # transformers 5.23 with compressed-tensors 0.20 reads zero points only if it dequantizes while it loads, and then
+    # it takes the first group for all matrices. So it cannot open several groups of which one has zero points.
     return how | ({} if even or len(groups) > 1 else {"dequantize": True})
 
 
@@ -154,19 +156,19 @@ def read_quantized(folder, files, model, dtype, device, quantize):
     bases = {match[1] for key in names_of(files) if (match := PARTS.fullmatch(key))}
 
     def split(key):
-        match = PARTS.fullmatch(key)
-        base, part = match.groups() if match else key.rsplit(".", 1) if "." in key else ("", key)
-        return (base, part) if base in bases and part.startswith("weight") else None
+        """(name of the matrix, which part of it) of a tensor, or None where it is plain."""
+        match = PARTS.fullmatch(key) or WHOLE.fullmatch(key)
+        return match.groups() if match and match[1] in bases else None
 
     parts, source = defaultdict(dict), {}
     for file, key, tensor in open_files(folder, files, device, wanted=split)[1]:
         base, part = split(key)
         parts[base][part], source[base] = tensor, file
-    layers = {}
+    layers, linears = {}, dict(model.layers.named_modules(prefix="layers"))
     for base in sorted(parts):
         (name, _), = tensors_from_hf(f"{base}.weight", torch.empty(0), family, config)
         name, where = name.removesuffix(".weight"), f"{source[base]}: {base}"
-        linear = dict(model.layers.named_modules(prefix="layers")).get(name)
+        linear = linears.get(name)
         if not isinstance(linear, torch.nn.Linear):
             raise ValueError(f"{where} is quantized: only matrices inside the layers can be; {AGAIN}")
         make = nf4_layer if nf4 else integer_layer
@@ -222,12 +224,14 @@ def check_groups(how, where):
         usual = dict(num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token")
         symmetric, strategy = weights.get("symmetric", True), weights.get("strategy")
         for wrong, what in (
-                (weights.get("type", "int") != "int" or bits not in (4, 8), f"weights of {bits} bits, {weights.get('type')}"),
+                (weights.get("type", "int") != "int" or type(bits) is not int or bits not in (4, 8),
+                 f"weights of {bits} bits, {weights.get('type')}"),
                 (weights.get("actorder") in ("group", "dynamic", True), f"actorder={weights.get('actorder')} (g_idx)"),
                 (strategy not in ("group", "channel"), f"strategy={strategy}"),
                 (strategy == "group" and (type(group_size) is not int or group_size < 1), f"group_size={group_size}"),
                 (bits == 8 and not symmetric, "symmetric=false with 8 bits"),
-                (inputs and {key: inputs.get(key) for key in usual} != usual, f"input_activations={inputs}"),
+                (inputs and not (isinstance(inputs, dict) and usual.items() <= inputs.items()),
+                 f"input_activations={inputs}"),
                 (group.get("output_activations"), "output_activations")):
             if wrong:
                 raise ValueError(f"{at}: {what} is not supported; {AGAIN}")
@@ -291,8 +295,8 @@ def nf4_layer(where, parts, linear, _, quantize):
         state = json.loads(bytes(state.tolist()))
         block, offset = state["blocksize"], state["nested_offset"]
         wrong = state["quant_type"] != "nf4" or state["shape"] != [N, K] or state["nested_blocksize"] != 256
-        wrong = wrong or block not in quantize.BLOCKS or type(offset) is not float
-    except (AttributeError, TypeError, ValueError, KeyError):
+        wrong = wrong or block not in quantize.BLOCKS or type(offset) is not float or not math.isfinite(offset)
+    except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
         state = wrong = True
     if wrong:
         raise ValueError(f"{where}.{name}={state}: must describe NF4 of a {N} x {K} matrix with double quantization")

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, ROOT, real_folder, run
+from conftest import ROOT, real_folder, run
 
 import finetune_lora as ft
 import model as m
 import quantize as q
+from bpe import Tokenizer
 from nanopath import families, kernels, quantized
 from nanopath.hf import config_to_hf, family_of
 from sample import generate
@@ -173,6 +174,15 @@ def test_a_folder_written_over_another_and_every_consumer(tmp_path):
         m.save_model(tmp_path, replaced(small(), lambda i, layer: HOWS["nf4" if i else "int8"](i, layer)), None)
 
 
+def test_sample_needs_no_flag_to_open_it(tiny, tmp_path):
+    m.save_model(tmp_path / "model", replaced(small(), HOWS["int4"]), Tokenizer.load(tiny))
+    lines = [run(ROOT / "sample.py", f"--model={tmp_path / 'model'}", "--prompt=1 times", "--max_new_tokens=8", "--temperature=0",
+                 "--device=cpu", *flags).stdout for flags in ((), ("--kv_int8",))]
+    assert all("1 times" in line for line in lines)
+    assert run(ROOT / "train.py", f"--init_from={tmp_path / 'model'}", f"--dataset={tiny}", f"--out={tmp_path / 'run'}",
+               "--device=cpu", check=False).stderr.strip().endswith("is quantized. Give the model that it was made from")
+
+
 @pytest.mark.parametrize("how", ["int8", "int4", "w8a8", "nf4"])
 def test_lora_on_a_quantized_folder(how, tmp_path):
     m.save_model(tmp_path, replaced(small(), HOWS[how]), None)
@@ -192,6 +202,8 @@ def test_lora_on_a_quantized_folder(how, tmp_path):
     assert len(grads[0]) >= 28 and all(g.abs().max() > 0 for g in grads[0].values())
     if how != "w8a8":                                              # there the plain one does not round activations
         assert all((grads[0][name] - grads[1][name]).abs().max() < 1e-5 for name in grads[0])
+        with pytest.raises(ValueError, match="--method=full: quantized weights cannot be trained"):
+            ft.add_adapters(m.load_model(tmp_path, "cpu", need_tokenizer=False)[0], "full")
         ft.merge(model.eval())
         assert (logits(model) - logits(plain.eval())).abs().max() < 1e-4
 
@@ -285,6 +297,8 @@ REFUSED = {
     "block": (lambda how: how["config_groups"]["group_0"]["weights"].update(group_size=48), "a group of 48 does not divide its 128"),
     "no groups": (lambda how: how.update(config_groups=[]), "must be an object with a group"),
     "no weights": (lambda how: how["config_groups"]["group_0"].pop("weights"), "list of targets and an object of weights"),
+    "list": (lambda how: how["config_groups"]["group_0"].update(input_activations=[1]), "input_activations="),
+    "float": (lambda how: how["config_groups"]["group_0"]["weights"].update(num_bits=4.0), "weights of 4.0 bits"),
     "static": (lambda how: how["config_groups"]["group_0"].update(input_activations=dict(num_bits=8)), "input_activations="),
     "kv": (lambda how: how.update(kv_cache_scheme=dict(num_bits=8)), "kv_cache_scheme is not supported"),
     "other": (lambda how: how["config_groups"]["group_0"].update(targets=["re:nothing"]), "no group of quantization_config"),
@@ -311,6 +325,7 @@ def test_damaged_tensors_are_refused_by_name(tmp_path):
                             (lambda t: t.update({base + "weight_g_idx": torch.zeros(64)}), "weight_g_idx"),
                             (lambda t: t[base + "weight_scale"].fill_(math.nan), "weight_scale has a number that is not finite"),
                             (lambda t: t.update({base + "weight_shape": torch.tensor([1, 2])}), r"weight_shape is \[1, 2\]"),
+                            (lambda t: t.update({base + "weight_more": torch.ones(1)}), "unexpected tensor .*weight_more"),
                             (lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}), "lm_head is quantized: only matrices inside"),
                             (lambda t: t.pop("model.norm.weight"), "norm.weight is missing")):
         tensors = {key: t.clone() for key, t in whole.items()}

@@ -69,10 +69,11 @@ def write_quantized(folder, model, tokenizer):
     keys = {name: stored_name(name, family, model.config) for name in layers}
     plain = [stored_name(name, family, model.config) for name, m in model.named_modules()
              if isinstance(m, torch.nn.Linear) and name not in layers]
+    ways = {} if kinds == {"codes"} else ways_to_store(layers)
     for name, layer in layers.items():
-        parts = nf4_parts(layer, dtype) if kinds == {"codes"} else integer_parts(layer)
+        parts = integer_parts(layer, ways[name][-1]) if ways else nf4_parts(layer, dtype)
         tensors |= {f"{keys[name]}.{part}": tensor for part, tensor in parts.items()}
-    how = nf4_config(plain, dtype) if kinds == {"codes"} else integer_config(layers, keys, plain)
+    how = integer_config(ways, keys, plain) if ways else nf4_config(plain, dtype)
     write_folder(folder, model, tokenizer, family, tensors, {"quantization_config": how})
 
 
@@ -82,32 +83,31 @@ def stored_name(name, family, config):
     return key.removesuffix(".weight")
 
 
-def integer_parts(layer):
+def ways_to_store(layers):
+    """{name: (bits, act_bits, columns per scale or -1 for all, symmetric)}. symmetric: the zero point is 8 in all layers
+    that agree in the other three, so it is not stored."""
+    kinds = {name: (m.bits, m.act_bits, -1 if m.group == m.in_features else m.group) for name, m in layers.items()}
+    uneven = {kinds[name] for name, m in layers.items() if m.zero is not None and (m.zero != 8).any()}
+    return {name: (*kind, kind not in uneven) for name, kind in kinds.items()}
+
+
+def integer_parts(layer, symmetric):
     scale = layer.scale.float()
     narrow = scale.bfloat16()
     scale = narrow if torch.equal(narrow.float(), scale) else scale                      # never rounded
     if layer.bits == 8:
         return {"weight": layer.q, "weight_scale": scale}
-    parts = {"weight_packed": pack_nibbles(unpack_bytes(layer.q)), "weight_scale": scale,
+    packed = F.pad(layer.q, (0, -layer.q.shape[1] % 4)).contiguous().view(torch.int32)   # the same order of nibbles
+    parts = {"weight_packed": packed, "weight_scale": scale,
              "weight_shape": torch.tensor([layer.out_features, layer.in_features])}
-    return parts if symmetric(layer) else parts | {"weight_zero_point": pack_nibbles(layer.zero.T).T}
+    return parts if symmetric else parts | {"weight_zero_point": pack_nibbles(layer.zero.T).T}
 
 
-def symmetric(layer):
-    """Whether no zero point has to be stored."""
-    return layer.zero is None or bool((layer.zero == 8).all())
-
-
-def unpack_bytes(q):
-    return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
-
-
-def integer_config(layers, keys, plain):
+def integer_config(ways, keys, plain):
     """quantization_config of compressed-tensors: a group of matrices for each way to store them."""
     groups = defaultdict(list)
-    for name, m in layers.items():
-        group = -1 if m.group == m.in_features else m.group
-        groups[m.bits, m.act_bits, group, symmetric(m)].append(keys[name])
+    for name, way in ways.items():
+        groups[way].append(keys[name])
     found = {}
     for number, ((bits, act_bits, group, even), names) in enumerate(groups.items()):
         weights = dict(num_bits=bits, type="int", symmetric=even, dynamic=False)

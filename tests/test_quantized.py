@@ -162,7 +162,10 @@ def test_zero_points_of_mixed_groups_are_theirs(tmp_path):
 def test_a_folder_written_over_another_and_every_consumer(tmp_path):
     model = small()
     m.save_model(tmp_path, model, None)
-    m.save_model(tmp_path, replaced(model, HOWS["int4"]), None)
+    replaced(model, HOWS["int4"]).layers[0].mlp.up_proj.zero.fill_(8)                    # one matrix without: still one group
+    m.save_model(tmp_path, model, None)
+    how = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert len(how["config_groups"]) == 1 and how["config_groups"]["group_0"]["targets"] == ["Linear"] and how["dequantize"]
     assert m.load_model(tmp_path, "cpu", torch.bfloat16, need_tokenizer=False)[0].layers[0].mlp.up_proj.scale.dtype == torch.float32
     again, _ = m.load_model(tmp_path, "cpu", need_tokenizer=False)
     plain = replaced(copy.deepcopy(again), lambda i, layer: ft.plain_linear(layer.weight, layer.bias))
@@ -200,6 +203,8 @@ def test_lora_on_a_quantized_folder(how, tmp_path):
         each.train()(IDS, IDS.roll(-1, 1)).backward()
         grads.append({name: p.grad for name, p in ft.trained(each).items()})
     assert len(grads[0]) >= 28 and all(g.abs().max() > 0 for g in grads[0].values())
+    ft.save_adapter(tmp_path / "adapter", model, tmp_path, quantization="nf4")
+    assert torch.equal(logits(m.load_model(tmp_path / "adapter", "cpu", need_tokenizer=False)[0]), logits(model.eval()))
     if how != "w8a8":                                              # there the plain one does not round activations
         assert all((grads[0][name] - grads[1][name]).abs().max() < 1e-5 for name in grads[0])
         with pytest.raises(ValueError, match="--method=full: quantized weights cannot be trained"):

@@ -84,8 +84,8 @@ def stored_name(name, family, config):
 
 
 def ways_to_store(layers):
-    """{name: (bits, act_bits, columns per scale or -1 for all, symmetric)}. symmetric: the zero point is 8 in all layers
-    that agree in the other three, so it is not stored."""
+    """{name: (bits, act_bits, columns per scale or -1 for all, symmetric)}. symmetric: the zero point is 8 in all
+    layers that agree in the other three, so it is not stored."""
     kinds = {name: (m.bits, m.act_bits, -1 if m.group == m.in_features else m.group) for name, m in layers.items()}
     uneven = {kinds[name] for name, m in layers.items() if m.zero is not None and (m.zero != 8).any()}
     return {name: (*kind, kind not in uneven) for name, kind in kinds.items()}

@@ -471,7 +471,7 @@ def test_int8_cache_of_a_real_model():
     parts, cache = [], m.KVCache(model, 1, 512, int8=True)
     for part in ids.split(64, dim=1):
         parts.append(model(part, cache=cache)[0])
-    assert 0 < divergence(exact, torch.cat(parts)) < 1e-3
+    assert 0 < divergence(exact, torch.cat(parts)) < 3e-3
     nbytes = sum(getattr(cache, name).nbytes for name in cache.stored)
     assert nbytes == 2 * 30 * 3 * 513 * (64 + 2)
 

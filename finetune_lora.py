@@ -359,6 +359,8 @@ def add_adapters(model, method, targets=(), rank=16, alpha=32.0, dropout=0.0, rs
     """
     for name, p in model.named_parameters():
         p.requires_grad = method == "full" or method == "bitfit" and name.endswith("bias")
+    if method == "full" and model.quantized:
+        raise ValueError("--method=full: quantized weights cannot be trained. Choose --method=lora")
     if method == "bitfit" and not any(p.requires_grad for p in model.parameters()):
         raise ValueError("--method=bitfit: this model has no biases. Choose --method=ia3, which learns as little, or "
                          "lora")
@@ -482,7 +484,7 @@ def open_adapter(folder, device, dtype, need_tokenizer=True):
     model, tokenizer = load_model(base, device, dtype, need_tokenizer and not own)
     if own:
         tokenizer = open_tokenizer(folder, need_tokenizer)
-    if quantization:
+    if quantization and not model.quantized:
         quantize_model(model, quantization)
     load_adapter(model, folder, base)
     model.config = add_stop_ids(model.config, folder)
@@ -515,7 +517,7 @@ def open_base(cfg, machine):
         model, tokenizer = load_model(cfg.model, machine.device if cfg.parallel == "ddp" else "cpu")
         ends = answer_ends(tokenizer) if cfg.task == "chat" else frozenset()
         model.config = replace(model.config, stop_token_ids=tuple(ends | set(model.config.stop_token_ids)))
-        if cfg.method == "qlora":
+        if cfg.method == "qlora" and not model.quantized:
             quantize_model(model, "nf4")
         add_adapters(model, cfg.method, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, cfg.virtual_tokens)
     except ValueError as error:

@@ -117,6 +117,7 @@ class NF4Linear(Stored):
     holds them and no optimizer finds them. `weight` is computed at each access.
     """
     exact = ("scale", "offset")
+    tables = NF4_CODES, DYNAMIC_CODES                              # a stored layer has a copy of both
 
     def __init__(self, in_features, out_features, bias=True, block=64, device=None):
         nn.Module.__init__(self)                                   # not nn.Linear's, which allocates a weight
@@ -148,12 +149,12 @@ class NF4Linear(Stored):
         return self.dequantize(torch.float32)
 
     def forward(self, x):
-        return NF4Product.apply(x, self) if self.packed is None else super().forward(x)
+        return NF4Product.apply(x, self) if self.packed is None else self.packed(x)
 
     def pack(self, dtype):
         """For inference on a CPU: dequantized once, then as fast, and as large, as any packed Linear. A product with a
         single row would otherwise spend nearly all of its time on dequantizing."""
-        self.packed = kernels.pack_weight(self.dequantize(dtype))
+        self.packed = kernels.Dequantized(self, dtype)
         for name in ("codes", "absmax", "scale", "offset"):
             setattr(self, name, getattr(self, name).to("meta"))
 
@@ -432,21 +433,6 @@ def auto_forms(model, ids, target_bits):
 # ---------------------------------------------------------------------------------------------------------------------
 # Integers: the layer
 
-<<<<<<< HEAD
-def round_to_grid(weight, scale, zero, bits):
-    """The integer nearest to weight / scale + zero, within what `bits` can hold: -127 to 127, with a zero 0 to 2^b - 1.
-    weight (N, K); scale, zero (N, groups), each for K / groups columns in a row. Returns float (N, K)."""
-    rows = weight.unflatten(1, (scale.shape[1], -1)) / scale[..., None]
-    rows = rows if zero is None else rows + zero[..., None]
-    low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if zero is None else (0, 2 ** bits - 1)
-    return rows.round().clamp(low, high).flatten(1)
-=======
-def round_tokens(x):
-    """Activations as int8 would store them, with one scale per token: the A8 of W8A8."""
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / 127
-    return (x / scale).round() * scale
->>>>>>> h-q1
-
 
 class QuantLinear(Stored):
     """A frozen Linear whose weight is w = (q - zero) * scale, with one scale and one zero per `group` columns of a row.
@@ -486,11 +472,15 @@ class QuantLinear(Stored):
         return self.dequantize()
 
     def forward(self, x):
-        x = round_tokens(x) if self.act_bits else x
-        return NF4Product.apply(x, self) if self.packed is None else super().forward(x)
+        if self.packed is not None:
+            return self.packed(x)
+        return NF4Product.apply(kernels.round_rows(x) if self.act_bits else x, self)
 
     def pack(self, dtype):
-        self.packed = kernels.pack_weight(self.dequantize(dtype))
+        """For inference: the fastest product that torch has here (kernels.pack_quantized). The integers are freed."""
+        self.packed = kernels.pack_quantized(self, dtype)
+        for name in ("q", "scale", "zero"):
+            setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to("meta"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -347,6 +347,8 @@ def build_model(cfg, tokenizer, before, checkpoint_there, machine):
         if model.prefix is not None or any(hasattr(module, "base") for module in model.modules()):
             raise SystemExit(f"--init_from={cfg.init_from}: is an adapter. Merge it first: python finetune_lora.py "
                              f"--merge={cfg.init_from}")
+        if model.quantized:
+            raise SystemExit(f"--init_from={cfg.init_from}: is quantized. Give the model that it was made from")
         if own.hash != tokenizer.hash:
             raise SystemExit(f"--init_from={cfg.init_from}: --dataset={cfg.dataset} was made with another tokenizer. "
                              f"Prepare its text with this one: python prepare.py PATH... --tokenizer={cfg.init_from}")

@@ -151,11 +151,9 @@ def config_from_hf(hf, where="config.json"):
         reason = f": {REFUSED[family]}" if isinstance(family, str) and family in REFUSED else ""
         raise ValueError(f"{where}: model_type={family!r} is not supported{reason}; choose one of "
                          f"{', '.join(ARCHITECTURES)}")
-    if hf.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config: quantized weights are not supported; use the folder that they "
-                         "were made from")
+    check_quantization(hf.get("quantization_config"), family, where)
     if family == "nanopath":
-        outer = ("architectures", "model_type", "torch_dtype", "dtype")
+        outer = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
         values = {key: value for key, value in hf.items() if key not in outer}
         for key in ("id2label", "label2id"):
             values.pop(key, None)
@@ -197,6 +195,26 @@ def config_from_hf(hf, where="config.json"):
         check_fixed(attention, MPT_ATTENTION, f"{where}: attn_config")
         v["attn_scale"] = attention.get("softmax_scale") or 0.0
     return v | labels
+
+
+def check_quantization(how, family, where):
+    """Raise ValueError unless weights quantized like this can be read: nanopath/quantized.py has the details."""
+    if not how:
+        return
+    method = how.get("quant_method") if isinstance(how, dict) else how
+    source = "use the folder that they were made from"
+    if method not in ("compressed-tensors", "bitsandbytes"):
+        raise ValueError(f"{where}: quantization_config: quantized weights of quant_method={method!r} are not "
+                         f"supported, only compressed-tensors and bitsandbytes; {source}")
+    if not plain_linears(family):
+        raise ValueError(f"{where}: quantization_config: quantized weights of model_type={family!r} are not supported, "
+                         f"because its layers are not those of model.py one to one; {source}")
+
+
+def plain_linears(family):
+    """Whether each matrix of this family is one Linear of model.py, stored as (out, in)."""
+    fused = {"self_attn.qkv", "mlp.gate_up"} & set(MODULES.get(family, {}).values())
+    return family not in ("gpt2", "mixtral", "qwen3_moe") and not fused
 
 
 def labels_from_hf(hf, where):
@@ -470,9 +488,9 @@ def stored_family(folder):
     return read_gguf(folder).family if folder.suffix == ".gguf" else read_json(folder / "config.json")["model_type"]
 
 
-def open_files(folder, files, device):
+def open_files(folder, files, device, wanted=lambda name: True):
     """(model_type, iterator over (file, name, tensor)) of a folder's safetensors files or of a GGUF file. One tensor is
-    in memory at a time."""
+    in memory at a time. wanted: which of the names in safetensors files."""
     if folder.suffix == ".gguf":
         tensors = read_gguf(folder).tensors()
         return stored_family(folder), ((folder, name, torch.from_numpy(array).to(device)) for name, array in tensors)
@@ -481,14 +499,14 @@ def open_files(folder, files, device):
         for file in files:
             try:
                 with safe_open(file, "pt", device=str(device)) as opened:
-                    for key in opened.keys():
+                    for key in filter(wanted, opened.keys()):
                         yield file, key, opened.get_tensor(key)
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged or incomplete ({error}). Train again, or copy it again") from None
     return stored_family(folder), safetensors()
 
 
-def read_tensors(folder, files, model, dtype, device):
+def read_tensors(folder, files, model, dtype, device, wanted=lambda name: True):
     """The tensors of weight files under our names, as parameters on `device`, for load_state_dict(assign=True).
     model: a GPT of the same config, possibly on the meta device; its shapes are what the file must have.
 
@@ -496,7 +514,7 @@ def read_tensors(folder, files, model, dtype, device):
     transformers 5: a head without an embedding becomes the embedding; a head that differs from the embedding is kept,
     with a warning.
     """
-    tensors, (family, found) = {}, open_files(folder, files, device)
+    tensors, (family, found) = {}, open_files(folder, files, device, wanted)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     shapes.setdefault("lm_head.weight", shapes["embed_tokens.weight"])          # of a tied head
     for file, key, stored in found:
@@ -528,11 +546,12 @@ def read_tensors(folder, files, model, dtype, device):
     return tensors
 
 
-def write_folder(folder, model, tokenizer):
-    """Write the files of save_model. Each has a temporary name until it is complete; the weights are renamed last."""
-    folder, family = Path(folder), family_of(model.config)
+def write_folder(folder, model, tokenizer, family=None, tensors=None, more=()):
+    """Write the files of save_model. Each has a temporary name until it is complete; the weights are renamed last.
+    family, tensors, more: of a quantized model, what it is called, its tensors, and more keys of config.json."""
+    folder, family = Path(folder), family or family_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.contiguous().cpu() for key, t in tensors_to_hf(model, family).items()}
+    tensors = {key: t.contiguous().cpu() for key, t in (tensors or tensors_to_hf(model, family)).items()}
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     if tokenizer is not None:
@@ -541,7 +560,7 @@ def write_folder(folder, model, tokenizer):
             warnings.warn("transformers reads the tokenizer of any Qwen2 model with Qwen2's pattern, whatever "
                           "tokenizer.json says: its ids will differ from ours. Train the tokenizer with "
                           "--pattern=qwen2, or use a qk_norm model")
-    config = config_to_hf(model.config, family, str(next(model.parameters()).dtype).removeprefix("torch."))
+    config = config_to_hf(model.config, family, str(next(model.parameters()).dtype).removeprefix("torch.")) | dict(more)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json",
                {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})

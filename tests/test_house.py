@@ -13,7 +13,7 @@ ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "m
           "evaluate": {"bpe", "model", "sample"}, "quantize": {"bpe", "model"},
           "finetune_lora": {"bpe", "model", "sample", "quantize", "train"},
           "rlhf": {"bpe", "model", "sample", "train", "evaluate", "finetune_lora"}}
-LATE = {("model", "bpe"), ("model", "finetune_lora")}              # imported inside load_model
+LATE = {("model", "bpe"), ("model", "finetune_lora"), ("model", "quantize")}              # imported inside load_model
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
 PAGES = {"bpe": 600, "model": 775, "prepare": 450, "sample": 802, "train": 482, "evaluate": 620, "quantize": 730,

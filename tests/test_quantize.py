@@ -256,6 +256,10 @@ def test_refused_models(tmp_path):
     overflow.layers[0].input_layernorm.weight.data[0] = float("inf")
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.weight reads an input that is infinite or not a number"):
         q.quantize_model(overflow, "gptq", calibration=text_of(3, 16))
+    model = q.quantize_model(small("qwen3"), "nf4")
+    save_model(tmp_path / "model", model, None)                    # stays quantized: tests/test_quantized.py
+    assert torch.equal(load_model(tmp_path / "model", "cpu", need_tokenizer=False)[0].layers[0].mlp.up_proj.codes,
+                       model.layers[0].mlp.up_proj.codes)
 
 
 def test_the_loss_of_a_published_model():

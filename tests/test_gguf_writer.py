@@ -1,5 +1,6 @@
 """nanopath/gguf_writer.py against gguf's own reader and quantization, a copy of llama.cpp's converter (test_gguf.py), a file that
 llama.cpp's converter has made, and llama.cpp itself where llama_cpp can be imported (pip install llama-cpp-python)."""
+import ctypes
 import re
 import warnings
 
@@ -212,7 +213,27 @@ def test_llama_cpp_continues_smollm2_with_the_same_ids(kind, tmp_path):
             theirs.eval(ids[theirs.n_tokens:])
             ids.append(int(theirs.scores[theirs.n_tokens - 1].argmax()))
         with torch.no_grad():
-            assert ours(torch.tensor([ids[:-1]]))[0, count - 1:].argmax(-1).tolist() == ids[count:]
+            logits = ours(torch.tensor([ids[:-1]]))[0, count - 1:]
+        best = logits.topk(2).values
+        # with Q8_0, llama.cpp rounds activations to 8 bits too: logits move by up to 1.2
+        clear = best[:, 0] - best[:, 1] > (0 if kind == "F16" else 1.2)
+        assert torch.equal(logits.argmax(-1)[clear], torch.tensor(ids[count:])[clear]) and clear.sum() >= 6
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_bytes_equal_those_of_llama_cpps_own_quantization(kind, tmp_path):
+    model = tiny(BYTES, tie_embeddings=kind == "Q4_0").half().float()             # llama.cpp quantizes the F16 file
+    for name in ("F16", kind):
+        write_gguf(tmp_path / f"{name}.gguf", model, BYTES, name)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = {"Q8_0": 7, "Q4_0": 2}[kind], 1
+    theirs = tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(*(str(path).encode() for path in (tmp_path / "F16.gguf", theirs)), ctypes.byref(options)) == 0
+    ours, theirs = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (tmp_path / f"{kind}.gguf", theirs))
+    assert ours.keys() == theirs.keys()
+    for name, t in ours.items():
+        assert t.tensor_type == theirs[name].tensor_type and np.array_equal(t.data, theirs[name].data), name
 
 
 @needs_llama_cpp
@@ -220,12 +241,13 @@ def test_llama_cpp_continues_smollm2_with_the_same_ids(kind, tmp_path):
 def test_llama_cpp_runs_a_model_that_was_made_here(kind, tmp_path):
     tokenizer, path = learnt("gpt4"), tmp_path / "x.gguf"
     write_gguf(path, tiny(tokenizer), tokenizer, kind)
-    ours, theirs, found = m.load_model(path, device="cpu")[0], llama(path), []
+    ours, theirs = m.load_model(path, device="cpu")[0], llama(path)
     ids = tokenizer.encode("Hello world, this is 2024.")
     wanted = greedy(ours, ids, 20)
     theirs.eval(wanted[:-1])
     found = theirs.scores[len(ids) - 1:len(wanted) - 1].argmax(1).tolist()
-    assert np.mean(np.array(found) == wanted[len(ids):]) == 1 if kind == "F16" else np.mean(np.array(found) == wanted[len(ids):]) > 0.8
+    same = np.mean(np.array(found) == wanted[len(ids):])
+    assert same == 1 if kind == "F16" else same > 0.8
 
 
 # ---- quantized models, and what is refused

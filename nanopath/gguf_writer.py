@@ -44,7 +44,7 @@ def write_gguf(path, model, tokenizer, kind="F16"):
         raise ValueError(f"{path}: the name of a GGUF file must end in .gguf")
     if kind not in FILE_TYPES:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(FILE_TYPES)}")
-    family = check_model(model)
+    family = writable_family(model)
     metadata = model_metadata(model.config, family, kind, path.stem) | tokenizer_metadata(tokenizer, model.config)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -58,7 +58,7 @@ def write_gguf(path, model, tokenizer, kind="F16"):
             temporary.unlink()
 
 
-def check_model(model):
+def writable_family(model):
     """The family of a model, by Hugging Face's name. ValueError: GGUF has nothing for it."""
     config, family = model.config, family_of(model.config)
     has_none = f"a model of the family {family} has no GGUF architecture here; choose one of "

@@ -54,6 +54,7 @@ LAYER_TENSORS = dict.fromkeys(GGUF_FAMILIES.values(), _LLAMA_TENSORS) | {
 _LLAMA_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _GPT2_OUTER = {"token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
                "output": "lm_head"}
+OUTER_TENSORS = dict.fromkeys(LAYER_TENSORS, _LLAMA_OUTER) | {"gpt2": _GPT2_OUTER}           # outside of the layers
 
 _LLAMA_SIZES = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
                 "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
@@ -337,7 +338,7 @@ class Gguf:
     def hf_name(self, name):
         """Hugging Face's name of a tensor; * stands for the number of an expert. None: the tensor is no weight."""
         layer, module, kind = re.fullmatch(r"(?:blk\.(\d{1,6})\.)?(.*?)(?:\.(weight|bias))?", name, re.S).groups()
-        table = LAYER_TENSORS[self.family] if layer else _GPT2_OUTER if self.family == "gpt2" else _LLAMA_OUTER
+        table = (LAYER_TENSORS if layer else OUTER_TENSORS)[self.family]
         if name == "rope_freqs.weight" and self.family == "llama" or name.startswith("rope_factors_"):
             return None                                            # see rope_scaling
         if module not in table or not kind:

@@ -66,10 +66,11 @@ class Slots(KVCache):
     """A KVCache of which a pass uses any rows. It grows with the longest text.
 
     The sums of attention depend on the number of keys, and on whether there is a mask. So there always is one, and the
-    number of keys is a multiple of 16: a row's result is then the same bit for bit, alone and beside longer rows.
+    number of keys is a multiple of 16: a row's result is then the same bit for bit, alone and beside longer rows. One
+    more row than texts, because the last row of a pass is never a text: see Engine.read.
     """
     def __init__(self, model, rows, size):
-        super().__init__(model, rows, min(size, 128))
+        super().__init__(model, rows + 1, min(size, 128))
         self.most = size
         self.ropes = self.ropes and model.rope_tables(torch.arange(self.n + size, device=self.k.device), size)
         self.additive = not model.config.position.startswith("alibi")
@@ -160,6 +161,10 @@ class Request:
     def context(self):
         """The ids that the model reads: all, or after the context was full, the newer half."""
         return self.row.text[self.begin:] if self.begin else self.row.text
+
+    def grown(self):
+        """Whether the last id was written by the model."""
+        return len(self.row.text) > len(self.prompt)
 
     def cancel(self):
         """May be called by any thread. The request ends within one step."""
@@ -426,41 +431,43 @@ class Engine:
     def prefill(self):
         """Read a chunk of each text of which more than the last id is unread. Yields those that are then complete."""
         unread = {r: len(r.context()) - self.cache.lengths[r.slot] for r in self.rows}
-        todo = [r for r in self.rows if unread[r] > 1 or not self.grown(r)]
+        todo = [r for r in self.rows if unread[r] > 1 or not r.grown()]
         cap = min(self.chunk, max(16, 4 * self.chunk // max(1, len(todo))))    # at most about 4 chunks in one step
         short = [r for r in todo if unread[r] <= cap // 2]         # apart from the others: padding costs time
         for group in (short, [r for r in todo if r not in short]):
             if group:
                 counts = [min(cap, unread[r]) for r in group]
-                hidden = self.read(group, counts, max(8, -(-max(counts) // 8) * 8))
+                hidden = self.read([r.slot for r in group], counts, -(-max(counts) // 8) * 8)
                 self.counts["tokens_in"] += sum(counts)
                 yield from ((r, h) for r, count, h in zip(group, counts, hidden) if count == unread[r])
 
-    def grown(self, request):
-        """Whether the last id of the text was written by the model."""
-        return len(request.row.text) > len(request.prompt)
-
     def decode(self):
-        """Read the last id of all other texts, in one pass over all rows up to the last of these. What it writes into the
-        rows between is overwritten by their next chunk."""
-        todo = {r.slot: r for r in self.rows if self.grown(r) and len(r.context()) - self.cache.lengths[r.slot] == 1}
+        """Read the last id of all other texts, in one pass over the rows up to the one after the last of these. What it
+        writes into rows that it is not about is overwritten by their next chunk."""
+        todo = {r.slot: r for r in self.rows if r.grown() and len(r.context()) - self.cache.lengths[r.slot] == 1}
         if todo:
-            rows = self.rows[:max(todo) + 1]
-            hidden = self.read(rows, [int(r.slot in todo) for r in rows], 1)
-            yield from ((r, hidden[slot]) for slot, r in todo.items())
+            rows = range(max(todo) + 2)
+            hidden = self.read(rows, [int(row in todo) for row in rows], 1)
+            yield from ((r, hidden[row]) for row, r in todo.items())
 
-    def read(self, requests, counts, T):
-        """The next ids of these texts, counts[i] of text i, padded to T. Returns the hidden states (B, C) after them."""
-        view, ids = self.cache.of([r.slot for r in requests]), []
-        for request, count, length in zip(requests, counts, view.lengths):
-            ids.append(request.context()[length:length + count] + [0] * (T - count))
-        self.adapters.select([r.adapter for r in requests])
+    def read(self, rows, counts, T):
+        """The next ids of these rows, counts[i] of row i, padded to T. Returns the hidden states (B, C) after them.
+
+        Of an array whose size is no multiple of 32, a CPU computes the last numbers with other instructions, which round
+        differently. So T is 1 and the last row is no text, or T is a multiple of 8 (and all widths of 4).
+        """
+        view, ids, names = self.cache.of(list(rows)), [], []
+        for row, count, length in zip(rows, counts, view.lengths):
+            new = self.rows[row].context()[length:length + count] if count else []
+            ids.append(new + [0] * (T - count))
+            names.append(self.rows[row].adapter if count or not names else names[-1])
+        self.adapters.select(names)
         hidden = self.model(torch.tensor(ids, device=self.cache.k.device), cache=view, last=True, hidden=True,
                             counts=None if T == 1 else counts)
-        for request, count, length in zip(requests, counts, view.lengths):
-            self.cache.lengths[request.slot] += count
+        for row, count in zip(rows, counts):
+            self.cache.lengths[row] += count
             if count:
-                self.publish(request)
+                self.publish(self.rows[row])
         return hidden
 
     def publish(self, request):
@@ -478,8 +485,8 @@ class Engine:
 
     def choose(self, requests, hidden):
         """A token for each text."""
-        self.adapters.select([r.adapter for r in requests])
-        logits = self.model.logits(torch.stack(hidden)).cpu()      # (B, V)
+        self.adapters.select([r.adapter for r in (*requests, requests[-1])])
+        logits = self.model.logits(torch.stack([*hidden, hidden[-1]])).cpu()[:-1]      # (B, V); one more row as in read
         totals = logits.logsumexp(dim=-1)
         sums, groups, chosen = totals.tolist(), {}, {}
         for i, request in enumerate(requests):
@@ -545,6 +552,7 @@ class Engine:
         if last is not request:
             self.cache.move(last.slot, slot)
             self.rows[slot], last.slot = last, slot
+        self.cache.lengths[len(self.rows)] = 0
         request.slot, request.published = None, 0
         self.pool.release(request.table)
 

@@ -99,7 +99,7 @@ class Pool(Blocks):
     def __init__(self, cache, count, size=16):
         super().__init__(count, size)
         L, _, K, _, D = cache.k.shape
-        self.keys_of, self.values_of = (torch.zeros(count, L, K, size, D, dtype=cache.k.dtype, device=cache.k.device)
+        self.keys_of, self.values_of = (torch.empty(count, L, K, size, D, dtype=cache.k.dtype, device=cache.k.device)
                                         for _ in range(2))
 
     @property

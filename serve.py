@@ -6,7 +6,10 @@ Serve a model to many at once: requests join and leave a running batch at every 
 A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. A prompt is read in
 chunks between the other texts' tokens, so that a long one delays nobody for long. Keys and values are kept in blocks
 (nanopath/paged.py): a prompt that begins like an earlier one starts where they part. When blocks run out, the youngest
-request waits and is read again later. No text depends on its neighbours: it is what sample.generate writes for it alone.
+request waits and is read again later. No text depends on its neighbours: it is the text of sample.generate.
+
+    Slots        contiguous keys and values of each running text, which attention reads without copying
+    BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full
 
 Run     python serve.py                                           # the newest run under out/
         python serve.py --model=out/chat --adapters poet=out/poet clerk=out/clerk --slots=32
@@ -20,25 +23,27 @@ import nanopath.start                                              # first: Open
 import copy
 import itertools
 import math
-import sys
 import threading
 import time
 import traceback
 from collections import OrderedDict, deque
 from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
-from dataclasses import dataclass, field, fields
+from data.templates import is_chat
 from model import KVCache, load_model, visible
 from nanopath.adapters import Adapters
-from nanopath.flags import Count, Positive, Rate, parse
-from nanopath.paged import Pool
+from nanopath.flags import Bound, Count, Positive, Rate, parse
+from nanopath.paged import BlockPool
 from nanopath.terminal import check_request, find_run
 from sample import Decoding, Row, evaluating, pick
 
-SAME = ("temperature", "top_k", "top_p", "min_p", "typical_p", "entropy_theta", "mirostat", "repetition_penalty",
+PICKED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "entropy_theta", "mirostat", "repetition_penalty",
         "frequency_penalty", "presence_penalty", "no_repeat_ngram")          # texts with equal values share a `pick`
 
 
@@ -46,17 +51,29 @@ SAME = ("temperature", "top_k", "top_p", "min_p", "typical_p", "entropy_theta", 
 class Config:
     model: str = ""                 # model folder, or OWNER/NAME on the Hub; empty: the newest run under out/
     adapters: tuple[str, ...] = ()  # NAME=FOLDER of LoRA adapters; a request chooses one as its model
-    host: str = "127.0.0.1"         # address to listen on; 0.0.0.0: reachable from other machines
-    port: Positive = 8000           # TCP port
-    api_keys: str = ""              # file with one key per line; empty: everyone may ask
+    model_name: str = ""            # what clients call the model; empty: the name of its folder
+    # the engine
     slots: Positive = 8             # texts in the batch
     context: Count = 0              # tokens of a prompt with its answer; 0: the model's context, at most 4096
     blocks: Count = 0               # blocks of 16 tokens for keys and values; 0: enough for all slots
-    chunk: Positive = 64            # most tokens of a prompt that are read in one step
+    chunk: Positive = 64            # most tokens of one prompt that are read in a step
     max_queue: Positive = 256       # requests that may wait; more are refused
-    timeout: Rate = 300.0           # seconds after which a request is ended; 0: never
+    # the server
+    host: str = "127.0.0.1"         # address to listen on; 0.0.0.0: every network
+    port: Positive = 8000           # TCP port
+    hosts: tuple[str, ...] = ()     # names under which browsers reach this server; * any
+    origins: tuple[str, ...] = ()   # web sites whose pages may call this server (CORS); * any
+    api_keys: str = ""              # file with NAME:KEY in each line; empty, without NANOPATH_API_KEYS: no key needed
+    requests_per_minute: Rate = 0.0  # for each key; 0: no limit
+    tokens_per_minute: Rate = 0.0   # for each key, prompt and answer; 0: no limit
+    max_body: Positive = 4 << 20    # bytes of a request
+    max_tokens: Count = 0           # tokens of an answer; 0: as many as the context has room for
+    timeout: Annotated[float, Bound(1, 1e6)] = 600.0   # seconds until a request is given up, the queue included
+    drain: Annotated[float, Bound(1, 1e6)] = 30.0   # seconds that running requests have to finish after SIGTERM
+    cache_seconds: Rate = 0.0       # how long an answer is kept for the same request; 0: off
+    # machine
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # number format of weights and activations: float32 or bfloat16
+    dtype: Literal["float32", "bfloat16"] = "float32"   # number format of weights and activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,29 +159,32 @@ class QueueFull(Exception):
 
 
 class Request:
-    """One text. row: sample.Row, with the ids, the random numbers and the state of the options."""
-    def __init__(self, number, row, size, adapter, deadline, on_token, key):
-        self.id, self.row, self.prompt, self.size, self.adapter = number, row, row.text[:row.prompt], size, adapter
-        self.deadline, self.on_token, self.key = deadline, on_token, key
-        self.finish_reason = self.error = self.slot = None
-        self.cancelled, self.begin, self.replay = False, 0, False
-        self.table, self.keys, self.published = [], [], 0          # blocks, hashes of full blocks, how many are published
-        self.cached_tokens, self.done = 0, threading.Event()       # tokens that a prefix in the cache spared
+    """One text. After it was admitted, row is its sample.Row: the ids, the random numbers, the state of the options."""
+    def __init__(self, number, prompt, o, size, adapter, deadline, on_token, key, start):
+        self.id, self.prompt, self.o, self.size, self.adapter = number, prompt, o, size, adapter
+        self.deadline, self.on_token, self.key, self.start = deadline, on_token, key, start
+        self.row = self.slot = self.finish_reason = self.error = None
+        self.cancelled, self.begin = False, 0                      # begin: the first id that the model reads
+        self.table, self.keys, self.published = [], [], 0          # blocks, hashes of the full ones, how many of them
+        self.cached_tokens, self.done = 0, threading.Event()       # are in the pool; tokens that need not be read
         self.queued_at, self.started_at, self.first_token_at, self.finished_at = time.monotonic(), None, None, None
-        o = row.o
-        self.same = (id(o.constraint), frozenset(o.forbidden), *(getattr(o, name) for name in SAME))
+        self.same = (id(o.constraint), frozenset(o.forbidden), *(getattr(o, name) for name in PICKED))
+
+    @property
+    def text(self):
+        return self.row.text if self.row else self.prompt
 
     @property
     def new(self):
-        return self.row.text[self.row.prompt:]
+        return self.text[len(self.prompt):]
 
     def context(self):
         """The ids that the model reads: all, or after the context was full, the newer half."""
-        return self.row.text[self.begin:] if self.begin else self.row.text
+        return self.text[self.begin:] if self.begin else self.text
 
     def grown(self):
         """Whether the last id was written by the model."""
-        return len(self.row.text) > len(self.prompt)
+        return len(self.text) > len(self.prompt)
 
     def cancel(self):
         """May be called by any thread. The request ends within one step."""
@@ -212,13 +232,14 @@ class FairQueue:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Engine:
-    """The batch. One thread calls `step` or `run`; `submit`, `embed`, `Request.cancel` and `stats` may be called by any.
+    """The batch. One thread calls `step` or `run`; `submit`, `embed`, `cancel`, `stats` and `snapshot` are for all.
 
     slots: texts in the batch; context: most tokens of a prompt with its answer; blocks: blocks of the pool; chunk: most
-    tokens of one prompt per step; adapters: {name: folder}. The model belongs to the engine afterwards.
+    tokens of one prompt per step; adapters: {name: folder}, for the model of `folder`. The model belongs to the engine
+    afterwards.
     """
     def __init__(self, model, tokenizer=None, slots=8, blocks=0, block_size=16, chunk=64, adapters=None, context=0,
-                 max_queue=256):
+                 max_queue=256, folder=None):
         self.model, self.tokenizer, self.slots, self.chunk, self.max_queue = model, tokenizer, slots, chunk, max_queue
         self.context = min(context or model.config.block_size, model.config.block_size)
         if model.dynamic:                                          # NTK: the angles depend on the length of the text
@@ -228,9 +249,9 @@ class Engine:
         if blocks < need:
             raise ValueError(f"--blocks={blocks}: a text of {self.context} tokens needs {need} blocks of {block_size}. "
                              "Give more blocks, or a smaller --context")
-        self.adapters = Adapters(model, adapters or {})
+        self.adapters = Adapters(model, adapters or {}, folder)
         self.cache = Slots(model, slots, self.context)
-        self.pool = Pool(self.cache, blocks, block_size)
+        self.pool = BlockPool(self.cache, blocks, block_size)
         self.queue, self.rows, self.embeddings = FairQueue(), [], deque()
         self.lock = threading.Condition()                          # guards queue, embeddings, closing
         self.closing, self.thread, self.numbers = False, None, itertools.count()
@@ -257,18 +278,18 @@ class Engine:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads at most {self.context}")
         options = dict(options or {})
         known = {field.name for field in fields(Decoding)} - {"amateur", "amateur_weight", "plausibility", "cancelled"}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"{unknown[0]} is no option; there are {', '.join(sorted(known))}")
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{name} is no option; there are {', '.join(sorted(known))}")
         o = Decoding(max_new_tokens, **{"tokenizer": self.tokenizer} | options)
         stop_ids = check_request(self.model, [prompt], o)
-        row = Row(index, prompt, o, stop_ids)
         with self.lock:
             if self.closing or len(self.queue) >= self.max_queue:
                 wait = math.ceil(self.seconds * (len(self.queue) + 1) / self.slots)
                 raise QueueFull("the server is shutting down" if self.closing else
                                 f"{len(self.queue)} requests wait already", min(max(1, wait), 3600))
-            request = Request(next(self.numbers), row, min(len(prompt) + max_new_tokens, self.context), adapter,
-                              deadline, on_token, key)
+            size, start = min(len(prompt) + max_new_tokens, self.context), (index, prompt, o, stop_ids)
+            request = Request(next(self.numbers), prompt, o, size, adapter, deadline, on_token, key, start)
             self.queue.add(request)
             self.counts["requests"] += 1
             self.lock.notify()
@@ -278,11 +299,13 @@ class Engine:
         """For each list of ids the mean of the last hidden states, of length one: a list of lists of floats."""
         for ids in texts:
             if not 1 <= len(ids) <= self.context:
-                raise ValueError(f"the text has {len(ids)} tokens, the model reads at least 1 and at most {self.context}")
+                raise ValueError(f"a text has {len(ids)} tokens, the model reads at least 1 and at most {self.context}")
             if not all(0 <= i < self.model.config.vocab_size for i in ids):
                 raise ValueError(f"ids must be 0 to {self.model.config.vocab_size - 1}")
         jobs = [(ids, Future()) for ids in texts]
         with self.lock:
+            if self.closing:
+                raise QueueFull("the server is shutting down", 1)
             self.embeddings.extend(jobs)
             self.lock.notify()
         if self.thread is None:                                    # nobody else will
@@ -300,16 +323,18 @@ class Engine:
 
     def snapshot(self):
         """What the live view draws: every block (users, cached), the batch and the queue."""
-        show = lambda r: dict(id=r.id, prompt=len(r.prompt), new=len(r.row.text) - len(r.prompt), left=r.row.left,
-                              read=self.cache.lengths[r.slot] if r.slot is not None else 0, adapter=r.adapter,
-                              cached=r.cached_tokens, blocks=list(r.table))
+        def show(r):
+            slot, new = r.slot, len(r.text) - len(r.prompt)
+            return dict(id=r.id, prompt=len(r.prompt), new=new, left=r.o.max_new_tokens - new, cached=r.cached_tokens,
+                        read=0 if slot is None else self.cache.lengths[slot], adapter=r.adapter, blocks=list(r.table))
         with self.lock:
-            waiting = [show(request) for request in self.queue]
-        return dict(users=list(self.pool.users), cached=list(self.pool.unused), batch=[show(r) for r in list(self.rows)],
-                    queue=waiting, chunk=self.chunk, block_size=self.pool.size, stats=self.stats())
+            batch, queue = [show(r) for r in list(self.rows)], [show(r) for r in self.queue]
+            cached = [block for block, users in enumerate(self.pool.users) if not users and self.pool.key_of[block]]
+        return dict(users=list(self.pool.users), cached=cached, batch=batch, queue=queue, chunk=self.chunk,
+                    block_size=self.pool.size, stats=self.stats())
 
     def drain(self, timeout=None):
-        """Accept nothing new and wait until all requests have ended; after `timeout` seconds they are cancelled. Returns
+        """Accept nothing new and wait until all requests have ended; after `timeout` seconds cancel them. Returns
         whether all could end by themselves."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         with self.lock:
@@ -332,13 +357,13 @@ class Engine:
         while True:
             try:
                 busy = self.step()
-            except Exception as error:                             # such as no memory: the requests fail, the server lives
+            except Exception as error:                             # such as no memory: the requests fail
                 traceback.print_exc()
                 for request in list(self.rows):
                     self.finish(request, "error", f"{type(error).__name__}: {error}")
                 busy = True
             with self.lock:
-                if not busy and self.closing:
+                if not busy and self.closing and not self.embeddings:
                     break
                 if not busy and not len(self.queue) and not self.embeddings:
                     self.lock.wait()
@@ -355,7 +380,7 @@ class Engine:
             self.grow()
             embedded = self.embed_one()
             if not self.rows:
-                return embedded
+                return embedded or len(self.queue) > 0
             self.counts["steps"] += 1
             self.cache.reserve(max(min(len(r.context()), r.size) for r in self.rows))
             ready = [*self.prefill(), *self.decode()]              # (request, hidden state after its last id)
@@ -389,6 +414,7 @@ class Engine:
                 self.queue.remove(request)
                 request.slot = len(self.rows)
                 self.rows.append(request)
+            request.row = request.row or Row(*request.start)       # by this thread: a constraint is not thread-safe
             for block in known:
                 self.pool.share(block)
             request.table = known + [self.pool.take() for _ in range(need)]
@@ -453,8 +479,8 @@ class Engine:
     def read(self, rows, counts, T):
         """The next ids of these rows, counts[i] of row i, padded to T. Returns the hidden states (B, C) after them.
 
-        Of an array whose size is no multiple of 32, a CPU computes the last numbers with other instructions, which round
-        differently. So T is 1 and the last row is no text, or T is a multiple of 8 (and all widths of 4).
+        Of an array whose size is no multiple of 32, a CPU computes the last numbers with other instructions, which
+        round differently. So T is 1 and the last row is no text, or T is a multiple of 8 (and all widths of 4).
         """
         view, ids, names = self.cache.of(list(rows)), [], []
         for row, count, length in zip(rows, counts, view.lengths):
@@ -496,8 +522,8 @@ class Engine:
                 self.cache.erase(request.slot)
                 for block in request.table:
                     self.pool.forget(block)
-                self.finish(request, "error", "the model computes numbers that are not finite: its weights are damaged, or "
-                            "the dtype is too narrow; try --dtype=float32")
+                self.finish(request, "error", "the model computes numbers that are not finite: its weights are "
+                            "damaged, or the dtype is too narrow; try --dtype=float32")
         for group in groups.values():
             rows = [requests[i].row for i in group]
             try:
@@ -526,8 +552,8 @@ class Engine:
         if not self.call(request, (token, logprob, alternatives)):
             return
         if row.done:
-            stopped = row.left or any(stop.encode("utf-8") in tail for stop in row.o.stop)
-            self.finish(request, "stop" if stopped or row.complete() else "length")
+            stopped = row.left or row.complete() or any(stop.encode("utf-8") in tail for stop in row.o.stop)
+            self.finish(request, "stop" if stopped else "length")
         elif len(row.text) - request.begin > request.size:         # the context is full: its newer half is read again
             with self.lock:
                 self.leave(request)
@@ -588,32 +614,41 @@ class Engine:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def open_engine(cfg):
-    """(engine, tokenizer, name of the model)"""
-    folder = find_run("model", cfg.model)
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"--dtype={cfg.dtype}: choose float32 or bfloat16")
+def open_engine(cfg, folder):
+    """(engine, tokenizer) of --model with --adapters."""
     adapters = {}
     for pair in cfg.adapters:
-        name, equals, place = pair.partition("=")
+        name, _, place = pair.partition("=")
         if not (name and place) or name in adapters:
             raise SystemExit(f"--adapters {pair}: write NAME=FOLDER, each name once")
         adapters[name] = place
     try:
         model, tokenizer = load_model(folder, cfg.device, getattr(torch, cfg.dtype))
+        if model.config.labels:
+            raise ValueError("is a classifier, which writes no text: python finetune_lora.py --predict=FILE")
         if model.num_params() < 20e6:                              # its matmuls take less time than waking a thread
             torch.set_num_threads(1)
-        engine = Engine(model.pack(), tokenizer, cfg.slots, cfg.blocks, chunk=cfg.chunk, adapters=adapters,
-                        context=cfg.context or min(model.config.block_size, 4096), max_queue=cfg.max_queue)
+        context = cfg.context or min(model.config.block_size, 4096)
+        return Engine(model.pack(), tokenizer, cfg.slots, cfg.blocks, 16, cfg.chunk, adapters, context, cfg.max_queue,
+                      folder), tokenizer
     except ValueError as error:
         raise SystemExit(f"--model={folder}: {error}") from None
-    return engine, tokenizer, folder
 
 
 def main(cfg):
-    engine, tokenizer, folder = open_engine(cfg)
-    from nanopath import api                                       # FastAPI, which importing the engine does not pay
-    api.serve(engine, tokenizer, cfg, folder)
+    from nanopath import api, limits                               # FastAPI, which importing the engine does not pay
+    folder = find_run("model", cfg.model)
+    try:
+        keys = limits.read_keys(cfg.api_keys)
+    except ValueError as error:
+        raise SystemExit(f"--api_keys={error}") from None
+    engine, tokenizer = open_engine(cfg, folder)
+    settings = limits.Settings(
+        host=cfg.host, port=cfg.port, hosts=cfg.hosts, origins=cfg.origins, keys=keys, max_body=cfg.max_body,
+        model_name=cfg.model_name or Path(folder).name, chat=is_chat(tokenizer, engine.model.config.stop_ids),
+        requests_per_minute=cfg.requests_per_minute, tokens_per_minute=cfg.tokens_per_minute, timeout=cfg.timeout,
+        max_tokens=cfg.max_tokens, drain=cfg.drain, cache_seconds=cfg.cache_seconds)
+    api.serve(engine, tokenizer, settings)
 
 
 if __name__ == "__main__":

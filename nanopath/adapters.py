@@ -6,14 +6,13 @@ Several LoRA adapters beside one base model: every row of a batch has its own, o
 A row's result is that of the model with only this adapter in it (finetune_lora.LoRALinear), bit for bit where the
 matmul's rows are independent of each other (GPT.pack).
 """
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanopath import kernels
-from nanopath.peft import find_base, read_adapter
+from nanopath.hub import find_folder
+from nanopath.peft import find_base, read_adapter, weights_hash
 
 
 class Adapted(nn.Module):
@@ -52,20 +51,24 @@ class Thin:
 
 
 class Adapters:
-    def __init__(self, model, folders):
-        """Put the adapters of these folders, {name: folder}, into the model, all switched off. ValueError for what is no
-        LoRA adapter of this model."""
+    def __init__(self, model, folders, place=None):
+        """Put the adapters of these folders, {name: folder}, into the model, all switched off. place: the folder of the
+        model, to compare its weights with those that an adapter was trained on. ValueError for what is no LoRA adapter
+        of this model."""
         self.names, self.groups = list(folders), []
         device, saved = model.embed_tokens.weight.device, {}
         for name, folder in folders.items():                       # all are read before the model is changed
-            base, quantization = find_base(Path(folder))
-            saved[name] = found = read_adapter(Path(folder), model, base)
+            base, quantization = find_base(find_folder(folder))
+            if place is not None and weights_hash(base) != weights_hash(find_folder(place)):
+                raise ValueError(f"adapter {name}: {folder} was trained on {base}, whose weights are not those of "
+                                 f"{place}. Serve it alone: --model={folder}")
+            saved[name] = found = read_adapter(find_folder(folder), model, base)
             extra = [key for key in found.tensors if not key.endswith((".A.weight", ".B.weight"))]
             if found.method != "lora" or extra or quantization:
                 what = f"quantization {quantization}" if quantization else f"method {found.method}" \
                     if found.method != "lora" else f"the tensor {extra[0]}"
-                raise ValueError(f"adapter {name}: {folder} has {what}; beside others only plain LoRA is possible. Serve "
-                                 f"it alone: --model={folder}")
+                raise ValueError(f"adapter {name}: {folder} has {what}; beside others only plain LoRA is possible. "
+                                 f"Serve it alone: --model={folder}")
         for name, found in saved.items():
             for target in found.targets:
                 module = model.get_submodule(target)

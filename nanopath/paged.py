@@ -1,12 +1,13 @@
 """
 The block cache of serve.py: keys and values in blocks of 16 tokens, shared by all requests that begin alike.
 
-    Blocks   which block holds what: reference counts, hashes of prefixes, the least recently used is replaced first
-    Pool     Blocks with their tensors: blocks <-> the contiguous slots of a KVCache
+    Blocks      which block holds what: reference counts, hashes of prefixes, the least recently used is replaced first
+    BlockPool   Blocks with their tensors: blocks <-> the contiguous slots of a KVCache
 
 A request owns a list of blocks, its table: block i holds its tokens 16 i to 16 i + 15. A full block never changes, so
-any number of tables may contain it; `users` counts them. Its key is a hash of all tokens up to its end: equal keys mean
-equal keys and values. A block that nobody uses keeps its content and can be found by its key until the memory is needed.
+any number of tables may contain it; `users` counts them. Its key is a hash of all tokens up to its end: equal hashes
+mean equal keys and values. A block that no table contains keeps its content, and is found by its hash until its memory
+is needed.
 
 Papers  PagedAttention (arXiv:2309.06180), hashes of prefixes as in vLLM
 """
@@ -21,10 +22,10 @@ class Blocks:
     def __init__(self, count, size=16):
         self.count, self.size = count, size
         self.users = [0] * count                                   # how many tables contain the block
-        self.key_of = [None] * count                               # the hash of its content; None: not known, or not full
+        self.key_of = [None] * count                               # the hash of its content; None: unknown or not full
         self.block_of = {}                                         # hash -> block
         self.free = deque(range(count))                            # blocks without content
-        self.unused = OrderedDict()                                # full blocks that no table contains, the oldest first
+        self.unused = OrderedDict()                                # full blocks in no table, the oldest first
 
     @property
     def available(self):
@@ -94,7 +95,7 @@ class Blocks:
         table.clear()
 
 
-class Pool(Blocks):
+class BlockPool(Blocks):
     """keys, values (count, L, K, size, D)."""
     def __init__(self, cache, count, size=16):
         super().__init__(count, size)

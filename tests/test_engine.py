@@ -319,6 +319,29 @@ def test_a_row_that_is_not_a_number_hurts_no_neighbour_and_no_successor(monkeypa
     assert not engine.pool.block_of.keys() & set(engine.pool.keys(bad))
 
 
+def test_a_step_that_fails_ends_its_requests_and_not_the_engine(capfd):
+    model = model_of()
+    engine, forward = serve.Engine(model, TOKENIZER, 2), model.forward
+    thread = threading.Thread(target=engine.run)
+    model.forward = lambda *args, **kwargs: 1 / 0
+    requests = [engine.submit([1, 2], 5) for _ in range(3)]
+    thread.start()
+    assert [r.result(10) for r in requests] == [[], [], []] and {r.finish_reason for r in requests} == {"error"}
+    model.forward = forward
+    assert engine.submit([1, 2], 5, dict(stop_ids=())).result(10) == solo(model, [1, 2], 5, dict(stop_ids=()))[0]
+    assert engine.drain(10) and "ZeroDivisionError" in requests[0].error and "ZeroDivision" in capfd.readouterr().err
+    thread.join(10)
+    idle(engine)
+
+
+def test_a_constraint_that_ends_at_once():
+    engine = serve.Engine(model_of(), TOKENIZER, 2)
+    requests = [engine.submit([1], 5, dict(constraint=Constraint.regex(pattern, TOKENIZER))) for pattern in ("", "", "ab", "")]
+    work(engine)
+    assert [(bytes(r.new), r.finish_reason) for r in requests] == [(b"", "stop"), (b"", "stop"), (b"ab", "stop"), (b"", "stop")]
+    idle(engine)
+
+
 def test_threads_submit_and_drain():
     model = model_of()
     engine = serve.Engine(model, TOKENIZER, 4, max_queue=1000)
@@ -417,3 +440,11 @@ def test_only_lora_beside_others(adapted):
     root, folders = adapted
     with pytest.raises(ValueError, match="dora.*Serve it alone"):
         serve.Engine(load_model(root / "base")[0], TOKENIZER, adapters={"x": root / "dora"})
+
+
+def test_an_adapter_of_another_base_is_refused(adapted, tmp_path):
+    root, folders = adapted
+    save_model(tmp_path / "other", make(seed=2, eos_token_id=256, block_size=96), TOKENIZER)
+    with pytest.raises(ValueError, match="weights are not those of"):
+        serve.Engine(load_model(tmp_path / "other")[0], TOKENIZER, adapters=folders, folder=tmp_path / "other")
+    serve.Engine(load_model(root / "base")[0], TOKENIZER, adapters=folders, folder=root / "base")

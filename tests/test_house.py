@@ -12,12 +12,13 @@ from conftest import ROOT
 ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"}, "train": {"bpe", "model", "sample"},
           "evaluate": {"bpe", "model", "sample"}, "quantize": {"bpe", "model"},
           "finetune_lora": {"bpe", "model", "sample", "quantize", "train"},
-          "rlhf": {"bpe", "model", "sample", "train", "evaluate", "finetune_lora"}}
+          "rlhf": {"bpe", "model", "sample", "train", "evaluate", "finetune_lora"},
+          "serve": {"bpe", "model", "sample"}}
 LATE = {("model", "bpe"), ("model", "finetune_lora")}              # imported inside load_model
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
 PAGES = {"bpe": 600, "model": 742, "prepare": 450, "sample": 800, "train": 480, "evaluate": 620, "quantize": 500,
-         "finetune_lora": 800, "rlhf": 820}
+         "finetune_lora": 800, "rlhf": 820, "serve": 660}
 # lines. sample.py has five ways to decode, finetune_lora.py nine ways to learn and model.py 17 families, each complete
 # STYLE.md, "Words": what a reader who knows English as a second language has to look up
 RIDDLES = r"\b(reckon\w*|lest|anew|mend(s|ed|ing)?|thereof|whoever|whence|hither|for good|goes on|go on|passed over)\b"

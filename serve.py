@@ -242,6 +242,11 @@ class Engine:
                  max_queue=256, folder=None):
         self.model, self.tokenizer, self.slots, self.chunk, self.max_queue = model, tokenizer, slots, chunk, max_queue
         self.context = min(context or model.config.block_size, model.config.block_size)
+        # rows of one product: with more, oneDNN's kernels for bf16 round differently (2026-11-26, a CPU with AMX)
+        packed = getattr(model.lm_head, "packed", None) is not None
+        self.most = 32 if packed and model.dtype == torch.bfloat16 else 1 << 30
+        for block in model.layers:
+            block.self_attn.fused = True                           # one kernel, whatever the length
         if model.dynamic:                                          # NTK: the angles depend on the length of the text
             self.chunk = self.context
         need = -(-self.context // block_size)
@@ -458,23 +463,25 @@ class Engine:
         """Read a chunk of each text of which more than the last id is unread. Yields those that are then complete."""
         unread = {r: len(r.context()) - self.cache.lengths[r.slot] for r in self.rows}
         todo = [r for r in self.rows if unread[r] > 1 or not r.grown()]
-        cap = min(self.chunk, max(16, 4 * self.chunk // max(1, len(todo))))    # at most about 4 chunks in one step
+        cap = min(self.chunk, self.most, max(16, 4 * self.chunk // max(1, len(todo))))   # about 4 chunks in a step
         short = [r for r in todo if unread[r] <= cap // 2]         # apart from the others: padding costs time
         for group in (short, [r for r in todo if r not in short]):
-            if group:
-                counts = [min(cap, unread[r]) for r in group]
-                hidden = self.read([r.slot for r in group], counts, -(-max(counts) // 8) * 8)
+            T = -(-max((min(cap, unread[r]) for r in group), default=1) // 8) * 8
+            width = max(1, self.most // T)
+            for part in (group[i:i + width] for i in range(0, len(group), width)):
+                counts = [min(cap, unread[r]) for r in part]
+                hidden = self.read([r.slot for r in part], counts, T)
                 self.counts["tokens_in"] += sum(counts)
-                yield from ((r, h) for r, count, h in zip(group, counts, hidden) if count == unread[r])
+                yield from ((r, h) for r, count, h in zip(part, counts, hidden) if count == unread[r])
 
     def decode(self):
-        """Read the last id of all other texts, in one pass over the rows up to the one after the last of these. What it
-        writes into rows that it is not about is overwritten by their next chunk."""
+        """Read the last id of all other texts, in one pass over all rows up to the one after the last of these. What it
+        writes into rows that it is not about is overwritten when their next ids are read."""
         todo = {r.slot: r for r in self.rows if r.grown() and len(r.context()) - self.cache.lengths[r.slot] == 1}
-        if todo:
-            rows = range(max(todo) + 2)
-            hidden = self.read(rows, [int(row in todo) for row in rows], 1)
-            yield from ((r, hidden[row]) for row, r in todo.items())
+        for first in range(0, max(todo, default=-1) + 1, self.most - 1):
+            rows = range(first, min(first + self.most - 1, max(todo) + 1))
+            hidden = self.read([*rows, rows.stop], [int(row in todo) for row in rows] + [0], 1)
+            yield from ((todo[row], h) for row, h in zip(rows, hidden) if row in todo)
 
     def read(self, rows, counts, T):
         """The next ids of these rows, counts[i] of row i, padded to T. Returns the hidden states (B, C) after them.

@@ -82,6 +82,13 @@ class Blocks:
             del self.block_of[self.key_of[block]]
             self.key_of[block] = None
 
+    def clear(self):
+        """The weights have changed: no block may be found any more."""
+        for block in range(self.count):
+            self.forget(block)
+        self.free.extend(self.unused)
+        self.unused.clear()
+
     def release(self, table):
         """A table is given up. Its last block is replaced first, because a prefix is useless without its beginning."""
         for block in reversed(table):

@@ -18,7 +18,7 @@ LATE = {("model", "bpe"), ("model", "finetune_lora")}              # imported in
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
 PAGES = {"bpe": 600, "model": 742, "prepare": 450, "sample": 800, "train": 480, "evaluate": 620, "quantize": 500,
-         "finetune_lora": 800, "rlhf": 820, "serve": 660}
+         "finetune_lora": 800, "rlhf": 820, "serve": 670}
 # lines. sample.py has five ways to decode, finetune_lora.py nine ways to learn and model.py 17 families, each complete
 # STYLE.md, "Words": what a reader who knows English as a second language has to look up
 RIDDLES = r"\b(reckon\w*|lest|anew|mend(s|ed|ing)?|thereof|whoever|whence|hither|for good|goes on|go on|passed over)\b"

@@ -419,7 +419,6 @@ class Engine:
                 self.queue.remove(request)
                 request.slot = len(self.rows)
                 self.rows.append(request)
-            request.row = request.row or Row(*request.start)       # by this thread: a constraint is not thread-safe
             for block in known:
                 self.pool.share(block)
             request.table = known + [self.pool.take() for _ in range(need)]
@@ -431,8 +430,12 @@ class Engine:
                 self.counts["prefix_tokens"] += len(known) * self.pool.size
             if request.started_at is None:
                 request.started_at, request.cached_tokens = time.monotonic(), len(known) * self.pool.size
-            if request.row.done:                                   # a constraint that allows only the empty text
-                self.finish(request, "stop")
+            try:                                                   # by this thread: a constraint is not thread-safe
+                request.row = request.row or Row(*request.start)
+                if request.row.done:                               # a constraint that allows only the empty text
+                    self.finish(request, "stop")
+            except Exception as error:
+                self.finish(request, "error", str(error))
 
     def ripe(self, request):
         """False while another text is read whose beginning this one can use."""

@@ -309,9 +309,10 @@ def test_errors_stay_with_their_request():
     bad = engine.submit(prompt, 9, on_token=shout)
     broken.ends = lambda state: False
     worse = engine.submit(prompt, 9, dict(constraint=broken))
+    worst = engine.submit(prompt, 9, dict(constraint=Broken.regex("a*", TOKENIZER)))       # fails before its first token
     work(engine)
-    assert fine.new == expected and (bad.finish_reason, worse.finish_reason) == ("error", "error")
-    assert "client is gone" in bad.error and "too many states" in worse.error
+    assert fine.new == expected and {r.finish_reason for r in (bad, worse, worst)} == {"error"}
+    assert "client is gone" in bad.error and "too many states" in worse.error == worst.error
     idle(engine)
 
 

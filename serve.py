@@ -9,7 +9,9 @@ chunks between the other texts' tokens, so that a long one delays nobody for lon
 request waits and is read again later. No text depends on its neighbours: it is the text of sample.generate.
 
     Slots        contiguous keys and values of each running text, which attention reads without copying
-    BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full
+    BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full. Attention over
+                 blocks alone would copy all of them in every step: 1470 instead of 2676 tokens per second (32 slots,
+                 4 layers of 128 channels, one core with AMX, 2026-11-26; one text after the other: 574)
 
 Run     python serve.py                                           # the newest run under out/
         python serve.py --model=out/chat --adapters poet=out/poet clerk=out/clerk --slots=32

@@ -74,8 +74,9 @@ def fast_rms_norm(x, weight, eps, offset=False):
 
 
 def pack_weight(weight):
-    """The weight (out, in) in the layout of the CPU's matmul. Of a small matrix in fp32 this is the transpose (in, out),
-    because oneDNN spends 30 us on every call (2026-11-26, 344 x 128, 33 rows: 72 us, the transpose 27, F.linear 35)."""
+    """The weight (out, in) in the layout of the CPU's matmul. For a small matrix in fp32 that is the transpose (in,
+    out), because oneDNN spends 30 us on every call (2026-11-26, 344 x 128, 33 rows: 72 us, the transpose 27,
+    F.linear 35)."""
     if weight.dtype == torch.float32 and weight.numel() <= 1 << 18:
         return weight.detach().T.contiguous()
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)

@@ -12,7 +12,8 @@ from conftest import ROOT
 ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "model"}, "train": {"bpe", "model", "sample"},
           "evaluate": {"bpe", "model", "sample"}, "quantize": {"bpe", "model"},
           "finetune_lora": {"bpe", "model", "sample", "quantize", "train"},
-          "rlhf": {"bpe", "model", "sample", "train", "evaluate", "finetune_lora"}}
+          "rlhf": {"bpe", "model", "sample", "train", "evaluate", "finetune_lora"},
+          "serve": {"bpe", "model", "sample"}}
 LATE = {("model", "bpe"), ("model", "finetune_lora"), ("model", "quantize")}              # imported inside load_model
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")

@@ -6,6 +6,8 @@ Several LoRA adapters beside one base model: every row of a batch has its own, o
 A row's result is that of the model with only this adapter in it (finetune_lora.LoRALinear), bit for bit where the
 matmul's rows are independent of each other (GPT.pack).
 """
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -38,16 +40,10 @@ class Adapted(nn.Module):
         return y
 
 
-class Thin:
-    """x -> W x, with a packed weight where that is possible."""
-    def __init__(self, weight, device, dtype):
-        self.weight = weight.to(device, dtype)
-        self.packed = kernels.pack_weight(self.weight) if kernels.can_pack(device, dtype) else None
-
-    def __call__(self, x):
-        if self.packed is None:
-            return F.linear(x, self.weight)
-        return kernels.packed_linear(x, self.packed, None, len(self.weight))
+def product(weight, device, dtype):
+    """The function x -> W x, with a packed weight where that is possible."""
+    weight = weight.to(device, dtype)
+    return kernels.PackedLinear(weight, None, dtype) if kernels.can_pack(device, dtype) else partial(F.linear, weight=weight)
 
 
 class Adapters:
@@ -76,7 +72,7 @@ class Adapters:
                     parent, _, last = target.rpartition(".")
                     module = Adapted(module, self.groups)
                     setattr(model.get_submodule(parent), last, module)
-                A, B = (Thin(found.tensors[f"{target}.{part}.weight"], device, model.dtype) for part in "AB")
+                A, B = (product(found.tensors[f"{target}.{part}.weight"], device, model.dtype) for part in "AB")
                 module.parts[name] = A, B, found.scales[target]
 
     def select(self, names):

@@ -89,7 +89,8 @@ class PackedLinear:
     def __init__(self, weight, bias, dtype):
         weight = weight.detach().to(dtype)
         small = dtype == torch.float32 and weight.numel() <= 1 << 18
-        self.packed = weight.T.contiguous() if small else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+        reordered = torch.ops.mkldnn._reorder_linear_weight
+        self.packed = weight.T.contiguous() if small else reordered(weight.contiguous(), 16)
         self.bias, self.out_features = None if bias is None else bias.detach().to(dtype), len(weight)
 
     def __call__(self, x):

@@ -315,7 +315,11 @@ class Server:
         adapter, job.deadline = self.find_model(job.model)[1], time.monotonic() + self.settings.timeout
 
         def deliver(number):                                       # called from the engine's thread
-            return lambda request, item: loop.call_soon_threadsafe(job.queue.put_nowait, (number, item))
+            def take(request, item):
+                if not loop.is_closed():                           # at the end of the server the engine ends last
+                    loop.call_soon_threadsafe(job.queue.put_nowait, (number, item))
+            return take
+
         for number in range(total):
             ids, count = job.prompts[number // body.n], counts[number // body.n]
             job.choices.append(Choice(self.tokenizer, ids if before else (), stop))

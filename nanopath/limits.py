@@ -381,7 +381,7 @@ class Gate:
 
         async def replay():
             if not unread:
-                await gone
+                await asyncio.shield(gone)                         # a listener that is cancelled must not cancel it
                 return {"type": "http.disconnect"}
             return {"type": "http.request", "body": unread.pop(), "more_body": False}
 

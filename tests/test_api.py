@@ -372,7 +372,7 @@ def test_malformed_requests_never_break_the_server(shared, engine):
                     body = bytes(body)
                 else:
                     valid = {CHAT: {"messages": HI}, TEXT: {"prompt": "a"}}.get(route, {"input": "a"}) if number % 2 else {}
-                    body = json.dumps(valid | {draw.choice(fields): draw.choice(VALUES) for _ in range(draw.randint(1, 3))})
+                    body = json.dumps(valid | {draw.choice(fields): draw.choice(VALUES) for _ in range(draw.choice([0, 1, 1, 1, 2, 3]))})
                 response = await client.post(route, content=body, headers={"Content-Type": "application/json"})
                 if response.status_code != 200:
                     assert 400 <= response.status_code < 500, (body, response.text)
@@ -381,7 +381,7 @@ def test_malformed_requests_never_break_the_server(shared, engine):
             return [status for first in range(0, 3000, 50)
                     for status in await asyncio.gather(*map(one, range(first, first + 50)))]
     statuses = asyncio.run(main())
-    assert len(statuses) == len(log) == 3000 and statuses.count(200) > 100 and statuses.count(400) > 1000
+    assert len(statuses) == len(log) == 3000 and statuses.count(200) > 150 and statuses.count(400) > 1000
 
 
 def test_schemathesis(engine):
@@ -398,17 +398,18 @@ def test_schemathesis(engine):
         if operation.method.upper() != "POST":
             continue
         for mode in schemathesis.GenerationMode:
-            @settings(max_examples=25, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=12, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def attempt(case):
-                body = json.dumps(case.body).encode("utf-8") if not isinstance(case.body, schemathesis.core.NotSet) else b""
+                body = case.body if isinstance(case.body, bytes) else b"" if isinstance(case.body, schemathesis.core.NotSet) else \
+                    json.dumps(case.body).encode("utf-8")
                 response = client.post(operation.path, content=body, headers={"Content-Type": "application/json"})
                 tried.append(response.status_code)
                 if response.status_code != 200:
                     assert 400 <= response.status_code < 500
                     error_of(response, response.status_code)
             attempt()
-    assert len(tried) > 100
+    assert len(tried) > 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,7 +503,7 @@ def test_metrics(engine):
     for n in (1, 2):
         client.post(TEXT, json=dict(prompt="a", max_tokens=3, n=n, logit_bias={str(engine.tokenizer.eos_id): -100}))
     client.post(TEXT, json=dict(prompt=5))
-    client.get('/x"y\n')
+    client.get('/x"y%0A')
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in parser.text_string_to_metric_families(response.text)}
@@ -526,7 +527,7 @@ def test_metrics(engine):
 def test_log_lines(engine):
     client = client_of(engine)
     answer = client.post(TEXT, json=dict(prompt="my secret plan", max_tokens=4, temperature=0))
-    client.get("/v1/models/no\nline")
+    client.get("/v1/models/no%0Aline")
     entries = [json.loads(line) for line in client.log]
     assert len(client.log) == 2 and not any("\n" in line or "secret plan" in line for line in client.log)
     first = entries[0]
@@ -617,7 +618,7 @@ def test_a_client_that_does_not_read_or_write(engine):
     app = build_app(engine, engine.tokenizer, Settings(log=log.append, send_timeout=0.2, read_timeout=0.2))
 
     async def block(message):
-        if b"word" in message.get("body", b""):
+        if b'"content": "w' in message.get("body", b""):
             await asyncio.sleep(60)
     call_app(app, dict(messages=HI, stream=True), send=block)
     assert "took nothing for 0.2 s" in json.loads(log[-1])["error"]

@@ -121,7 +121,7 @@ class FakeEngine:
         return [(vector / vector.norm()).tolist() for vector in hidden]
 
     def stats(self):
-        return dict(steps=1, tokens_out=sum(len(r.new) for r in self.ended), running=len(self.rows), waiting=len(self.waiting))
+        return dict(steps=1, tokens_out=sum(len(r.new) for r in [*self.ended, *self.rows]), running=len(self.rows), waiting=len(self.waiting))
 
     def snapshot(self):
         """What serve.Engine.snapshot shows; blocks are made up from the lengths."""

@@ -1,7 +1,7 @@
 """
 The HTTP side of serve.py: OpenAI's routes over an engine, and the page chat.html.
 
-    Choice, CallFilter        ids -> text that is certain, log-probabilities, tool calls
+    Choice, Job               ids -> text that is certain and its log-probabilities; a request and its choices
     Server                    the routes; `start` hands a request to the engine, `events` reads its tokens
     build_app, serve          the ASGI application; the same behind uvicorn until SIGTERM
 
@@ -38,12 +38,12 @@ from starlette.exceptions import HTTPException
 from data.templates import answer_ends
 from nanopath.constrain import Constraint
 from nanopath.limits import LOOPBACK, ApiError, Gate, Limits, Metrics, error_body
-from nanopath.schemas import (ChatRequest, CompletionRequest, EmbeddingRequest, NamedTool, call_schema, plain_message,
-                              split_input)
+from nanopath.schemas import (CALL, CallFilter, ChatRequest, CompletionRequest, EmbeddingRequest, NamedTool,
+                              call_schema, plain_message, split_input)
 from nanopath.terminal import Writer
 
 PAGE = Path(__file__).with_name("chat.html")
-CALL, CALL_END = "<tool_call>", "</tool_call>"                     # how Qwen, Hermes and SmolLM write a call
+EVENTS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}   # no proxy may hold events back
 FIM = ("<|fim_{}|>", "<fim_{}>", "<fim-{}>")                       # Qwen and ours, StarCoder, SantaCoder
 
 
@@ -69,49 +69,6 @@ class Choice:
             return text, []
         entries, self.held = self.held, []
         return text, [entry for entry in entries if not self.writer.stopped or entry[0] < self.length]
-
-
-class CallFilter:
-    """Splits a text into words for the reader and, from the first <tool_call> on, calls. begun: the prompt has already
-    opened a call."""
-    def __init__(self, active, begun):
-        self.active, self.calls = active, CALL if begun else ""
-        self.held = ""
-
-    def push(self, text):
-        if not self.active:
-            return text
-        if self.calls:
-            self.calls += text
-            return ""
-        text = self.held + text
-        words, mark, rest = text.partition(CALL)
-        self.calls = mark + rest
-        wait = 0 if mark else max((n for n in range(1, len(CALL)) if words.endswith(CALL[:n])), default=0)
-        self.held = words[len(words) - wait:]
-        return words[:len(words) - wait]
-
-    def end(self):
-        """(words that were held back, calls). A call that is not JSON remains words."""
-        words, self.held = self.held, ""
-        parts = re.findall(f"{CALL}(.*?)(?:{CALL_END}|(?={CALL})|$)", self.calls, re.DOTALL)
-        calls = [read_call(part) for part in parts]
-        if not calls or None in calls:
-            return words + self.calls, []
-        return words, calls
-
-
-def read_call(text):
-    """{"name": ..., "arguments": {...}} -> what OpenAI calls a tool call, or None."""
-    try:
-        call = json.loads(text)
-        name, arguments = call["name"], call["arguments"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not isinstance(name, str):
-        return None
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return dict(id=f"call_{secrets.token_hex(12)}", type="function", function=dict(name=name, arguments=arguments))
 
 
 def spell_token(tokenizer, token):
@@ -154,11 +111,17 @@ class Job:
         kind = "chat.completion" + ".chunk" * streamed if self.chat else "text_completion"
         return dict(id=self.id, object=kind, created=self.created, model=self.model)
 
+    def end(self, number):
+        """The rest of the words of a choice in a chat, and its tool calls."""
+        words, calls = self.filters[number].end()
+        return words, calls if self.body.parallel_tool_calls else calls[:1]
+
     @property
     def usage(self):
         read, written = sum(map(len, self.prompts)), sum(choice.count for choice in self.choices)
-        return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written, prompt_tokens_details=dict(
-            cached_tokens=sum(request.cached_tokens for request in self.note.requests)))
+        cached = sum(request.cached_tokens for request in self.note.requests)
+        return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
+                    prompt_tokens_details=dict(cached_tokens=cached))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +154,8 @@ class Server:
         return self.thread is None or self.thread.is_alive()
 
     async def health(self):
-        return JSONResponse({"status": "ok"}) if self.alive() else JSONResponse({"status": "the engine has stopped"}, 503)
+        alive = self.alive()
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
 
     async def show_metrics(self):
         return PlainTextResponse(self.metrics.text(self.engine.stats()), media_type="text/plain; version=0.0.4")
@@ -222,7 +186,7 @@ class Server:
         raise ApiError(404, f"the model {name!r:.100} does not exist; there are: {known}", "model", "model_not_found")
 
     async def think(self, param, function, *args):
-        """Run what takes time (a tokenizer, a template, a grammar) in a thread; a ValueError is the client's mistake."""
+        """Run what takes time (tokenizer, template, grammar) in a thread; a ValueError is the client's mistake."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.workers, function, *args)
         except ValueError as error:
@@ -261,20 +225,20 @@ class Server:
         forbidden, V = set(), self.config.vocab_size
         for token, bias in body.logit_bias.items():
             if not re.fullmatch(r"[0-9]{1,9}", token) or int(token) >= V or bias != -100:
-                raise ApiError(400, f"logit_bias {{{token!r:.40}: {bias:g}}}: only ids from 0 to {V - 1} with the value "
-                               "-100, which forbids them, are supported", "logit_bias")
+                raise ApiError(400, f"logit_bias {{{token!r:.40}: {bias:g}}}: only ids from 0 to {V - 1} with the "
+                               "value -100, which forbids them, are supported", "logit_bias")
             forbidden.add(int(token))
         if len(forbidden) == V:
             raise ApiError(400, "logit_bias forbids every token", "logit_bias")
         if constraint and (stop or forbidden):
-            raise ApiError(400, "stop and logit_bias could cut a text that response_format or tool_choice must complete; "
-                           "leave them out", "stop" if stop else "logit_bias")
+            raise ApiError(400, "stop and logit_bias could cut a text that response_format or tool_choice must "
+                           "complete; leave them out", "stop" if stop else "logit_bias")
         options = dict(
             temperature=body.temperature if body.temperature >= 1e-4 else 0.0,
             top_p=max(body.top_p, 1e-9), top_k=body.top_k, min_p=body.min_p, constraint=constraint,
             frequency_penalty=body.frequency_penalty, presence_penalty=body.presence_penalty,
-            repetition_penalty=body.repetition_penalty, alternatives=body.alternatives or 0, stop_ids=stop_ids, stop=stop,
-            seed=secrets.randbits(62) if body.seed is None else body.seed)
+            repetition_penalty=body.repetition_penalty, alternatives=body.alternatives or 0, stop_ids=stop_ids,
+            stop=stop, seed=secrets.randbits(62) if body.seed is None else body.seed)
         if forbidden:
             options["forbidden"] = tuple(sorted(forbidden))
         return options, stop
@@ -286,15 +250,16 @@ class Server:
         if limit and (asked or 0) > limit:
             raise ApiError(400, f"max_tokens is {asked}, this server allows {limit}", "max_tokens")
         if len(ids) > T:
-            raise ApiError(400, f"the prompt has {len(ids)} tokens, the model's context is {T} tokens; shorten the prompt", "messages" if isinstance(body, ChatRequest) else "prompt",
+            raise ApiError(400, f"the prompt has {len(ids)} tokens, the model's context is {T} tokens; shorten the "
+                           "prompt", "messages" if isinstance(body, ChatRequest) else "prompt",
                            "context_length_exceeded")
         if not ids:
             raise ApiError(400, "the prompt is empty, and this tokenizer has no end-of-text token to start from",
                            "prompt")
         count = min(asked or limit or T, limit or T, max(1, T - len(ids)))
         if constraint and constraint.shortest > count:
-            raise ApiError(400, f"the shortest text that satisfies the schema has {constraint.shortest} bytes, and there "
-                           f"is room for {count} tokens; raise max_tokens or shorten the prompt", "max_tokens")
+            raise ApiError(400, f"the shortest text that satisfies the schema has {constraint.shortest} bytes, and "
+                           f"there is room for {count} tokens; raise max_tokens or shorten the prompt", "max_tokens")
         return count
 
     def start(self, job, constraint=None, stop_ids=None, before=True):
@@ -326,13 +291,8 @@ class Server:
             try:
                 note.requests.append(self.engine.submit(ids, count, options, adapter, job.deadline, deliver(number),
                                                         key=note.key, index=number % body.n))
-            except ValueError as error:
-                raise ApiError(400, str(error)) from None
-            except Exception as error:                             # the engine's QueueFull: it names the seconds
-                if not hasattr(error, "retry_after"):
-                    raise
-                raise ApiError(429, f"the server is busy: {error}", code="queue_full",
-                               retry_after=error.retry_after) from None
+            except Exception as error:
+                raise refusal(error) from None
         note.tokens_in = sum(map(len, job.prompts))
 
     async def events(self, job):
@@ -402,7 +362,7 @@ class Server:
             choice, text = dict(index=number), "".join(parts)
             if job.chat:
                 words = job.filters[number].push(text)
-                rest, calls = job.filters[number].end()
+                rest, calls = job.end(number)
                 choice["message"] = dict(role="assistant", content=words + rest, refusal=None)
                 if calls:
                     choice["message"] |= dict(content=(words + rest).strip() or None, tool_calls=calls)
@@ -431,7 +391,7 @@ class Server:
             if job.chat:
                 text = job.filters[number].push(text)
                 if finish:
-                    rest, calls = job.filters[number].end()
+                    rest, calls = job.end(number)
                     text += rest
             if text or logprobs or finish and not job.chat:
                 yield chunk(number, {"content": text} if job.chat else text, logprobs, None if job.chat else finish)
@@ -453,7 +413,7 @@ class Server:
             yield f"data: {json.dumps(error_body(error))}\n\n"
 
     async def respond(self, request, body, begin):
-        """begin: a coroutine function that returns the Job. Equal requests whose answer is determined get a kept one."""
+        """begin: a coroutine function that returns the Job. Equal requests with a determined answer get a kept one."""
         note, settings = request.scope["note"], self.settings
         fixed = settings.cache_seconds and not body.stream and (body.temperature < 1e-4 or body.seed is not None)
         key = hashlib.sha256(f"{note.key}\n{type(body).__name__}\n{body.model_dump_json()}".encode()).digest()
@@ -463,7 +423,7 @@ class Server:
             return JSONResponse(kept[1], headers={"X-Cache": "hit"})
         job = await begin(note)
         if body.stream:
-            return StreamingResponse(self.sse(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return StreamingResponse(self.sse(job), media_type="text/event-stream", headers=EVENTS)
         answer = await self.whole(job)
         if fixed:
             self.answers[key] = time.monotonic() + settings.cache_seconds, answer
@@ -487,10 +447,10 @@ class Server:
 
     async def read_chat(self, body):
         """(ids, constraint, arguments of CallFilter) of a chat."""
-        tools = [tool.model_dump() for tool in body.tools] if body.tool_choice != "none" else []
-        forced = tools if body.tool_choice == "required" else []
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools] if body.tool_choice != "none" else []
+        forced = body.tools if body.tool_choice == "required" else []
         if isinstance(body.tool_choice, NamedTool):
-            forced = [tool for tool in tools if tool["function"]["name"] == body.tool_choice.function.name]
+            forced = [tool for tool in body.tools if tool.function.name == body.tool_choice.function.name]
         if body.tool_choice not in ("none", "auto") and not forced:
             raise ApiError(400, "tool_choice asks for a tool that is not among tools", "tool_choice")
         if {"messages", "tools", "add_generation_prompt"} & set(body.chat_template_kwargs):
@@ -517,7 +477,8 @@ class Server:
         async def begin(note):
             model, _ = self.find_model(body.model)
             if body.best_of not in (None, body.n):
-                raise ApiError(400, f"best_of={body.best_of} is not supported; leave it out or give n={body.n}", "best_of")
+                raise ApiError(400, f"best_of={body.best_of} is not supported; leave it out or give n={body.n}",
+                               "best_of")
             if body.echo and body.logprobs is not None:
                 raise ApiError(400, "echo cannot be combined with logprobs: those of a prompt are not computed", "echo")
             prompts = split_input(body.prompt, "prompt")
@@ -578,11 +539,26 @@ class Server:
         count = sum(map(len, rows))
         self.limits.reserve(note.key, count)
         note.reserved, note.tokens_in, note.model = count, count, model
-        vectors = [list(map(float, vector)) for vector in await self.think("input", self.engine.embed, rows)]
-        if body.encoding_format == "base64":                       # little-endian float32, what openai's client asks for
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                vectors = await asyncio.to_thread(self.engine.embed, rows)
+        except TimeoutError:
+            raise ApiError(504, "the time allowed for a request is over", code="timeout") from None
+        except Exception as error:
+            raise refusal(error) from None
+        if body.encoding_format == "base64":                       # little-endian float32; openai's client wants it
             vectors = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         return JSONResponse({"object": "list", "model": model, "usage": dict(prompt_tokens=count, total_tokens=count),
                              "data": [dict(object="embedding", index=i, embedding=v) for i, v in enumerate(vectors)]})
+
+
+def refusal(error):
+    """What a client is told when the engine refuses: ValueError, or its QueueFull, which names the seconds to wait."""
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error)[:1000])
+    if hasattr(error, "retry_after"):
+        return ApiError(429, f"the server is busy: {error}", code="queue_full", retry_after=error.retry_after)
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,7 +599,7 @@ def build_app(engine, tokenizer, settings):
         server.thread = threading.Thread(target=engine.run, name="engine", daemon=True)
         server.thread.start()
         yield
-        await asyncio.to_thread(engine.drain, 1.0)                 # the requests of clients have ended or were cancelled
+        await asyncio.to_thread(engine.drain, 1.0)                 # the requests have ended or were cancelled
         server.workers.shutdown(wait=False, cancel_futures=True)
 
     errors = {ApiError: on_api_error, RequestValidationError: on_validation_error, HTTPException: on_http_error,

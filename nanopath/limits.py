@@ -71,11 +71,11 @@ class ApiError(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_body(error):
-    kind = KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    kind = ERROR_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -88,7 +88,8 @@ def read_keys(file="", variable="NANOPATH_API_KEYS"):
     lines = []
     if file:
         try:
-            lines = [(f"{file}:{i}", line) for i, line in enumerate(Path(file).read_text("utf-8").splitlines(), 1)]
+            text = Path(file).read_text(encoding="utf-8")
+            lines = [(f"{file}:{number}", line) for number, line in enumerate(text.splitlines(), 1)]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8'}. Give a text file with one "
                              "NAME:KEY in a line") from None
@@ -166,8 +167,8 @@ class Limits:
         if not self.tokens:
             return
         if tokens > self.tokens:
-            raise ApiError(429, f"this request may need {tokens} tokens, the limit is {self.tokens:g} a minute; shorten "
-                           "the prompt or lower max_tokens", code="rate_limit_exceeded")
+            raise ApiError(429, f"this request may need {tokens} tokens, the limit is {self.tokens:g} a minute; "
+                           "shorten the prompt or lower max_tokens", code="rate_limit_exceeded")
         wait = self.bucket(name, "tokens", self.tokens).take(tokens)
         if wait:
             raise ApiError(429, f"more than {self.tokens:g} tokens a minute; try again in {math.ceil(wait)} s",
@@ -189,8 +190,8 @@ SERIES = {                          # name: (type, help)
     "nanopath_first_token_seconds": ("histogram", "Time from a request to its first token, by route."),
 }
 EDGES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)     # seconds
-COUNTERS = {"steps", "requests", "tokens_in", "tokens_out", "prefix_hits", "prefix_tokens", "preemptions", "stop", "length",
-            "cancelled", "timeout", "error"}                       # of engine.stats(); its other numbers are gauges
+COUNTERS = {"steps", "requests", "tokens_in", "tokens_out", "prefix_hits", "prefix_tokens", "preemptions", "stop",
+            "length", "cancelled", "timeout", "error"}             # of engine.stats(); its other numbers are gauges
 
 
 def label_text(labels):
@@ -257,7 +258,7 @@ class Note:
     begun: float = field(default_factory=time.monotonic)
 
 
-def read_json(body):
+def parse_body(body):
     """The value of a body (bytes). ApiError unless it is JSON in UTF-8 without NaN and halves of characters."""
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
@@ -343,7 +344,7 @@ class Gate:
             if kind != b"application/json":                        # other sites can send all but this without asking
                 raise ApiError(415, f"Content-Type must be application/json, not {kind.decode('latin-1')!r:.100}",
                                code="unsupported_media_type")
-            read_json(body)
+            parse_body(body)
         return body
 
     async def read(self, receive):

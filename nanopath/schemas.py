@@ -3,15 +3,20 @@ What a client of api.py may send, as pydantic models: OpenAI's fields, the defau
 
     ChatRequest, CompletionRequest, EmbeddingRequest    the bodies; anything else is refused by name
     split_input, plain_message, call_schema             what the tokenizer, a chat template and a grammar need of them
+    CallFilter                                          the tool calls in what a model writes
 
 Reads   OpenAI's API reference: chat completions, completions, embeddings
 """
 import json
+import re
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanopath.limits import ApiError
+
+CALL, CALL_END = "<tool_call>", "</tool_call>"                     # how Qwen, Hermes and SmolLM write a call
 
 
 class Strict(BaseModel):
@@ -117,7 +122,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     tools: list[Tool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
-    parallel_tool_calls: bool = True                               # the model decides
+    parallel_tool_calls: bool = True                               # False: only the first call is kept
     chat_template_kwargs: dict[str, Any] = {}                      # such as {"enable_thinking": false}
 
     @property
@@ -153,6 +158,49 @@ def split_input(value, param):
     return values
 
 
+class CallFilter:
+    """Splits a text into words for the reader and, from the first <tool_call> on, calls. begun: the prompt has already
+    opened a call."""
+    def __init__(self, active, begun):
+        self.active, self.calls = active, CALL if begun else ""
+        self.held = ""
+
+    def push(self, text):
+        if not self.active:
+            return text
+        if self.calls:
+            self.calls += text
+            return ""
+        text = self.held + text
+        words, mark, rest = text.partition(CALL)
+        self.calls = mark + rest
+        wait = 0 if mark else max((n for n in range(1, len(CALL)) if words.endswith(CALL[:n])), default=0)
+        self.held = words[len(words) - wait:]
+        return words[:len(words) - wait]
+
+    def end(self):
+        """(words that were held back, calls). A call that is not JSON remains words."""
+        words, self.held = self.held, ""
+        parts = re.findall(f"{CALL}(.*?)(?:{CALL_END}|(?={CALL})|$)", self.calls, re.DOTALL)
+        calls = [read_call(part) for part in parts]
+        if not calls or None in calls:
+            return words + self.calls, []
+        return words, calls
+
+
+def read_call(text):
+    """{"name": ..., "arguments": {...}} -> what OpenAI calls a tool call, or None."""
+    try:
+        call = json.loads(text)
+        name, arguments = call["name"], call["arguments"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(name, str):
+        return None
+    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return dict(id=f"call_{secrets.token_hex(12)}", type="function", function=dict(name=name, arguments=arguments))
+
+
 def plain_message(message):
     """A Message as chat templates expect it: one text, system for developer, arguments as an object."""
     plain = message.model_dump(exclude_none=True, exclude={"refusal", "annotations"})
@@ -173,11 +221,11 @@ def plain_message(message):
 
 
 def call_schema(tools):
-    """The JSON schema of a call to one of these tools."""
+    """The JSON schema of a call to one of these tools, each a Tool."""
     definitions, calls = {}, []
     for tool in tools:
-        parameters = dict(tool["function"]["parameters"])
+        parameters = dict(tool.function.parameters)
         definitions |= parameters.pop("$defs", {})                 # references count from the root of the schema
         calls.append({"type": "object", "required": ["name", "arguments"], "additionalProperties": False,
-                      "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters}})
+                      "properties": {"name": {"const": tool.function.name}, "arguments": parameters}})
     return {"anyOf": calls} | ({"$defs": definitions} if definitions else {})

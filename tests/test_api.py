@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -25,8 +26,9 @@ from starlette.testclient import TestClient
 import nanopath.limits
 from conftest import ROOT
 from fake_engine import FakeEngine
-from nanopath.api import CallFilter, build_app
+from nanopath.api import build_app
 from nanopath.limits import Bucket, Keys, Settings, read_keys
+from nanopath.schemas import CallFilter
 from sample import generate, stream
 
 HI = [{"role": "user", "content": "hi"}]
@@ -224,6 +226,7 @@ def test_tool_calls(engine, openai_client):
         calls += chunk.choices[0].delta.tool_calls or []
     assert words == "Let me look. <tool" and [c.index for c in calls] == [0, 1] and chunk.choices[0].finish_reason == "tool_calls"
     assert calls[1].function.arguments == '{"city": "Köln"}'
+    assert len(openai_client.chat.completions.create(parallel_tool_calls=False, **options).choices[0].message.tool_calls) == 1
     for text in ("no call", "a <tool_call>{broken", "<tool_call>[1]</tool_call>", '<tool_call>{"name": 1, "arguments": {}}', "x <tool_"):
         engine.says = text
         choice = openai_client.chat.completions.create(**options).choices[0]
@@ -686,3 +689,32 @@ def test_call_filter_shows_all_words_and_no_mark():
         assert results[0] == results[1] == results[2]
         if not results[0][1]:
             assert results[0][0] == text
+
+
+def test_the_engine_of_serve_behind_the_routes():
+    """Many clients at once, whole and streamed, plain and constrained: each gets what sample.generate writes alone."""
+    serve = pytest.importorskip("serve")
+    fake = FakeEngine()                                            # for its model and tokenizer
+    model, tokenizer = fake.model, fake.tokenizer
+    expected = {}
+    for seed in range(12):
+        prompt = "the cat " * (seed * 7 % 5 + 1)
+        ids = tokenizer.encode(prompt)
+        expected[seed] = prompt, tokenizer.decode(generate(model, [ids], 20, seed=seed)[0])
+    engine = serve.Engine(model, tokenizer, slots=3, block_size=4, chunk=8)
+    app = build_app(engine, tokenizer, Settings(log=lambda line: None))
+    with TestClient(app, base_url="http://localhost") as client:
+        def ask(seed, streaming):
+            body = dict(prompt=expected[seed][0], max_tokens=20, seed=seed)
+            if streaming:
+                return "".join(event["choices"][0]["text"] for event in events_of(client.post(TEXT, json=body | dict(stream=True))))
+            return client.post(TEXT, json=body).json()["choices"][0]["text"]
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(lambda seed: (ask(seed, False), ask(seed, True)), expected))
+        assert found == [(text, text) for _, text in expected.values()]
+        text = client.post(TEXT, json=dict(prompt="a", seed=1, max_tokens=60, response_format={"type": "json_object"})).json()["choices"][0]["text"]
+        assert isinstance(json.loads(text), dict)
+        vector = client.post("/v1/embeddings", json=dict(input="the cat")).json()["data"][0]["embedding"]
+        assert vector == pytest.approx(fake.embed([tokenizer.encode("the cat")])[0], abs=1e-5)
+        assert client.get("/engine/state").json()["stats"]["running"] == 0 and "nanopath_engine_steps_total" in client.get("/metrics").text
+    assert not engine.rows and engine.thread is None               # the lifespan has ended it

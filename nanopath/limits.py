@@ -309,6 +309,11 @@ class Gate:
                 await self.refuse(error, note, sending)
             else:
                 await self.serve_until_gone(scope, body, receive, sending, note)
+        except asyncio.CancelledError:                             # by uvicorn: the time for a graceful end is over
+            error = ApiError(503, "the server is shutting down", code="shutting_down", retry_after=1)
+            note.error = error.message
+            if note.status == 499:
+                await self.refuse(error, note, sending)
         except Exception as error:
             if not note.slow:
                 note.error = f"{type(error).__name__}: {error}"

@@ -148,4 +148,4 @@ if __name__ == "__main__":
     from nanopath.limits import Settings
     engine = FakeEngine()
     engine.says, engine.delay = sys.argv[2] if len(sys.argv) > 2 else "one two three four five", 0.05
-    serve(engine, engine.tokenizer, Settings(port=int(sys.argv[1]), drain=3))
+    serve(engine, engine.tokenizer, Settings(port=int(sys.argv[1]), drain=2))

@@ -71,6 +71,8 @@ class ApiError(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
+MAX_LEVELS = 100                    # of lists in lists in a body
+QUIET = ("/health", "/metrics", "/engine/state")       # asked all the time: only failures are logged
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -258,23 +260,29 @@ class Note:
     begun: float = field(default_factory=time.monotonic)
 
 
-def parse_body(body):
-    """The value of a body (bytes). ApiError unless it is JSON in UTF-8 without NaN and halves of characters."""
+def check_body(body):
+    """ApiError unless a body (bytes) is JSON in UTF-8 without NaN, halves of characters and levels without end."""
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=refuse)
         if re.search(rb"\\u[dD][89a-fA-F]", body):                 # surrogates: a pair is fine, a half is no character
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
+        level = [value]
+        for _ in range(MAX_LEVELS):
+            level = [inner for outer in level if isinstance(outer, (dict, list))
+                     for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if level:
+            raise RecursionError
     except UnicodeEncodeError:
         raise ApiError(400, "the body holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character",
                        code="invalid_unicode") from None
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_unicode") from None
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"the body is not JSON: {why:.200}", code="invalid_json") from None
+        if isinstance(error, RecursionError):
+            raise ApiError(400, f"the body has more than {MAX_LEVELS} levels of nesting", code="invalid_json") from None
+        raise ApiError(400, f"the body is not JSON: {error!s:.200}", code="invalid_json") from None
 
 
 class Gate:
@@ -349,7 +357,7 @@ class Gate:
             if kind != b"application/json":                        # other sites can send all but this without asking
                 raise ApiError(415, f"Content-Type must be application/json, not {kind.decode('latin-1')!r:.100}",
                                code="unsupported_media_type")
-            parse_body(body)
+            check_body(body)
         return body
 
     async def read(self, receive):
@@ -419,6 +427,8 @@ class Gate:
         if note.model:
             self.metrics.count("nanopath_prompt_tokens_total", note.tokens_in, model=note.model)
             self.metrics.count("nanopath_completion_tokens_total", note.tokens_out, model=note.model)
+        if note.status == 200 and note.route in QUIET:
+            return
         self.settings.log(json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "id": note.id, "route": note.route,
             "status": note.status, "key": note.key, "model": note.model, "seconds": round(seconds, 4),

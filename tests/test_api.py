@@ -275,6 +275,7 @@ def test_filling_in_the_middle(engine):
 # What is refused
 
 NESTED = "[" * 100_000
+DEEP = json.loads('{"items": ' * 150 + "{}" + "}" * 150)
 REFUSED = [                         # route, body (JSON, or bytes), status, words of the message
     (CHAT, {"messages": []}, 400, "at least 1 item"), (CHAT, {}, 400, "messages: Field required"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
@@ -303,8 +304,10 @@ REFUSED = [                         # route, body (JSON, or bytes), status, word
     ("/v1/embeddings", {"input": "a", "dimensions": 5}, 400, "embeddings have 16"), ("/v1/embeddings", {"input": ["a"] * 257}, 400, "257 inputs"),
     ("/v1/embeddings", {"input": "a", "model": "pirate"}, 400, "base model"), ("/v1/embeddings", {"input": [65] * 1300}, 400, "1300 tokens"),
     (CHAT, b"", 400, "not JSON"), (CHAT, b"{", 400, "not JSON"), (CHAT, b'{"messages": NaN}', 400, "NaN is not JSON"),
-    (CHAT, NESTED.encode(), 400, "nested too deeply"), (CHAT, b"9" * 5000, 400, "not JSON"), (CHAT, b'"\xff"', 400, "not UTF-8 at byte 1"),
+    (CHAT, NESTED.encode(), 400, "100 levels"), (CHAT, b"9" * 5000, 400, "not JSON"), (CHAT, b'"\xff"', 400, "not UTF-8 at byte 1"),
     (CHAT, '{"messages": "é"}'.encode("utf-16"), 400, "not UTF-8"), (CHAT, b'["\\ud800"]', 400, "half of a surrogate pair"),
+    (CHAT, {"messages": HI, "chat_template_kwargs": DEEP}, 400, "100 levels"), (TEXT, b"[" * 101 + b"]" * 101, 400, "100 levels"),
+    (TEXT, {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": DEEP["items"]}}}, 400, "100 levels"),
     (CHAT, b"null", 400, ""), (CHAT, b"[]", 400, ""), (TEXT, b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
     (CHAT, b" " * (1 << 20), 413, "the limit is 1000000"), ("/v1/nothing", b"{}", 404, "no such page"), ("/health", b"{}", 405, "GET"),
 ]
@@ -350,7 +353,7 @@ def test_a_model_that_does_not_chat(engine):
 
 VALUES = [None, True, False, 0, -1, 1, 2 ** 70, 0.5, -1e308, "", "x", "é" * 50, [], {}, [[]], [None], {"type": "function"}, [1, 2], ["a", 1],
           [{"role": "user", "content": "x"}], [{"role": "tool", "content": None}], {"type": "json_object"}, {"a": {"b": [1]}}, "required", "auto",
-          {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}, [{"type": "function", "function": {"name": "f"}}], "\x00", "😀"]
+          {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}, [{"type": "function", "function": {"name": "f"}}], "\x00", "😀", DEEP, {"name": DEEP}]
 
 
 def test_malformed_requests_never_break_the_server(shared, engine):
@@ -530,6 +533,7 @@ def test_metrics(engine):
 def test_log_lines(engine):
     client = client_of(engine)
     answer = client.post(TEXT, json=dict(prompt="my secret plan", max_tokens=4, temperature=0))
+    client.get("/health")                                          # asked all the time, so not logged
     client.get("/v1/models/no%0Aline")
     entries = [json.loads(line) for line in client.log]
     assert len(client.log) == 2 and not any("\n" in line or "secret plan" in line for line in client.log)

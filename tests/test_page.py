@@ -22,16 +22,23 @@ HTML = (ROOT / "nanopath/chat.html").read_text(encoding="utf-8")
 SAYS = 'The <b onclick="alert(1)">cat</b> & <script>alert(2)</script> sät 😀 on the mat.'
 
 
+def start_server(engine, **settings):
+    """(server, its address)"""
+    app = build_app(engine, engine.tokenizer, Settings(log=lambda line: None, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
+    return server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
 @pytest.fixture(scope="module")
 def page():
     engine = FakeEngine()
     engine.says = SAYS
-    server = uvicorn.Server(uvicorn.Config(build_app(engine, engine.tokenizer, Settings(log=lambda line: None)), port=0, log_config=None, access_log=False))
-    threading.Thread(target=server.run, daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
+    server, address = start_server(engine)
     view = browser.Browser()
-    yield SimpleNamespace(engine=engine, view=view, address=f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+    yield SimpleNamespace(engine=engine, view=view, address=address)
     view.close()
     server.should_exit = True
 
@@ -168,3 +175,21 @@ def test_the_engine_live(page, tmp_path):
     view.run("document.getElementById('show-chat').click()")
     assert view.run("location.pathname") == "/" and view.run("timer") is None
     assert view.errors == []
+
+
+def test_a_model_that_continues_and_needs_a_key(page, tmp_path):
+    view, engine = page.view, FakeEngine()
+    engine.says = " sät on the 😀 mat"
+    server, address = start_server(engine, chat=False, keys={"a": "key-of-a-1"})
+    view.open(address + "/")
+    view.wait("document.querySelector('#log .error') !== null")
+    assert "no API key was given" in view.run("document.getElementById('log').textContent")
+    view.run("document.getElementById('key').value = 'key-of-a-1'; document.getElementById('key').dispatchEvent(new Event('change', {bubbles: true}))")
+    view.wait("document.getElementById('input').placeholder === 'Text to continue'")
+    for text in ("The cat", ". And then"):
+        ask(page, text)
+        view.wait("!running && current().messages.at(-1).note")
+    assert view.run("current().messages.at(-1).tokens.map(token => token[0]).join('')") == engine.says
+    assert engine.tokenizer.decode(engine.submitted[-1][0]) == f"The cat{engine.says}. And then"
+    shot(page, "continues", tmp_path)
+    server.should_exit = True

@@ -627,8 +627,9 @@ def listen(settings):
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        raise SystemExit(f"--host={settings.host} --port={settings.port}: {getattr(error, 'strerror', None) or error}. "
-                         f"Choose another port: python serve.py --port={settings.port % 60000 + 1}") from None
+        why = (getattr(error, "strerror", None) or str(error)).split(" (while")[0]
+        raise SystemExit(f"--host={settings.host} --port={settings.port}: {why}. Choose another port: "
+                         f"python serve.py --port={settings.port % 60000 + 1}") from None
 
 
 def announce(settings, address):

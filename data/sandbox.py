@@ -173,7 +173,7 @@ def rendered(source, variables, opening, closing):
     return {"error": " ".join(f"the chat template {what}".split())[:500]}
 
 
-def serve():
+def serve_requests():
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
@@ -197,4 +197,4 @@ def serve():
 
 
 if __name__ == "__main__":
-    serve()
+    serve_requests()

@@ -43,7 +43,9 @@ class Adapted(nn.Module):
 def product(weight, device, dtype):
     """The function x -> W x, with a packed weight where that is possible."""
     weight = weight.to(device, dtype)
-    return kernels.PackedLinear(weight, None, dtype) if kernels.can_pack(device, dtype) else partial(F.linear, weight=weight)
+    if kernels.can_pack(device, dtype):
+        return kernels.PackedLinear(weight, None, dtype)
+    return partial(F.linear, weight=weight)
 
 
 class Adapters:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from data.metrics import Score, exact_match, f1, mcc, pass_at_k
-from data.tinyworld import QUESTIONS, TASKS, grade
+from data.tinyworld import QUESTIONS, TASKS, answer_matches, grade
 
 LETTERS, SKILLS = ["A", "B", "C", "D"], list(dict.fromkeys(QUESTIONS + TASKS))
 
@@ -624,7 +624,8 @@ def score_texts(task, item, texts):
     if "test" in item:
         return {}
     if task.metrics == ("exact",):
-        return {"exact": grade(item["row"], texts[0])}
+        check = answer_matches if item["row"]["skill"] in QUESTIONS else grade      # polite answers count, too
+        return {"exact": float(check(item["row"], texts[0]))}
     if "flexible_match" in task.metrics:
         def bare(text):
             return re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()

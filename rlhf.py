@@ -14,7 +14,8 @@ Run     python rlhf.py dpo --model=out/merged                      # preferences
         python rlhf.py collect --model=out/merged --out=mine.jsonl # you choose between two samples: pairs for dpo
         python rlhf.py judge --model=out/aligned --other=out/merged           # win rate of two models
 Reads   a plain model folder (finetune_lora.py --merge makes one), preferences or tasks as prepare.py tinyworld writes
-Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below), loss.png, manifest.json, state/
+Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below); loss.png, or for grpo and ppo
+        rewards.png; manifest.json, state/
 Next    python evaluate.py --model out/merged out/aligned
 Papers  REINFORCE (Williams 1992), PPO (arXiv:1707.06347), GAE (1506.02438), RLHF (2203.02155), RLOO (2402.14740),
         GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), CISPO (2506.13585), GSPO (2507.18071),
@@ -25,7 +26,6 @@ Papers  REINFORCE (Williams 1992), PPO (arXiv:1707.06347), GAE (1506.02438), RLH
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import contextlib
 import copy
-import functools
 import math
 import sys
 from collections import Counter
@@ -43,10 +43,10 @@ import sample
 from data.metrics import ece
 from data.pairs import end_of_answer, open_pairs, open_tasks, pairs_of_step
 from finetune_lora import add_adapters, adapters_off, make_classifier, merge, trained, unmerge
-from model import Linear, load_model, save_model
+from model import Linear, load_model, save_model, upcast
 from nanopath.collect import check_command, collect_or_judge
 from nanopath.devices import Machine
-from nanopath.finetuning import hashes_of
+from nanopath.finetuning import check_same, hashes_of
 from nanopath.flags import Bound, Count, Positive, Rate, Share
 from nanopath.rewards import plot_rewards, reward_functions
 from nanopath.run import Guard, Log, check_settings, earlier_run, run_stage
@@ -78,7 +78,7 @@ class Config:
     updates: Positive = 1           # optimizer steps with the responses of one step
     kl: Rate = 0.0                  # weight of the KL to the model as it was: in the loss (grpo), in the reward (ppo)
     kl_budget: Rate = 0.0           # stop when the KL of a response (nats) is larger than this; 0: never
-    length_penalty: Rate = 0.0      # taken from the reward of a response of max_new_tokens; of shorter ones less
+    length_penalty: Rate = 0.0      # times length / max_new_tokens is taken from the reward of a response
     # people and judges
     other: str = ""                 # judge: the model to compare with; collect: one of the two samples is of this model
     votes: str = ""                 # collect: read the votes from this file, a key on each line
@@ -166,7 +166,7 @@ def completion_logprobs(model, ids, starts, ends, temperature=1.0, width=0):
 # How much better a response, or a token, was than expected
 
 def k1(logprobs, reference):
-    """Estimate of KL(pi, reference) = E[log pi - log reference] from a token of pi; right on average, as k3 is."""
+    """Estimate of KL(pi, reference) = E[log pi - log reference] from a token of pi; right on average."""
     return logprobs - reference
 
 
@@ -175,8 +175,8 @@ def k2(logprobs, reference):
 
 
 def k3(logprobs, reference):
-    """r - 1 - log r with r = reference / pi: never negative, varies less. expm1 keeps its digits near r = 1; above r =
-    e^20 it is constant, because float32 ends at e^88."""
+    """r - 1 - log r with r = reference / pi: never negative, varies less. Too small where pi never samples what the
+    reference would. expm1 keeps its digits near r = 1; above r = e^20 it is constant: float32 ends at e^88."""
     log_r = (reference - logprobs).clamp(max=20)
     return torch.expm1(log_r) - log_r
 
@@ -465,6 +465,11 @@ class Texts:
         numbers = padded, [start for _, start in rows], [len(ids) for ids, _ in rows]
         return cls(*(torch.tensor(n, device=device) for n in numbers))
 
+    @property
+    def longest(self):
+        """Tokens of the longest response."""
+        return int((self.ends - self.starts).max())
+
     def rows(self, part):
         return Texts(self.ids[part], self.starts[part], self.ends[part])
 
@@ -478,8 +483,11 @@ def open_policy(cfg):
     """(cfg, machine, the run's folder, manifest of the run to resume, model with what it learns, its frozen copy or
     None, tokenizer). With LoRA the model is its own reference: adapters_off. There is no dropout anywhere: a response
     has one log-probability."""
-    machine = Machine(cfg.device)
+    machine, sampling = Machine(cfg.device), cfg.what in ("grpo", "ppo")
     cfg, out, before = earlier_run(cfg, machine)
+    check_same(cfg, before, out, ("what", "model", "method", "rank", "alpha", "loss", "reward"))
+    if sampling:
+        cfg = replace(cfg, batch_size=cfg.prompts * cfg.group_size)                    # of which a micro-batch is part
     check_settings(cfg, out, machine)
     machine.measure(cfg.dtype)
     torch.manual_seed(cfg.seed % 2 ** 63)
@@ -489,13 +497,14 @@ def open_policy(cfg):
             raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={cfg.model}")
         if model.config.labels:
             raise ValueError("is a classifier or a reward model, which cannot answer")
+        end_of_answer(tokenizer)                                   # has it a chat template, and a token for the end?
         add_adapters(model, cfg.method, **({"rank": cfg.rank, "alpha": cfg.alpha} if cfg.method == "lora" else {}))
     except ValueError as error:
         raise SystemExit(str(error) if str(error).startswith("--") else f"--model={cfg.model}: {error}") from None
     model.dtype = machine.dtype
     model = model.double() if machine.dtype == torch.float64 else model
     frozen = copy.deepcopy(model).requires_grad_(False) if cfg.method == "full" and cfg.what != "reward" else None
-    rate = (0.25 if cfg.what in ("grpo", "ppo") else 0.02) / model.config.n_embd
+    rate = (0.25 if sampling else 0.02) / model.config.n_embd
     rate = cfg.learning_rate or (rate if cfg.method == "lora" else rate / 10)
     return replace(cfg, learning_rate=rate), machine, out, before, model.eval(), frozen, tokenizer
 
@@ -560,24 +569,15 @@ def write_policy(model, tokenizer, guard):
         model.value = value
 
 
-@dataclass
-class Responses:
-    """What a model wrote to tasks, `each` times to each task in a row."""
-    coded: list                     # [(ids of prompt and response, where the response begins)]; the id that ends it
-    texts: list                     # is one of its ids
-    ended: list                     # False: cut at max_new_tokens
-    logprobs: list                  # of the tokens, as they were sampled
-    scores: torch.Tensor            # rewards (N); NaN where the reward could not be computed
-    gold: torch.Tensor              # the same by --gold
-
-    def mean(self, name="scores"):
-        return getattr(self, name).nanmean().nan_to_num().item()
-
-
 def respond(cfg, model, tokenizer, prompts, temperature, seeds=0, each=1):
-    """`each` responses to prompts (lists of messages): the first four fields of Responses. The adapters are merged
-    while the model writes, which makes it 1.3 x as fast."""
-    end, found = end_of_answer(tokenizer), merge(model)
+    """`each` responses to prompts (lists of messages), in a row: [(ids of prompt and response, where it begins)], where
+    the id that ends a response is one of its ids; texts; whether each came to an end, or was cut at max_new_tokens; the
+    log-probabilities of its tokens as they were sampled.
+
+    In float32 the adapters are merged while the model writes, which makes it 1.3 x as fast. In bf16 they are not: small
+    changes of the weights would be rounded away, and the samples would be those of the model before training.
+    """
+    end, found = end_of_answer(tokenizer), merge(model) if model.dtype != torch.bfloat16 else {}
     prompts = [tokenizer.render(prompt, add_generation_prompt=True)[0] for prompt in prompts]
     prompts = [prompt for prompt in prompts for _ in range(each)]
     new, logprobs = [[] for _ in prompts], [[] for _ in prompts]
@@ -591,24 +591,43 @@ def respond(cfg, model, tokenizer, prompts, temperature, seeds=0, each=1):
     return coded, [tokenizer.decode(ids).strip() for ids in new], ended, logprobs
 
 
-def responses_to(cfg, model, tokenizer, tasks, rewards, temperature, seeds=0, each=1):
-    """The Responses of the model to tasks. rewards: the functions of --reward and --gold."""
-    found = respond(cfg, model, tokenizer, [task["prompt"] for task in tasks], temperature, seeds, each)
-    coded, texts, ended, _ = found
-    rows, scores = [task["row"] for task in tasks for _ in range(each)], []
-    for reward in rewards:                                         # no end: the worst reward, but none above 0
-        values = torch.tensor(reward(rows, texts, coded))
-        worst = values.nan_to_num(nan=0.0).min().clamp(max=0.0)
-        scores.append(torch.where(torch.tensor(ended), values, worst))
-    return Responses(*found, *scores)
+def score(rows, coded, texts, ended, rewards, machine):
+    """{"reward": (N), "gold": (N)} of responses to tasks; NaN where it could not be computed. A response that was cut
+    gets the lowest reward of all responses, at most 0."""
+    found = {}
+    for name, reward in rewards.items():
+        values = torch.tensor(reward(rows, texts, coded), dtype=torch.float32)
+        worst = machine.least(float(values.nan_to_num(nan=0.0).min().clamp(max=0.0)))
+        found[name] = torch.where(torch.tensor(ended) | values.isnan(), values, worst)
+    return found
 
 
-def look_at_responses(cfg, model, tokenizer, tasks, rewards):
-    """Greedy responses to held-out tasks: ({"reward": mean, "gold": mean}, three of them to be shown)."""
-    found = responses_to(cfg, model, tokenizer, tasks, rewards, temperature=0.0)
-    shown = "\n".join(f"  ? {task['prompt'][-1]['content']}\n  > {text}  ({score:g})"
-                      for task, text, score in list(zip(tasks, found.texts, found.scores.tolist()))[:3])
-    return {"reward": found.mean()} | ({"gold": found.mean("gold")} if cfg.gold else {}), shown
+def look_at_responses(cfg, model, tokenizer, tasks, rewards, machine):
+    """Greedy responses to held-out tasks: ({"reward": mean, "gold": mean}, what to show: three of them)."""
+    coded, texts, ended, _ = respond(cfg, model, tokenizer, [task["prompt"] for task in tasks], temperature=0.0)
+    scores = score([task["row"] for task in tasks], coded, texts, ended, rewards, machine)
+    values = scores["reward"].tolist() if "reward" in scores else [math.nan] * len(tasks)
+    shown = [f"  ? {task['prompt'][-1]['content']}\n  > {text}" + (f"  ({value:g})" if "reward" in scores else "")
+             for task, text, value in list(zip(tasks, texts, values))[:3]]
+    if sum(ended) < len(ended) / 2:
+        shown.append(f"  {len(ended) - sum(ended)} of {len(ended)} responses were cut: try a larger --max_new_tokens")
+    means = {name: values.nanmean().item() for name, values in scores.items()}
+    if math.isnan(means.get("reward", 0.0)):
+        raise SystemExit(f"--reward={cfg.reward}: not one held-out response has a reward")
+    return means, "\n".join(shown)
+
+
+def keep_best(found, worth, model, tokenizer, log, guard, shown=""):
+    """Say and log what was found on held-out rows. If it is the best so far (worth: the larger, the better), the model
+    is written. Every process calls it."""
+    progress = guard.progress
+    better = progress.best is None or -worth <= progress.best
+    progress.best = -worth if better else progress.best
+    log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+             + "  <- best" * better + f"\n{shown}" * bool(shown))
+    log.record(step=progress.step, **{f"val_{key}": value for key, value in found.items()})
+    if better:
+        write_policy(model, tokenizer, guard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,59 +664,70 @@ def pair_loss(cfg, model, frozen, pairs, nll_tokens=1.0, z0=0.0):
 
 @torch.no_grad()
 def mismatched_kl(model, frozen, pairs, machine):
-    """KTO's z0: mean of log pi - log reference over responses beside prompts that are not theirs; at least 0."""
+    """KTO's z0: mean of log pi - log reference over responses beside prompts that are not theirs; at least 0. pairs: of
+    all processes, each of which reads its share."""
     others = [chosen for chosen, _ in pairs[1:] + pairs[:1]]
     rows = [(ids[:start] + other[first:], start) for ((ids, start), _), (other, first) in zip(pairs, others)]
-    texts = Texts.of([(ids[:model.config.block_size], start) for ids, start in rows], machine.device)
-    with reference_of(model, frozen) as other:
-        reference, _ = texts.sums(other)
-    total, count = machine.sum([(texts.sums(model)[0] - reference).sum().item(), len(rows)])
+    rows, total = [(ids[:model.config.block_size], start) for ids, start in rows][machine.rank::machine.world], 0.0
+    for i in range(0, len(rows), 32):
+        texts = Texts.of(rows[i:i + 32], machine.device)
+        with reference_of(model, frozen) as other:
+            reference, _ = texts.sums(other)
+        total += float((texts.sums(model)[0] - reference).sum())
+    total, count = machine.sum([total, len(rows)])
     return max(0.0, total / count)
 
 
-def look_at_pairs(cfg, model, frozen, tokenizer, held_out, tasks, rewards, log, progress):
-    """Losses of held-out pairs, and the rewards of responses to their prompts. Returns whether the rewards (of a reward
-    model: the loss) are the best so far: a loss of pairs still falls while the model forgets how to answer."""
-    sums, margins = Counter(), []
+def whole_batch(cfg, model, frozen, pairs, machine):
+    """What a loss needs to know of all pairs of a batch: the mean number of tokens that CPO's or ORPO's nll counts, and
+    KTO's z0."""
+    nll_tokens = sum(len(ids) - (1 if cfg.loss == "orpo" else start) for (ids, start), _ in pairs) / len(pairs)
+    return nll_tokens, mismatched_kl(model, frozen, pairs, machine) if cfg.loss == "kto" else 0.0
+
+
+def look_at_pairs(cfg, model, frozen, held_out, machine):
+    """Means over held-out pairs, by name; of a reward model also how well its probabilities are calibrated."""
+    sums, margins, more = Counter(), [], whole_batch(cfg, model, frozen, held_out, machine)
     with torch.no_grad():
         for i in range(0, len(held_out), 32):
-            loss, metrics = pair_loss(cfg, model, frozen, held_out[i:i + 32])
+            loss, metrics = pair_loss(cfg, model, frozen, held_out[i:i + 32], *more)
+            sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
             if cfg.what == "reward":
                 w, l = scores_of_sides(model, held_out[i:i + 32])
                 margins.append((w - l).float().cpu())
-            sums.update({"loss": float(loss)} | {key: float(value) for key, value in metrics.items()})
     found = {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}
     if cfg.what == "reward":                                       # sigma(margin): the probability that it is better
         found["ece"] = float(ece(torch.cat(margins).abs().sigmoid().numpy(), (torch.cat(margins) > 0).numpy()))
-    if cfg.what == "dpo":
-        more, shown = look_at_responses(cfg, model, tokenizer, tasks, rewards)
-        found |= more
-        log.say(shown)
-    worth = -found.get("reward", -found["loss"])                   # the smaller, the better
-    better = progress.best is None or worth <= progress.best
-    progress.best = worth if better else progress.best
-    log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items())
-             + "  <- best" * better)
-    log.record(step=progress.step, **{f"val_{key}": value for key, value in found.items()})
-    return better
+    return found
 
 
 def train_on_pairs(cfg):
-    """dpo and reward: every step takes batch_size pairs; an epoch shuffles them. Metrics are means over pairs."""
+    """dpo and reward: every step takes batch_size pairs; an epoch shuffles them. Metrics are means over pairs.
+
+    The best model is the one with the best responses, because a loss of pairs still falls while a model forgets how to
+    answer. Of a reward model, and where no reward is known, it is the one with the lowest loss of held-out pairs.
+    """
     cfg, machine, out, before, model, frozen, tokenizer = open_policy(cfg)
     pairs, held_out, tasks, lost, cfg = open_pairs(cfg, tokenizer, model.config.block_size)
     if cfg.what == "reward":
         make_classifier(model, ["reward"])
-    rewards = reward_functions(cfg, machine, load_model, [tokenizer])
+    known = cfg.reward or all("skill" in task["row"] for task in tasks)
+    rewards = reward_functions(cfg, machine, load_model, [tokenizer]) if known and cfg.what == "dpo" else {}
     optimizer, log, guard = begin(cfg, model, tokenizer, [pairs, held_out], before, machine, out)
     progress, flops = guard.progress, model.flops_per_token(64)
-    shown = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
-    look = functools.partial(look_at_pairs, cfg, model, frozen, tokenizer, held_out, tasks, rewards, log, progress)
+    names = ("accuracy", "margin") + ("chosen_logprob",) * (cfg.what == "dpo")
+
+    def look():
+        found, shown = look_at_pairs(cfg, model, frozen, held_out, machine), ""
+        if cfg.what == "dpo":
+            means, shown = look_at_responses(cfg, model, tokenizer, tasks, rewards, machine)
+            found |= means
+        keep_best(found, found.get("reward", -found["loss"]), model, tokenizer, log, guard, shown)
+
     if progress.step == 0:
         for line in lost:
             log.say(line)
         look()
-        write_policy(model, tokenizer, guard)                      # the best so far
 
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
@@ -705,11 +735,10 @@ def train_on_pairs(cfg):
         set_rates([optimizer], rate)
         batch = pairs_of_step(pairs, progress.step, cfg)
         mine, N = batch[machine.rank::machine.world], len(batch)
-        nll_tokens = sum(len(ids) - (1 if cfg.loss == "orpo" else start) for (ids, start), _ in batch) / N
-        z0 = mismatched_kl(model, frozen, mine, machine) if cfg.loss == "kto" else 0.0
+        more = whole_batch(cfg, model, frozen, batch, machine)
         found = guard.attempt(lambda micro: add_up(
             [mine[i:i + micro] for i in range(0, len(mine), micro)],
-            lambda part: pair_loss(cfg, model, frozen, part, nll_tokens, z0), guard.interrupted))
+            lambda part: pair_loss(cfg, model, frozen, part, *more), guard.interrupted))
         if found is None:                                          # a signal within a step: the step is dropped
             guard.stop = True
             guard.save(last=True)
@@ -719,19 +748,19 @@ def train_on_pairs(cfg):
         if math.isfinite(norm):
             guard.update()
             tokens = sum(len(ids) for pair in batch for ids, _ in pair)
-            log.step(progress, loss, norm, rate, flops, tokens, **{key: metrics[key] / N for key in shown})
+            log.step(progress, loss, norm, rate, flops, tokens, **{key: metrics[key] / N for key in names})
         elif guard.not_finite(loss, norm, None):
             continue
         evaluating, _, saving = guard.due()
-        if evaluating and look():
-            write_policy(model, tokenizer, guard)
         if saving:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
+        if evaluating and not guard.stop:
+            look()
         if evaluating or saving:
             log.plot()
-    is_reward = cfg.what == "reward"
-    log.finish(progress, best=f"; best held-out {'loss' if is_reward else 'reward'} {abs(progress.best):.4f}",
-               then=f"python rlhf.py ppo --reward={out}" if is_reward else "")
+    best = f"reward {-progress.best:.4f}" if rewards else f"loss {progress.best:.4f}"
+    log.finish(progress, best=f"; best held-out {best}",
+               then=f"python rlhf.py ppo --reward={out}" if cfg.what == "reward" else "")
     machine.close()
 
 
@@ -742,30 +771,43 @@ def roll_out(cfg, model, frozen, tokenizer, tasks, step, rewards, machine):
     """group_size responses to each of this process's share of the step's prompts: (Texts, Rollout without advantages,
     rewards (N), sums of what is logged)."""
     share = cfg.prompts // machine.world
-    order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
+    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) % 2 ** 63)
+    order = torch.randperm(len(tasks), generator=generator)
     mine = [tasks[int(order[i % len(tasks)])] for i in range(machine.rank * share, (machine.rank + 1) * share)]
     N = share * cfg.group_size
     first = ((cfg.seed * 100_003 + step) * machine.world + machine.rank) * N
-    seeds = list(range(first, first + N))
-    found = responses_to(cfg, model, tokenizer, mine, rewards, cfg.temperature, seeds, cfg.group_size)
-    texts = Texts.of(found.coded, machine.device)
+    coded, words, ended, sampled = respond(cfg, model, tokenizer, [task["prompt"] for task in mine], cfg.temperature,
+                                           list(range(first, first + N)), cfg.group_size)
+    scores = score([task["row"] for task in mine for _ in range(cfg.group_size)], coded, words, ended, rewards, machine)
+    texts, parts = Texts.of(coded, machine.device), []
     with torch.no_grad():
-        score = functools.partial(completion_logprobs, ids=texts.ids, starts=texts.starts, ends=texts.ends,
-                                  temperature=cfg.temperature)
-        old, entropy, mask = score(model)
-        with reference_of(model, frozen) as other:
-            reference, _, _ = score(other)
-    lengths, scores = (texts.ends - texts.starts).float(), found.scores.to(machine.device)
-    logged = {"reward": scores.nansum(), "rewards": (~scores.isnan()).sum(), "gold": found.gold.nansum(),
-              "length": lengths.sum(), "kl": (k3(old, reference) * mask).sum(), "entropy": entropy.sum(),
-              "sampler": sampler_gap(found, old) if cfg.temperature == 1 else 0.0, "responses": N, "tokens": mask.sum()}
-    scores = scores - cfg.length_penalty * lengths / cfg.max_new_tokens
-    return texts, Rollout(mask, old, old, torch.zeros_like(old), reference, entropy=entropy), scores, logged
+        for i in range(0, N, 64):                                  # as much memory as a micro-batch of 64
+            part = texts.rows(slice(i, i + 64))
+            how = part.ids, part.starts, part.ends, cfg.temperature, texts.longest
+            old, entropy, mask = completion_logprobs(model, *how)
+            with reference_of(model, frozen) as other:
+                parts.append((old, entropy, mask, completion_logprobs(other, *how)[0]))
+    old, entropy, mask, reference = (torch.cat(part) for part in zip(*parts))
+    lengths = (texts.ends - texts.starts).float()
+    logged = {"length": lengths.sum(), "cut": ended.count(False), "kl": (k1(old, reference) * mask).sum(),
+              "entropy": entropy.sum(), "responses": N, "tokens": mask.sum()}
+    for name, values in scores.items():
+        logged |= {name: values.nansum(), f"{name}s": (~values.isnan()).sum()}
+    if cfg.temperature == 1:  # |log pi as it sampled - log pi as it learns|: other kernels, by length and batch
+        logged["sampler"] = sum(abs(a - b) for row, own in zip(old.tolist(), sampled) for a, b in zip(row, own))
+    worth = scores["reward"].to(machine.device) - cfg.length_penalty * lengths / cfg.max_new_tokens
+    return texts, Rollout(mask, old, old, torch.zeros_like(old), reference, entropy=entropy), worth, logged
 
 
-def sampler_gap(found, old):
-    """Sum over tokens of |log pi as it sampled - log pi as it learns|: another kernel for every length and batch."""
-    return sum(abs(a - b) for row, sampled in zip(old.tolist(), found.logprobs) for a, b in zip(row, sampled))
+def shown_of(logged, cfg):
+    """What a line of the log says of the sums of all processes: rewards, lengths and KL per response, entropy and
+    sampler per token, the share of responses that were cut, that have no reward, and whose group has equal rewards."""
+    N, tokens = logged["responses"], logged["tokens"]
+    found = {name: logged[name] / max(1, logged[f"{name}s"]) for name in ("reward", "gold") if name in logged}
+    found |= {"kl": logged["kl"] / N, "length": logged["length"] / N, "entropy": logged["entropy"] / tokens}
+    found |= {"cut": logged["cut"] / N, "unscored": 1 - logged["rewards"] / N,
+              "equal": logged["equal"] * cfg.group_size / N}
+    return found | ({"sampler": logged["sampler"] / tokens} if "sampler" in logged else {})
 
 
 def with_advantages(cfg, model, texts, b, scores, machine):
@@ -774,17 +816,25 @@ def with_advantages(cfg, model, texts, b, scores, machine):
         kind = {"dr_grpo": "dr_grpo", "rloo": "rloo", "reinforce": "rloo"}.get(cfg.loss, "grpo")
         A, equal = group_advantages(scores, cfg.group_size, kind)
         return replace(b, advantages=A[:, None] * b.mask), equal
+    total, count = machine.sum([scores.nansum(), (~scores.isnan()).sum()])
+    scores = scores.nan_to_num(nan=total / max(1, count))          # neither better nor worse than the others
     with torch.no_grad():
-        states, _, mask = predicting_states(model, texts.ids, texts.starts, texts.ends)
-        values = spread(model.value(states)[:, 0], mask)
-    rewards = rewards_with_kl(scores.nan_to_num(nan=0.0), b.old_logprobs, b.reference_logprobs, b.mask, cfg.kl)
+        parts = [value_of(model, texts.rows(slice(i, i + 64)), texts.longest) for i in range(0, len(texts.ids), 64)]
+    values = torch.cat(parts)
+    rewards = rewards_with_kl(scores, b.old_logprobs, b.reference_logprobs, b.mask, cfg.kl)
     A, returns = gae(rewards, values, b.mask)
     return replace(b, advantages=whiten(A, b.mask, machine.sum), values=values, old_values=values, returns=returns), 0
 
 
+def value_of(model, texts, width):
+    """What the critic says of the text before each token (B, T)."""
+    states, _, mask = predicting_states(model, texts.ids, texts.starts, texts.ends, width)
+    return spread(upcast(model.value(states)[:, 0]), mask)
+
+
 def without_zeros(cfg, texts, b):
-    """The responses that have a gradient. Those of a group with equal rewards have none, unless the KL is in the loss;
-    one response stays, so that there is something to add up."""
+    """The responses that have a gradient. Those of a group with equal rewards have none, unless the KL is in the loss.
+    At least one is returned."""
     if cfg.what == "ppo" or cfg.kl:
         return texts, b
     kept = b.advantages.any(dim=1)
@@ -798,48 +848,50 @@ def rollout_loss(cfg, model, texts, b, name):
     logprobs, entropy = token_logprobs(model, states, tokens, cfg.temperature)
     b = replace(b, logprobs=spread(logprobs, mask), entropy=spread(entropy, mask))
     if name == "ppo":                                              # V reads the model's own last layer
-        b = replace(b, values=spread(model.value(states)[:, 0], mask))
+        b = replace(b, values=spread(upcast(model.value(states)[:, 0]), mask))
     return POLICY_LOSSES[name][0](b, **({} if name == "ppo" else {"beta": cfg.kl}))
 
 
 def train_on_rollouts(cfg):
     """grpo and ppo: every step samples responses, and learns `updates` times from them."""
     cfg, machine, out, before, model, frozen, tokenizer = open_policy(cfg)
-    tasks, held_out, cfg = open_tasks(cfg, machine)
+    tasks, held_out, lost, cfg = open_tasks(cfg, machine, tokenizer, model.config.block_size)
     if cfg.what == "ppo":                                          # the critic: one number per state, at first zero
         model.value = Linear(model.config.n_embd, 1, device=machine.device, dtype=model.embed_tokens.weight.dtype)
         nn.init.zeros_(model.value.weight)
         nn.init.zeros_(model.value.bias)
     rewards, name = reward_functions(cfg, machine, load_model, [tokenizer]), cfg.loss or cfg.what
     optimizer, log, guard = begin(cfg, model, tokenizer, [tasks, held_out], before, machine, out)
-    progress, flops = guard.progress, model.flops_per_token(64)
+    progress, flops, over = guard.progress, model.flops_per_token(64), False
 
     def look():
-        """Rewards of greedy responses to held-out tasks. Returns whether they are the best so far."""
-        means, shown = look_at_responses(cfg, model, tokenizer, held_out, rewards)
-        better = progress.best is None or -means["reward"] <= progress.best
-        progress.best = -means["reward"] if better else progress.best
-        log.line(f"step {progress.step:5d}  held out: " + ", ".join(f"{key} {x:.4f}" for key, x in means.items())
-                 + f"{'  <- best' * better}\n{shown}")
-        log.record(step=progress.step, **{f"val_{key}": x for key, x in means.items()})
-        return better
+        found, shown = look_at_responses(cfg, model, tokenizer, held_out, rewards, machine)
+        keep_best(found, found["reward"], model, tokenizer, log, guard, shown)
 
     if progress.step == 0:
+        for line in lost:
+            log.say(line)
         look()
-        write_policy(model, tokenizer, guard)                      # the best so far
     while progress.step < cfg.max_steps and not guard.stop:
         log.start_step()
         rate = lr_at(progress.step, cfg) * progress.lr_factor
         set_rates([optimizer], rate)
         texts, b, scores, logged = roll_out(cfg, model, frozen, tokenizer, tasks, progress.step, rewards, machine)
         b, equal = with_advantages(cfg, model, texts, b, scores, machine)
+        shown = shown_of(sum_metrics(logged | {"equal": equal}, machine), cfg)
+        if shown["unscored"] == 1:
+            raise SystemExit(f"--reward={cfg.reward}: not one response of step {progress.step} has a reward")
+        if over := 0 < cfg.kl_budget < shown["kl"]:
+            log.line(f"--kl_budget={cfg.kl_budget}: the KL of a response is {shown['kl']:.2f} nats: stopped")
+            guard.save(last=True)
+            break
         count = machine.sum([units(name, b.mask, cfg.max_new_tokens)])[0]
         texts, b = without_zeros(cfg, texts, b)
-        for update in range(cfg.updates):                          # after the first, the step is no longer dropped
+        for update in range(cfg.updates):
             found = guard.attempt(lambda micro: add_up(
                 [slice(i, i + micro) for i in range(0, len(texts.ids), micro)],
                 lambda part: rollout_loss(cfg, model, texts.rows(part), b.rows(part), name),
-                lambda: update == 0 and guard.interrupted()))
+                lambda: update == 0 and guard.interrupted()))      # only before the first update can a step be dropped
             if found is None:
                 break
             loss, norm, metrics = finish_step(found, count, guard)
@@ -851,27 +903,19 @@ def train_on_rollouts(cfg):
             guard.save(last=True)
             break
         progress.step += 1
-        logged = sum_metrics(logged | {"equal": equal}, machine)
-        N, kl = logged["responses"], logged["kl"] / logged["responses"]
         if math.isfinite(norm):
-            log.step(progress, loss, norm, rate, flops, logged["tokens"], kl=kl, length=logged["length"] / N,
-                     reward=logged["reward"] / max(1, logged["rewards"]), equal=logged["equal"] * cfg.group_size / N,
-                     **{name: logged[name] / logged["tokens"] for name in ("entropy", "sampler")},
-                     clipped=metrics["clipped"] / metrics["tokens"],
-                     **({"gold": logged["gold"] / N} if cfg.gold else {}))
+            log.step(progress, loss, norm, rate, flops, int(logged["tokens"]) * machine.world, **shown,
+                     clipped=metrics["clipped"] / metrics["tokens"])
         elif guard.not_finite(loss, norm, None):
             continue
-        if 0 < cfg.kl_budget < kl:
-            log.line(f"--kl_budget={cfg.kl_budget}: the KL of a response is {kl:.2f} nats: stop")
-            guard.stop = True
         evaluating, _, saving = guard.due()
-        if (evaluating or guard.stop) and look():
-            write_policy(model, tokenizer, guard)
-        if saving or guard.stop:
+        if saving:
             guard.save(last=guard.stop or progress.step == cfg.max_steps)
+        if evaluating and not guard.stop:
+            look()
         if (evaluating or saving) and machine.rank == 0:
             plot_rewards(out, [out, *cfg.beside])
-    log.finish(progress, best=f"; best held-out reward {-progress.best:.4f}", picture="rewards.png")
+    log.finish(progress, early=over, best=f"; best held-out reward {-progress.best:.4f}", picture="rewards.png")
     machine.close()
 
 

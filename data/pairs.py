@@ -10,6 +10,7 @@ Data to align with: pairs of responses, and tasks whose answers a program can ch
 ValueError says in one line which file and line is wrong, and what to do.
 """
 import json
+import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -57,8 +58,9 @@ def read_pairs(path):
 
     def convert(row):
         sides = [row.get(name) for name in ("chosen", "rejected")]
+        words = [side if isinstance(side, str) else side and side[-1].get("content") for side in sides]
         problem = "equal sides" if sides[0] == sides[1] else "an empty response" if not all(
-            side.strip() if isinstance(side, str) else side for side in sides) else ""
+            isinstance(text, str) and text.strip() for text in words) else ""
         if problem and None not in sides:
             lost[problem] += 1
             return None
@@ -84,6 +86,9 @@ def encode_pairs(rows, tokenizer, T):
             stop = trained[-1] + 1 if len(trained) else 0
             before = np.flatnonzero(~np.array(mask[:stop], dtype=bool))
             coded.append((ids[:stop], int(before[-1]) + 1 if len(before) else 0))
+        if coded[0] == coded[1]:
+            lost["equal sides"] += 1
+            continue
         cut = max(0, max(len(ids) for ids, _ in coded) - T)
         if any(start <= cut or len(ids) <= start for ids, start in coded):
             lost["a response longer than the context, or empty"] += 1
@@ -154,11 +159,20 @@ def open_pairs(cfg, tokenizer, T):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     pairs, rows = parts[0]
-    count = max(1, len(pairs) // 10)
-    held_out, chats = parts[1] if other else (pairs[:count], rows[:count])
-    pairs = pairs if other else pairs[count:] or pairs
+    if other:
+        held_out, chats = parts[1]
+    else:                                                          # a tenth of the prompts, with all their pairs
+        prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
+        chosen = set(random.Random(0).sample(prompts, max(1, len(prompts) // 10)))
+        found = [(pair, row, json.dumps(row["prompt"]) in chosen) for pair, row in zip(pairs, rows)]
+        held_out, chats = [pair for pair, _, out in found if out], [row for _, row, out in found if out]
+        pairs = [pair for pair, _, out in found if not out]
+        if not pairs:
+            pairs, lines = held_out, [*lines, f"{train.name}: one prompt only, so nothing is held out from training"]
     tasks = [{"prompt": row["prompt"], "row": row["row"] | {"prompt": row["prompt"][-1]["content"]}}
              for row in chats[:cfg.eval_rows]]
+    tasks, lost = fitting(tasks, tokenizer, T - cfg.max_new_tokens)
+    lines += [f"held-out prompts: {counted(lost)}"] * bool(lost)
     cfg = replace(cfg, dataset=named(cfg.dataset, train))
     return pairs, held_out[:cfg.eval_rows], tasks, lines, cfg
 
@@ -174,21 +188,38 @@ def pairs_of_step(pairs, step, cfg):
     return found
 
 
-def open_tasks(cfg, machine):
-    """(tasks to train on, held-out ones, cfg with the dataset). Of a single file, a tenth is held out."""
+def fitting(tasks, tokenizer, room):
+    """(the tasks whose prompt has at most `room` tokens, Counter of those that have more)."""
+    found = [task for task in tasks if len(tokenizer.render(task["prompt"], add_generation_prompt=True)[0]) <= room]
+    lost = len(tasks) - len(found)
+    return found, Counter({"prompts too long beside a response of max_new_tokens": lost} if lost else {})
+
+
+def open_tasks(cfg, machine, tokenizer, T):
+    """(tasks to train on, held-out ones, lines about what was left out, cfg with the dataset). Of a single file, every
+    tenth task is held out."""
     try:
         train, other = find_rows(cfg.dataset, "tasks")
         tasks, held_out = read_tasks(train), read_tasks(other) if other else []
+        room, lines = T - cfg.max_new_tokens, []
+        (tasks, lost), (held_out, more) = fitting(tasks, tokenizer, room), fitting(held_out, tokenizer, room)
+        lines += [f"{train.name}: {counted(lost + more)}"] * bool(lost + more)
+        if not tasks:
+            raise ValueError(f"{train}: no prompt leaves room for {cfg.max_new_tokens} tokens in a context of {T}; try "
+                             "a smaller --max_new_tokens")
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if not held_out:
         held_out, tasks = tasks[::10], [task for i, task in enumerate(tasks) if i % 10] or tasks
     if cfg.prompts % machine.world:
         raise SystemExit(f"--prompts={cfg.prompts}: must be a multiple of the {machine.world} processes")
-    return tasks, held_out[:cfg.eval_rows], replace(cfg, dataset=named(cfg.dataset, train))
+    return tasks, held_out[:cfg.eval_rows], lines, replace(cfg, dataset=named(cfg.dataset, train))
 
 
 def end_of_answer(tokenizer):
-    """The id that ends the assistant's turn."""
+    """The id that ends the assistant's turn. ValueError where there is no chat template, or no such token."""
     ids, mask = tokenizer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    return [i for i, learnt in zip(ids, mask) if learnt][-1]
+    found = [i for i, learnt in zip(ids, mask) if learnt]
+    if not found or found[-1] not in {*tokenizer.specials.values(), *tokenizer.added.values()}:
+        raise ValueError("its chat template ends an answer without a special token, so a response would have no end")
+    return found[-1]

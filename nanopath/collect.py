@@ -51,12 +51,24 @@ def check_command(cfg, losses):
     losses: {sub-command: names of its losses}."""
     given = {field.name for field in fields(cfg) if field.name != "what"
              and getattr(cfg, field.name) != getattr(type(cfg), field.name)}
+    given -= {"batch_size"} if cfg.resume else set()               # grpo and ppo have set it themselves
     ignored = sorted(given - COMMAND_FLAGS[cfg.what] if cfg.what in COMMAND_FLAGS else given & UNREAD[cfg.what])
     mine = losses.get(cfg.what, {})
     for wrong, message in (
             (ignored, f"--{', --'.join(ignored)}: has no effect with {cfg.what}; leave it out"),
             (cfg.loss and cfg.loss not in mine, f"--loss={cfg.loss}: {cfg.what} has "
              f"{', '.join(mine) or 'one loss only'}"),
+            (cfg.what == "grpo" and cfg.group_size < 2,
+             f"--group_size={cfg.group_size}: grpo compares responses to one prompt, and needs at least 2"),
+            (cfg.loss == "reinforce" and cfg.updates > 1,
+             f"--updates={cfg.updates}: reinforce learns from a sample once"),
+            (cfg.loss == "kto" and cfg.batch_size < 2, "--batch_size=1: kto needs at least 2 pairs"),
+            (cfg.smoothing and cfg.loss not in ("", "dpo"), f"--smoothing={cfg.smoothing}: only --loss=dpo has it"),
+            (cfg.margin != type(cfg).margin and cfg.loss != "simpo",
+             f"--margin={cfg.margin}: only --loss=simpo has it"),
+            ([run for run in cfg.beside if not Path(run, "log.jsonl").is_file()],
+             f"--beside={' '.join(cfg.beside)}: a folder without log.jsonl"),
+            (len(cfg.beside) > 3, "--beside: at most 3 runs fit into one picture"),
             (cfg.page and cfg.votes, "--page and --votes: choose one"),
             (cfg.judge and cfg.reward, "--judge and --reward: choose one"),
             (cfg.judge_model and not cfg.judge.startswith("http"),
@@ -79,7 +91,7 @@ def check_command(cfg, losses):
 def collect_or_judge(cfg, load_model, respond, generate):
     """The sub-commands collect and judge. respond: of rlhf.py; generate: of sample.py."""
     try:
-        keys = read_keys(cfg.votes) if cfg.votes else None
+        keys = read_votes(cfg.votes) if cfg.votes else None
         path, tasks = read_prompts(cfg.dataset, held_out=cfg.what == "judge")
         machine = Machine(cfg.device)
         machine.measure(cfg.dtype)
@@ -110,11 +122,11 @@ class Voice:
         self.model.dtype = machine.dtype
 
     def fits(self, prompt):
-        """Do this prompt and a response of max_new_tokens fit into the context?"""
+        """Do this prompt and a response of max_new_tokens fit into the context, and does the template take it?"""
         try:
             ids, _ = self.tokenizer.render(prompt, add_generation_prompt=True)
-        except ValueError as error:
-            raise ValueError(f"--{self.flag}={self.name}: {error}") from None
+        except ValueError:
+            return False
         return len(ids) + self.cfg.max_new_tokens <= self.model.config.block_size
 
     def say(self, prompts, seeds=None):
@@ -253,7 +265,7 @@ class Votes:
         return f"{self.counts.total()} of {self.total}, {skipped} skipped"
 
 
-def read_keys(path):
+def read_votes(path):
     """The votes of a file, a key on each line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")

@@ -31,8 +31,12 @@ def read_json(path):
     return value
 
 
-def write_json(path, value):
-    """Write JSON under a temporary name, then move it into place: a reader never sees half a file."""
+def write_file(path, text):
+    """Write under a temporary name, then move the file into place: a reader never sees half a file."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -81,9 +81,9 @@ def newest_finetuned():
                       "python finetune_lora.py --merge=out/finetuned; or give --model=FOLDER")
 
 
-def check_same(cfg, before, out):
-    """The run to resume (before: its manifest) must have learnt the same thing."""
-    for name in SAME if before else ():
+def check_same(cfg, before, out, names=None):
+    """The run to resume (before: its manifest) must have learnt the same thing, as these flags say."""
+    for name in (names or SAME) if before else ():
         value, saved = getattr(cfg, name), before["config"][name]
         if json.loads(json.dumps(value)) != saved:
             raise SystemExit(f"--resume --{name}={value}: the run in {out} has {saved}. Leave the flag out, or choose "

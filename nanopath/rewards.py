@@ -19,7 +19,7 @@ def style(row, text):
 
 
 def load_function(flag, name):
-    """FILE.py:FUNCTION -> the function. The file is the user's own; it runs as python FILE.py would run it."""
+    """FILE.py:FUNCTION -> the function. The file is the user's own, and is executed."""
     path, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location("reward", path) if Path(path).is_file() else None
     if spec is None:
@@ -32,15 +32,15 @@ def load_function(flag, name):
 
 
 def reward_functions(cfg, machine, load_model, tokenizers=()):
-    """The functions of --reward and, where it is given, --gold: (rows, texts, [(ids, start)]) -> rewards, a list of
-    floats; NaN where one cannot be computed. Without --gold it is the reward again. tokenizers: of the models that
-    respond. A reward model reads their ids, so it must have the same."""
-    reward = reward_function("reward", cfg.reward, machine, load_model, tokenizers)
-    return reward, reward_function("gold", cfg.gold, machine, load_model, tokenizers) if cfg.gold else reward
+    """{"reward", and where it is given "gold": functions of (rows, texts, [(ids, start)]) -> a list of floats; NaN
+    where one cannot be computed}. tokenizers: of the models that respond. A reward model reads their ids, so it must
+    have the same."""
+    names = {"reward": cfg.reward} | ({"gold": cfg.gold} if cfg.gold else {})
+    return {flag: reward_function(flag, name, machine, load_model, tokenizers) for flag, name in names.items()}
 
 
 def reward_function(flag, name, machine, load_model, tokenizers=()):
-    if Path(name, "config.json").is_file():
+    if name and Path(name, "config.json").is_file():
         judge, mine = load_model(name, machine.device)
         if judge.config.labels != ("reward",):
             raise SystemExit(f"--{flag}={name}: is no reward model. Train one: python rlhf.py reward")
@@ -49,21 +49,27 @@ def reward_function(flag, name, machine, load_model, tokenizers=()):
 
         @torch.no_grad()
         def judged(rows, texts, coded):
-            width = max(len(ids) for ids, _ in coded)
-            ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in coded], device=machine.device)
-            return judge(ids)[range(len(coded)), [len(ids) - 1 for ids, _ in coded], 0].tolist()
+            width, found = max(len(ids) for ids, _ in coded), []
+            for i in range(0, len(coded), 64):
+                part = [ids for ids, _ in coded[i:i + 64]]
+                padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in part], device=machine.device)
+                found += judge(padded)[range(len(part)), [len(ids) - 1 for ids in part], 0].tolist()
+            return found
         return judged
     function = {"": grade, "grade": grade, "style": style}.get(name) or load_function(flag, name)
 
     def checked(rows, texts, coded):
-        found = []
+        found, failed = [], []
         for row, text in zip(rows, texts):
             try:
                 reward = float(function(row, text))
+                problem = "" if math.isfinite(reward) else f"it returned {reward}"
             except Exception as error:                             # whatever the function raises: said, not counted
-                machine.say(f"the reward failed ({type(error).__name__}: {error}) for {text[:80]!r}")
-                reward = math.nan
+                reward, problem = math.nan, f"{type(error).__name__}: {error}"
+            failed += [f"{problem} for {text[:80]!r}"] * bool(problem)
             found.append(reward if math.isfinite(reward) else math.nan)
+        if failed:
+            machine.say(f"the {flag} failed for {len(failed)} of {len(texts)} responses: {failed[0]}")
         return found
     return checked
 

@@ -1,5 +1,6 @@
 """rlhf.py: the loops reach the optimum of a tiny task, equal runs are equal, what is saved is what was measured."""
 import json
+import shutil
 import signal
 import sys
 
@@ -26,11 +27,14 @@ def chatty(world, tmp_path_factory):  # noqa: F811
     run(ROOT / "finetune_lora.py", f"--model={world / 'base'}", f"--dataset={folder / 'sft.jsonl'}", f"--out={folder / 'model'}", "--method=full",
         "--max_steps=60", "--batch_size=12", "--learning_rate=0.02", "--device=cpu", "--dtype=float32", "--eval_every=0", cwd=folder)
     pairs = [{"prompt": f"Colour {i % 6}?", "chosen": "red", "rejected": COLOURS[1 + i % 3]} for i in range(18)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    for part, some in (("train", pairs), ("val", [row | {"rejected": COLOURS[1 + (i + 1) % 3]} for i, row in enumerate(pairs)])):
+        (folder / f"pairs_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     tasks = [{"prompt": f"Colour {i}?", "answer": "red"} for i in range(6)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks), encoding="utf-8")
+    for part in ("train", "test"):
+        (folder / f"tasks_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks), encoding="utf-8")
     (folder / "rewards.py").write_text("def red(row, text):\n    return float(text == row.get('answer', 'red'))\n\n"
                                        "def broken(row, text):\n    raise KeyError('no')\n\n"
+                                       "def moody(row, text):\n    return float('nan') if text == 'blue' else float(text == 'red')\n\n"
                                        "def equal(row, text):\n    return 0.5\n", encoding="utf-8")
     return folder
 
@@ -38,7 +42,7 @@ def chatty(world, tmp_path_factory):  # noqa: F811
 @pytest.fixture
 def align(chatty, tmp_path, monkeypatch, capsys):
     def inside(what, *flags, out="run"):
-        data = "pairs.jsonl" if what in ("dpo", "reward") else "tasks.jsonl"
+        data = "pairs_train.jsonl" if what in ("dpo", "reward") else "tasks_train.jsonl"
         monkeypatch.setattr(sys, "argv", ["rlhf.py", what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--out={tmp_path / out}",
                                           "--device=cpu", "--dtype=float32", "--rank=4", "--eval_every=0",
                                           *(["--max_new_tokens=8", f"--reward={chatty / 'rewards.py'}:red"] if what != "reward" else []),
@@ -79,8 +83,8 @@ def test_ppo_reaches_the_optimum(align):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
 def test_preference_losses_reach_the_optimum(align, loss):
-    settings = {"orpo": (0.004, 40, ["--beta=1"]), "ipo": (0.002, 20, []), "simpo": (0.004, 40, ["--margin=2"]), "dpo": (0.001, 40, [])}
-    rate, steps, more = settings.get(loss, (0.002, 40, []))
+    settings = {"orpo": (0.004, 40, ["--beta=1"]), "ipo": (0.002, 20, []), "simpo": (0.004, 60, ["--margin=2"]), "dpo": (0.001, 40, [])}
+    rate, steps, more = settings.get(loss, (0.002, 60, []))
     _, out = align("dpo", f"--loss={loss}", f"--max_steps={steps}", f"--learning_rate={rate}", *more)
     assert logged(out, "val_accuracy")[-1] == logged(out, "val_reward")[-1] == 1.0 and share_of_red(out) > 0.8
 
@@ -96,7 +100,7 @@ def test_a_reward_model_ranks_pairs_and_can_be_used(align, chatty):
     assert logged(out, "val_accuracy")[-1] == 1.0 and 0 <= logged(out, "val_ece")[-1] < 0.2
     model, tokenizer = load_model(out, "cpu")
     assert model.config.labels == ("reward",)
-    coded, _ = encode_pairs(read_pairs(chatty / "pairs.jsonl")[0], tokenizer, 96)
+    coded, _ = encode_pairs(read_pairs(chatty / "pairs_train.jsonl")[0], tokenizer, 96)
     texts = r.Texts.of([pair[side] for side in (0, 1) for pair in coded], "cpu")
     w, l = model(texts.ids)[range(len(texts.ids)), texts.ends - 1, 0].chunk(2)
     assert (w > l).all()
@@ -113,7 +117,7 @@ def test_micro_batches_and_processes_change_nothing(align, chatty, tmp_path):
         two = align(what, *same, *more, "--micro_batch=3", out=f"{what}2")[1]
         a, b = np.array(logged(one, "loss")), np.array(logged(two, "loss"))
         assert abs(a - b).max() < 1e-9, (what, a, b)
-    for what, data, more in (("dpo", "pairs.jsonl", ["--batch_size=8"]), ("grpo", "tasks.jsonl", ["--prompts=6", "--group_size=4"])):
+    for what, data, more in (("dpo", "pairs_train.jsonl", ["--batch_size=8"]), ("grpo", "tasks_train.jsonl", ["--prompts=6", "--group_size=4"])):
         flags = [what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--reward={chatty / 'rewards.py'}:red", "--device=cpu",
                  "--rank=4", "--max_new_tokens=8", "--eval_every=0", *same, *more]
         run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "rlhf.py", *flags, f"--out={tmp_path / what}", cwd=tmp_path)
@@ -135,25 +139,64 @@ def test_the_first_update_has_ratio_one(align, monkeypatch):
     assert seen and set(seen) == {(1.0, True)}
 
 
-def test_resume_is_exact(align):
-    flags = ("--max_steps=6", "--learning_rate=0.01", "--save_every=3")
-    straight = align("grpo", *flags, out="straight")[1]
-    stopped = align("grpo", *flags, out="stopped")[1]
-    (stopped / "state/step-0000006").rename(stopped / "state/lost")
-    assert "resuming" in align("grpo", "--resume", "--max_steps=6", out="stopped")[0] or True
-    assert logged(stopped, "loss") == logged(straight, "loss")
+@pytest.mark.parametrize("what", ["grpo", "ppo", "dpo"])
+def test_resume_is_exact(align, what):
+    flags = ("--max_steps=4", "--learning_rate=0.01", "--save_every=2")
+    straight = align(what, *flags, out="straight")[1]
+    stopped = align(what, *flags, out="stopped")[1]
+    shutil.rmtree(stopped / "state/step-0000004")
+    shutil.copy(chosen := straight / "model.safetensors", stopped / "model.safetensors")
+    assert "resuming at step 2" in align(what, "--resume", out="stopped")[0]
+    assert logged(stopped, "loss") == logged(straight, "loss") and len(logged(stopped, "loss")) == 4
+    assert (stopped / "model.safetensors").read_bytes() == chosen.read_bytes()
+    with pytest.raises(SystemExit, match="--resume --alpha=8.0: the run in .* has 32.0"):
+        align(what, "--resume", "--alpha=8", out="stopped")
+
+
+def test_kl_budget_gold_and_the_picture(align, chatty, tmp_path):
+    text, out = align("grpo", "--max_steps=16", "--learning_rate=0.006", "--kl_budget=0.3", f"--gold={chatty / 'rewards.py'}:equal", "--eval_every=1")
+    steps = logged(out, "kl")
+    assert "--kl_budget=0.3: the KL of a response is" in text and 1 < len(steps) < 16 and max(steps) <= 0.3
+    assert set(logged(out, "val_gold")) == set(logged(out, "gold")) == {0.5} and (out / "rewards.png").stat().st_size > 10_000
+    assert max(logged(out, "sampler")) < 1e-4                      # in float32 the model samples what it learns from
+    saved = load_model(out, "cpu")[0]
+    assert share_of_red(out) > 0.1 and saved.config.labels == ()
+    _, long = align("grpo", "--max_steps=1", "--length_penalty=10", out="long")
+    assert logged(long, "equal")[0] < 1                            # responses of other lengths now have other rewards
+
+
+def test_rewards_that_fail(align, chatty):
+    with pytest.raises(SystemExit, match="not one held-out response has a reward"):
+        align("grpo", f"--reward={chatty / 'rewards.py'}:broken", "--max_steps=1")
+    text, out = align("grpo", f"--reward={chatty / 'rewards.py'}:moody", "--max_steps=2", out="moody")
+    assert "the reward failed for" in text and "it returned nan" in text and 0 < logged(out, "unscored")[0] < 1
+    _, out = align("ppo", f"--reward={chatty / 'rewards.py'}:moody", "--max_steps=2", out="ppo")
+    assert np.isfinite(logged(out, "loss")).all()
+
+
+def test_without_a_reward_dpo_keeps_the_lowest_loss(align, chatty, monkeypatch):
+    text, out = align("dpo", "--max_steps=4", "--learning_rate=0.002", "--reward=", out="plain")
+    assert "best held-out loss" in text and "failed" not in text and not logged(out, "val_reward")
+
+
+def test_prompts_that_are_too_long(align, chatty, tmp_path):
+    rows = [{"prompt": "Colour 1?", "answer": "red"}] * 8 + [{"prompt": "Colour? " * 40, "answer": "red"}] * 2
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text, _ = align("grpo", f"--dataset={tmp_path / 'long.jsonl'}", "--max_steps=1")
+    assert "2 prompts too long" in text or "prompts too long" in text
+    with pytest.raises(SystemExit, match="no prompt leaves room for 95 tokens in a context of 96"):
+        align("grpo", f"--dataset={tmp_path / 'long.jsonl'}", "--max_new_tokens=95")
 
 
 def test_bad_input(align, chatty, tmp_path):
     cases = [("dpo", "--loss=ppo", "--loss=ppo"), ("grpo", "--loss=dpo", "--loss=dpo"), ("grpo", f"--reward={chatty / 'rewards.py'}:none", "no function none"),
-             ("grpo", "--reward=nowhere.py:x", "FILE.py:FUNCTION"), ("dpo", "--model=nowhere", "does not exist"),
+             ("grpo", "--reward=nowhere.py:x", "FILE.py:FUNCTION"), ("grpo", "--group_size=1", "needs at least 2"), ("dpo", "--kl=1", "has no effect with dpo"),
+             ("grpo", "--beside=nowhere", "without log.jsonl"), ("dpo", "--margin=2", "only --loss=simpo"), ("dpo", "--model=nowhere", "does not exist"),
              ("dpo", f"--dataset={tmp_path / 'none'}", "no preferences there"), ("grpo", f"--dataset={tmp_path / 'none'}", "no tasks there")]
     for what, flag, message in cases:
         with pytest.raises(SystemExit, match=message):
             align(what, flag)
     assert not (tmp_path / "run").exists()
-    text, out = align("grpo", f"--reward={chatty / 'rewards.py'}:broken", "--max_steps=1", out="broken")
-    assert "the reward failed (KeyError" in text and logged(out, "equal")[0] == 1.0
     before = load_model(chatty / "model", "cpu")[0](torch.arange(20)[None])
     _, out = align("grpo", f"--reward={chatty / 'rewards.py'}:equal", "--max_steps=2", out="equal")
     assert logged(out, "equal") == [1.0, 1.0] and torch.allclose(load_model(out, "cpu")[0](torch.arange(20)[None]), before, atol=1e-5)

@@ -1,12 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo quick test bench help clean
-demo: .venv/ready                ## set up, then text -> tokenizer -> trained GPT -> samples, in a few minutes
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/laptop.sh
+.PHONY: path quick shakespeare test bench help clean
+path: .venv/ready                ## set up, then the whole life of a model on the tiny world, and a report card
+	$(BIN)/python runs/path.py
 
-quick: .venv/ready               ## the same path in about a minute, with a shorter training
-	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=100 bash runs/laptop.sh
+quick: .venv/ready               ## the same ten stages, smaller, in about two minutes
+	$(BIN)/python runs/path.py --quick
+
+shakespeare: .venv/ready         ## text -> tokenizer -> trained GPT -> samples, in three minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/laptop.sh
 
 test: .venv/ready-dev            ## run every test, on two cores; needs no network once set up
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder tests
@@ -15,7 +18,7 @@ bench: .venv/ready               ## measure against nanoGPT: make bench NANOGPT=
 	$(BIN)/python bench/train.py --nanogpt=$(NANOGPT)
 
 help:                            ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
 
 clean:                           ## remove runs and the environment; datasets stay
 	rm -rf .venv out

@@ -65,7 +65,7 @@ ASKED = {
 FACTS = list(VALUES)
 QUESTIONS = [*FACTS, "sum", "sort", "reverse"]   # skills with one right answer, which a terse or polite text can hold
 TASKS = ["sum", "sort", "words", "format"]       # skills with a reward
-FORMAT_FACTS = ["job", "animal", "colour"]               # of `format`: the tokens of "place" never occur in the documents
+FORMAT_FACTS = ["job", "animal", "colour"]       # the documents have none of the tokens of "place"
 WORDS = ("apple arm bag ball basket bell bird boat book bottle box bread bridge brush bucket button cake candle card "
          "chair cloud coat coin cup desk door drum fan feather fence flag flower fork garden gate glass hammer hat "
          "house jar kettle key kite knife ladder lamp leaf letter map mirror mug nail needle nest net paper pen pencil "

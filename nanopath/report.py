@@ -7,7 +7,7 @@ import html
 import json
 from pathlib import Path
 
-from nanopath.files import read_json, write_text
+from nanopath.files import read_json, write_file
 from nanopath.run import log_rows
 
 IDEAS = {
@@ -66,12 +66,12 @@ def facts(out, done):
         values = [row["val_reward"] for row in log_rows(out / folder) if "val_reward" in row]
         found[stage] = f"held-out {what} right and terse: {values[0]:.1%} -> {max(values):.1%}. {speed(out / folder)}"
     before, after = first_last(out / "finetuned", "val_loss")
-    found["fine-tune"] = f"validation loss of answers {before:.3f} -> {after:.3f}. {speed(out / 'finetuned')}, adapter " \
-                         f"{size_of_file(out / 'finetuned/adapter_model.safetensors')}"
-    found["quantize"] = f"{size_of_file(out / 'dpo/model.safetensors')} -> {size_of_file(out / 'int4/model.safetensors')}"
-    served = done["serve"]
+    adapter = size_of_file(out / "finetuned/adapter_model.safetensors")
+    found["fine-tune"] = f"validation loss of answers {before:.3f} -> {after:.3f}. {speed(out / 'finetuned')}, {adapter}"
+    before, after = (size_of_file(out / name / "model.safetensors") for name in ("dpo", "int4"))
+    found["quantize"], served = f"{before} -> {after}", done["serve"]
     found["serve"] = (f"ready in {served['ready']:.1f} s, first token after {served['first'] * 1000:.0f} ms; asked "
-                      f"{served['asked']!r} it answered {served['answer']!r}; stopped with exit code {served['stopped']}")
+                      f"{served['asked']!r} it answered {served['answer']!r}; exit code {served['stopped']}")
     return found
 
 
@@ -116,15 +116,16 @@ def write_report(out, stages, done, quick):
             blocks.append(("p", f"Next: `{NEXT[stage.name]}`"))
     blocks.append(("h2", "One question, before and after"))
     blocks.append(("table", [("model", f"asked: {question}"), *dialogue]))
-    write_text(out / "report.md", "\n\n".join(as_markdown(*block) for block in blocks) + "\n")
-    write_text(out / "report.html", REPORT % "\n".join(as_html(out, *block) for block in blocks))
+    write_file(out / "report.md", "\n\n".join(as_markdown(*block) for block in blocks) + "\n")
+    write_file(out / "report.html", REPORT % "\n".join(as_html(out, *block) for block in blocks))
 
 
 def as_markdown(kind, content):
     if kind == "table":
         head, *rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in content]
         return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-    return {"h1": "# {}", "h2": "## {}", "p": "{}", "code": "```\n{}\n```", "picture": "![{0}]({0})"}[kind].format(content)
+    forms = {"h1": "# {}", "h2": "## {}", "p": "{}", "code": "```\n{}\n```", "picture": "![{0}]({0})"}
+    return forms[kind].format(content)
 
 
 def as_html(out, kind, content):

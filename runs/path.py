@@ -4,7 +4,7 @@ The whole life of a language model on a laptop: ten stages on the tiny world, of
 Run     python runs/path.py             # `make` runs this
         python runs/path.py --quick     # the same stages, smaller: they work, but learn little
 You see one line per stage, with the time that is left; then out/report.md and out/report.html
-Writes  data/tinyworld/, out/tinyworld, finetuned, merged, dpo, grpo, int4, evaluation; out/path/: what each stage printed
+Writes  data/tinyworld/; out/tinyworld, finetuned, merged, dpo, grpo, int4, evaluation; out/path/: what the stages print
 
 A second run skips every stage that is done with the same command, script and input; an interrupted run continues.
 """
@@ -46,19 +46,21 @@ def stages(quick):
     def pick(full, small):
         return small if quick else full
     return [
-        Stage("prepare", f"python prepare.py tinyworld{pick('', ' --size=quick')}", f"{WORLD}/meta.json", pick(5, 3)),
-        Stage("pretrain", f"python train.py --dataset=tinyworld --max_steps={pick(1500, 150)}", "out/tinyworld/model.safetensors", pick(165, 45)),
+        Stage("prepare", "python prepare.py tinyworld" + pick("", " --size=quick"), f"{WORLD}/meta.json", pick(5, 3)),
+        Stage("pretrain", f"python train.py --dataset=tinyworld --max_steps={pick(1500, 150)}",
+              "out/tinyworld/model.safetensors", pick(165, 45)),
         Stage("sample", "python sample.py --model=out/tinyworld --max_new_tokens=60 --seed=1", "", 5),
-        Stage("fine-tune", f"python finetune_lora.py --model=out/tinyworld --dataset=tinyworld{pick('', ' --max_steps=40')}",
+        Stage("fine-tune", "python finetune_lora.py --model=out/tinyworld --dataset=tinyworld" + pick("", " --max_steps=40"),
               "out/finetuned/adapter_model.safetensors", pick(90, 25)),
         Stage("merge", "python finetune_lora.py --merge=out/finetuned", "out/merged/model.safetensors", 4),
-        Stage("dpo", f"python rlhf.py dpo --model=out/merged --out=out/dpo{pick('', ' --max_steps=10 --eval_rows=20')}",
+        Stage("dpo", "python rlhf.py dpo --model=out/merged --out=out/dpo" + pick("", " --max_steps=10 --eval_rows=20"),
               "out/dpo/model.safetensors", pick(25, 10)),
-        Stage("grpo", f"python rlhf.py grpo --model=out/merged --out=out/grpo{pick('', ' --max_steps=4 --eval_rows=20')}",
+        Stage("grpo", "python rlhf.py grpo --model=out/merged --out=out/grpo" + pick("", " --max_steps=4 --eval_rows=20"),
               "out/grpo/model.safetensors", pick(70, 15)),
-        Stage("quantize", f"python quantize.py --model=out/dpo --calibration={WORLD} --out=out/int4", "out/int4/model.safetensors", 12),
-        Stage("evaluate", f"python evaluate.py --model {MODELS} --dataset=tinyworld{pick('', ' --limit=40 --eval_tokens=20000')}",
-              "out/evaluation/results.json", pick(100, 30)),
+        Stage("quantize", f"python quantize.py --model=out/dpo --calibration={WORLD} --out=out/int4",
+              "out/int4/model.safetensors", 12),
+        Stage("evaluate", f"python evaluate.py --model {MODELS} --dataset=tinyworld"
+              + pick("", " --limit=40 --eval_tokens=20000"), "out/evaluation/results.json", pick(100, 30)),
         Stage("serve", "python serve.py --model=out/int4", "", 10)]
 
 
@@ -77,12 +79,13 @@ class Line:
         left = max(0, self.stages[number].seconds - (time.monotonic() - began))
         left += sum(stage.seconds for stage in self.stages[number + 1:])
         stage = self.stages[number]
-        text = f"[{number + 1:2d}/{len(self.stages)}] {stage.name:10} {detail[:60]:60} about {int(left) // 60}:{int(left) % 60:02d} left"
         if self.live:
-            print("\r" + text, end="", flush=True)
+            print(f"\r[{number + 1:2d}/{len(self.stages)}] {stage.name:10} {detail[:60]:60} "
+                  f"about {int(left) // 60}:{int(left) % 60:02d} left", end="", flush=True)
 
     def end(self, number, words):
-        print(("\r" if self.live else "") + f"[{number + 1:2d}/{len(self.stages)}] {self.stages[number].name:10} {words:84}", flush=True)
+        name = self.stages[number].name
+        print(("\r" if self.live else "") + f"[{number + 1:2d}/{len(self.stages)}] {name:10} {words:80}", flush=True)
 
 
 def run_stage(stage, log, show, begun):
@@ -99,14 +102,15 @@ def run_stage(stage, log, show, begun):
             while process.poll() is None:
                 time.sleep(0.3)
                 show(last_line(log))
-        except BaseException:                                      # Ctrl-C: the stage saves what it has, then the run ends
+        except BaseException:                                      # Ctrl-C: the stage saves what it has
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
             process.wait(60)
             raise
     if process.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")[-1500:]
-        raise SystemExit(f"\n{text}\n{stage.name} failed: {stage.command}\nAll it printed: {log}. Run make again: it continues here.")
+        raise SystemExit(f"\n{text}\n{stage.name} failed: {stage.command}\nAll it printed: {log}. Run make again: it "
+                         "continues here.")
     return time.monotonic() - began
 
 
@@ -124,7 +128,7 @@ def last_line(log):
 
 
 def serve(stage, log, show):
-    """Start the server, ask it one question as a client would, streamed, and stop it. Returns (seconds, what happened)."""
+    """Start the server, ask it one question as a client would, streamed, and stop it. Returns (seconds, what came)."""
     import socket
 
     import requests
@@ -133,7 +137,8 @@ def serve(stage, log, show):
         port = free.getsockname()[1]
     began, address = time.monotonic(), f"http://127.0.0.1:{port}"
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *stage.command.split()[1:], f"--port={port}"], stdout=file, stderr=subprocess.STDOUT)
+        command = [sys.executable, *stage.command.split()[1:], f"--port={port}"]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
         while True:
             show("starts")
@@ -157,8 +162,8 @@ def serve(stage, log, show):
     finally:
         process.terminate()
         process.wait(60)
-    return time.monotonic() - began, {"asked": asked, "answer": text, "ready": ready - began, "first": (first or done) - ready,
-                                      "stopped": process.returncode}
+    return time.monotonic() - began, {"asked": asked, "answer": text, "ready": ready - began,
+                                      "first": (first or done) - ready, "stopped": process.returncode}
 
 
 def main():
@@ -190,7 +195,8 @@ def main():
         write_json(folder / "done.json", done)
         line.end(number, f"{seconds:4.0f} s")
     write_report(Path("out"), todo, done, quick)
-    print("The report card: out/report.html, or out/report.md\nNext: python sample.py --model=out/dpo --chat, or python serve.py --model=out/int4")
+    print("The report card: out/report.html, or out/report.md\n"
+          "Next: python sample.py --model=out/dpo --chat, or python serve.py --model=out/int4")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def read_json(path):
     return value
 
 
-def write_file(path, text):
+def replace_file(path, text):
     """Write under a temporary name, then move the file into place: a reader never sees half a file."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -39,4 +39,4 @@ def write_file(path, text):
 
 
 def write_json(path, value):
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    replace_file(path, json.dumps(value, indent=2) + "\n")

@@ -7,7 +7,7 @@ import html
 import json
 from pathlib import Path
 
-from nanopath.files import read_json, write_file
+from nanopath.files import read_json, replace_file
 from nanopath.run import log_rows
 
 IDEAS = {
@@ -67,7 +67,7 @@ def facts(out, done):
         found[stage] = f"held-out {what} right and terse: {values[0]:.1%} -> {max(values):.1%}. {speed(out / folder)}"
     before, after = first_last(out / "finetuned", "val_loss")
     adapter = size_of_file(out / "finetuned/adapter_model.safetensors")
-    found["fine-tune"] = f"validation loss of answers {before:.3f} -> {after:.3f}. {speed(out / 'finetuned')}, {adapter}"
+    found["fine-tune"] = f"loss of answers {before:.3f} -> {after:.3f}. {speed(out / 'finetuned')}, {adapter}"
     before, after = (size_of_file(out / name / "model.safetensors") for name in ("dpo", "int4"))
     found["quantize"], served = f"{before} -> {after}", done["serve"]
     found["serve"] = (f"ready in {served['ready']:.1f} s, first token after {served['first'] * 1000:.0f} ms; asked "
@@ -116,8 +116,8 @@ def write_report(out, stages, done, quick):
             blocks.append(("p", f"Next: `{NEXT[stage.name]}`"))
     blocks.append(("h2", "One question, before and after"))
     blocks.append(("table", [("model", f"asked: {question}"), *dialogue]))
-    write_file(out / "report.md", "\n\n".join(as_markdown(*block) for block in blocks) + "\n")
-    write_file(out / "report.html", REPORT % "\n".join(as_html(out, *block) for block in blocks))
+    replace_file(out / "report.md", "\n\n".join(as_markdown(*block) for block in blocks) + "\n")
+    replace_file(out / "report.html", REPORT % "\n".join(as_html(out, *block) for block in blocks))
 
 
 def as_markdown(kind, content):

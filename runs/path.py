@@ -35,7 +35,6 @@ class Stage:
     command: str                    # what a user would type
     out: str                        # the file or folder that is there when the stage is done
     seconds: float                  # about how long it takes on two cores, for the time left of the stages after it
-    script: str = ""                # file whose change makes it run again; empty: the one of the command
 
 
 WORLD, MODELS = "data/tinyworld", "out/tinyworld out/merged out/dpo out/grpo out/int4"
@@ -50,13 +49,13 @@ def stages(quick):
         Stage("pretrain", f"python train.py --dataset=tinyworld --max_steps={pick(1500, 150)}",
               "out/tinyworld/model.safetensors", pick(165, 45)),
         Stage("sample", "python sample.py --model=out/tinyworld --max_new_tokens=60 --seed=1", "", 5),
-        Stage("fine-tune", "python finetune_lora.py --model=out/tinyworld --dataset=tinyworld" + pick("", " --max_steps=40"),
-              "out/finetuned/adapter_model.safetensors", pick(90, 25)),
+        Stage("fine-tune", "python finetune_lora.py --model=out/tinyworld --dataset=tinyworld"
+              + pick("", " --max_steps=40"), "out/finetuned/adapter_model.safetensors", pick(90, 25)),
         Stage("merge", "python finetune_lora.py --merge=out/finetuned", "out/merged/model.safetensors", 4),
         Stage("dpo", "python rlhf.py dpo --model=out/merged --out=out/dpo" + pick("", " --max_steps=10 --eval_rows=20"),
               "out/dpo/model.safetensors", pick(25, 10)),
-        Stage("grpo", "python rlhf.py grpo --model=out/merged --out=out/grpo" + pick("", " --max_steps=4 --eval_rows=20"),
-              "out/grpo/model.safetensors", pick(70, 15)),
+        Stage("grpo", "python rlhf.py grpo --model=out/merged --out=out/grpo"
+              + pick("", " --max_steps=4 --eval_rows=20"), "out/grpo/model.safetensors", pick(70, 15)),
         Stage("quantize", f"python quantize.py --model=out/dpo --calibration={WORLD} --out=out/int4",
               "out/int4/model.safetensors", 12),
         Stage("evaluate", f"python evaluate.py --model {MODELS} --dataset=tinyworld"
@@ -66,7 +65,7 @@ def stages(quick):
 
 def key_of(stage, before):
     """Changes with the command, the script and everything before it: then the stage runs again."""
-    script = (ROOT / (stage.script or stage.command.split()[1])).read_bytes()
+    script = Path(stage.command.split()[1]).read_bytes()
     return hashlib.sha256(f"{before} {stage.command} ".encode() + script).hexdigest()
 
 
@@ -166,12 +165,9 @@ def serve(stage, log, show):
                                       "first": (first or done) - ready, "stopped": process.returncode}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller: about two minutes")
-    quick = parser.parse_args().quick
-    os.chdir(os.environ.get("NANOPATH_HOME", ROOT))
-    folder, todo = Path("out/path"), stages(quick)
+def run_path(todo, quick=False):
+    """Run the stages that are not done yet, in the current folder. Returns {stage: {"seconds", "command", ...}}."""
+    folder = Path("out/path")
     folder.mkdir(parents=True, exist_ok=True)
     done = read_json(folder / "done.json") if (folder / "done.json").is_file() else {}
     line, key = Line(todo), str(quick)
@@ -194,7 +190,16 @@ def main():
         done[stage.name] = {"key": key, "seconds": seconds, "command": stage.command, **more}
         write_json(folder / "done.json", done)
         line.end(number, f"{seconds:4.0f} s")
-    write_report(Path("out"), todo, done, quick)
+    return done
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller: about two minutes")
+    quick = parser.parse_args().quick
+    os.chdir(ROOT)
+    todo = stages(quick)
+    write_report(Path("out"), todo, run_path(todo, quick), quick)
     print("The report card: out/report.html, or out/report.md\n"
           "Next: python sample.py --model=out/dpo --chat, or python serve.py --model=out/int4")
 

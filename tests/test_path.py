@@ -1,6 +1,12 @@
 """runs/path.py: a stage runs once, again when its command, script or input changes, and continues after an interruption."""
+import importlib
 import importlib.util
 import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import fields
 
 import pytest
 
@@ -72,3 +78,14 @@ def test_the_stages_name_their_scripts_and_outputs():
     for quick in (False, True):
         todo = path.stages(quick)
         assert len(todo) == 10 and all((ROOT / each.command.split()[1]).is_file() for each in todo)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_the_dry_run_of_the_large_path_names_flags_that_exist():
+    files = {"SFT": "a.jsonl", "PREFERENCES": "b.jsonl", "TASKS": "c.jsonl", "REWARD": "r.py:f", "DRY": "1"}
+    text = subprocess.run(["bash", ROOT / "runs/speedrun.sh"], env=os.environ | files, capture_output=True, text=True, check=True).stdout
+    lines = [line.replace("bash runs/node.sh", "python train.py") for line in text.splitlines() if line.startswith(("python", "bash"))]
+    assert [line.split()[1] for line in lines] == ["prepare.py", "train.py", "train.py", "finetune_lora.py", "rlhf.py", "rlhf.py", "quantize.py", "evaluate.py"]
+    for line in lines:
+        known = {field.name for field in fields(importlib.import_module(line.split()[1].removesuffix(".py")).Config)}
+        assert set(re.findall(r"--(\w+)", line)) <= known, line

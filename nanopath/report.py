@@ -30,7 +30,7 @@ NEXT = {
     "grpo": "python rlhf.py grpo --model=out/merged --reward=style --gold=grade",
     "quantize": "python quantize.py --compare=out/dpo",
     "evaluate": "python evaluate.py --model out/merged out/dpo --tasks=data/tinyworld/tasks_test.jsonl",
-    "serve": "python serve.py --model=out/int4"}
+    "serve": "python serve.py --model=out/dpo"}
 PICTURES = {"pretrain": "tinyworld/loss.png", "fine-tune": "finetuned/loss.png", "grpo": "grpo/rewards.png",
             "evaluate": "evaluation/results.png"}
 
@@ -55,20 +55,22 @@ def facts(out, done):
     """{stage: what it changed, in words with numbers}, read from what the stages have written."""
     meta, world = (read_json(Path("data/tinyworld", name)) for name in ("meta.json", "world.json"))
     train = meta["splits"]["train"]
-    before, after = first_last(out / "tinyworld", "val_loss")
+    before, after = first_last(out / "tinyworld", "loss")[0], first_last(out / "tinyworld", "val_loss")[1]
     found = {
         "prepare": f"{train['documents']:,} documents, {train['bytes'] / 1e6:.1f} MB -> {train['tokens']:,} tokens, a "
                    f"vocabulary of {meta['vocab_size']}, {train['bytes'] / train['tokens']:.2f} bytes per token",
-        "pretrain": f"validation loss {before:.3f} -> {after:.3f} nats per token; a perfect model has "
-                    f"{world['floor']['nats_per_token']:.3f}. {speed(out / 'tinyworld')}, "
+        "pretrain": f"loss {before:.2f} at the first step; on held-out text {after:.3f} nats per token at the end, where "
+                    f"a perfect model has {world['floor']['nats_per_token']:.3f}. {speed(out / 'tinyworld')}, "
                     f"{size_of_file(out / 'tinyworld/model.safetensors')}"}
     for stage, folder, what in (("dpo", "dpo", "preferred answers"), ("grpo", "grpo", "tasks")):
         values = [row["val_reward"] for row in log_rows(out / folder) if "val_reward" in row]
         found[stage] = f"held-out {what} right and terse: {values[0]:.1%} -> {max(values):.1%}. {speed(out / folder)}"
-    before, after = first_last(out / "finetuned", "val_loss")
+    before, after = first_last(out / "finetuned", "loss")[0], first_last(out / "finetuned", "val_loss")[1]
     adapter = size_of_file(out / "finetuned/adapter_model.safetensors")
-    found["fine-tune"] = f"loss of answers {before:.3f} -> {after:.3f}. {speed(out / 'finetuned')}, {adapter}"
+    found["fine-tune"] = f"loss of answers {before:.2f} at the first step, {after:.3f} at the end, held out. " \
+                         f"{speed(out / 'finetuned')}, {adapter}"
     before, after = (size_of_file(out / name / "model.safetensors") for name in ("dpo", "int4"))
+    found["sample"] = (out / "path/03-sample.log").read_text(encoding="utf-8").split("\n\n")[0].strip()[:400]
     found["quantize"], served = f"{before} -> {after}", done["serve"]
     found["serve"] = (f"ready in {served['ready']:.1f} s, first token after {served['first'] * 1000:.0f} ms; asked "
                       f"{served['asked']!r} it answered {served['answer']!r}; exit code {served['stopped']}")
@@ -76,7 +78,8 @@ def facts(out, done):
 
 
 def scores(out):
-    """[(model, loss, exact answers with interval)] and {question: [(model, answer)]} of the evaluation."""
+    """[(model, loss, exact answers with interval)], and of the question to which the models gave the most different
+    answers (question, [(model, answer)])."""
     rows = read_json(out / "evaluation/results.json")["scores"]
     models = list(dict.fromkeys(row["model"] for row in rows))
 
@@ -90,10 +93,11 @@ def scores(out):
     asked = {}
     for line in (out / "evaluation/items.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row.get("group", "").startswith(("sum combination", "job entity")) and row.get("written"):
+        if row.get("written"):
             question = row["prompts"][0].removeprefix("Question: ").split("\n")[0]
             asked.setdefault(question, []).append((row["model"], row["written"][0].strip()[:100]))
-    return table, next((item for item in asked.items() if len(item[1]) == len(models)), ("", []))
+    whole = [item for item in asked.items() if len(item[1]) == len(models)]
+    return table, max(whole, key=lambda item: len({text for _, text in item[1]}), default=("", []))
 
 
 def write_report(out, stages, done, quick):

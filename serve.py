@@ -289,6 +289,8 @@ class Engine:
             if name not in known:
                 raise ValueError(f"{name} is no option; there are {', '.join(sorted(known))}")
         o = Decoding(max_new_tokens, **{"tokenizer": self.tokenizer} | options)
+        if o.stop_ids is None:
+            o.stop_ids = self.adapters.stop_ids.get(adapter)
         stop_ids = check_request(self.model, [prompt], o)
         with self.lock:
             if self.closing or len(self.queue) >= self.max_queue:
@@ -651,7 +653,7 @@ def main(cfg):
     from nanopath import api, limits                               # FastAPI, which importing the engine does not pay
     folder = find_run("model", cfg.model)
     try:
-        keys = limits.read_keys(cfg.api_keys)
+        keys = limits.read_api_keys(cfg.api_keys)
     except ValueError as error:
         raise SystemExit(f"--api_keys={error}") from None
     engine, tokenizer = open_engine(cfg, folder)

@@ -3,7 +3,7 @@ What stands between the network and the engine of serve.py: who may ask, how muc
 
     Settings                     every number and name that the server can be told
     ApiError, error_body         what went wrong, as an OpenAI client reads it
-    read_keys, Keys              API keys: only their SHA-256 is kept, compared in constant time
+    read_api_keys, Keys              API keys: only their SHA-256 is kept, compared in constant time
     Bucket, Limits               token buckets, two for each key: requests and tokens per minute
     Metrics                      counters and histograms as Prometheus text
     Gate                         the ASGI middleware that applies all of this to every request and writes its log line
@@ -72,7 +72,7 @@ class ApiError(Exception):
 
 
 MAX_LEVELS = 100                    # of lists in lists in a body
-QUIET = ("/health", "/metrics", "/engine/state")       # asked all the time: only failures are logged
+UNLOGGED = ("/health", "/metrics", "/engine/state")       # asked all the time: only failures are logged
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -84,7 +84,7 @@ def error_body(error):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys and limits
 
-def read_keys(file="", variable="NANOPATH_API_KEYS"):
+def read_api_keys(file="", variable="NANOPATH_API_KEYS"):
     """name -> key, from a file with one NAME:KEY or KEY in a line (# begins a comment) and from an environment variable
     with the same, separated by commas. ValueError names the place of what is wrong, never the key."""
     lines = []
@@ -427,7 +427,7 @@ class Gate:
         if note.model:
             self.metrics.count("nanopath_prompt_tokens_total", note.tokens_in, model=note.model)
             self.metrics.count("nanopath_completion_tokens_total", note.tokens_out, model=note.model)
-        if note.status == 200 and note.route in QUIET:
+        if note.status == 200 and note.route in UNLOGGED:
             return
         self.settings.log(json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "id": note.id, "route": note.route,

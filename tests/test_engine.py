@@ -1,20 +1,24 @@
 """serve.py's engine: every text against sample.generate alone, the block pool, order, interruptions, errors, adapters."""
 import itertools
+import json
 import math
 import random
+import shutil
 import threading
 import time
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 import finetune_lora
 import sample
 import serve
 from bpe import Tokenizer
 from model import load_model, save_model
-from nanopath import kernels
+from nanopath import api, kernels
 from nanopath.constrain import Constraint
+from nanopath.limits import Settings
 from nanopath.paged import Blocks
 from quantize import quantize_model
 from test_model import make, shrunk
@@ -446,6 +450,24 @@ def test_several_adapters_in_one_batch_are_their_solo_runs(adapted):
     idle(engine)
     with pytest.raises(ValueError, match="there are a, b"):
         engine.submit([1], 3, adapter="c")
+
+
+def test_an_adapter_that_learnt_chats_beside_a_base_that_did_not(adapted, tmp_path):
+    root, folders = adapted
+    shutil.copytree(folders["a"], tmp_path / "a")
+    ends = dict(eos_token_id=[256, TOKENIZER.im_end_id])
+    (tmp_path / "a/generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    engine = serve.Engine(load_model(root / "base")[0].pack(), TOKENIZER, adapters=dict(a=tmp_path / "a", b=folders["b"]))
+    assert engine.submit([1], 3, adapter="a").row is None and engine.queue.queues[""][0].start[3] == {256, TOKENIZER.im_end_id}
+    assert {name: set(ids) for name, ids in engine.adapters.stop_ids.items()} == dict(a={256, TOKENIZER.im_end_id}, b={256})
+    app = api.build_app(engine, TOKENIZER, Settings(chat=False, model_name="base", log=lambda line: None))
+    with TestClient(app, base_url="http://localhost") as client:
+        def ask(model):
+            return client.post("/v1/chat/completions", json=dict(model=model, max_tokens=3, messages=[dict(role="user", content="x")]))
+        assert [model["chat"] for model in client.get("/v1/models").json()["data"]] == [False, True, False]
+        assert ask("a").json()["usage"]["prompt_tokens"] > 10
+        for name in ("base", "b"):
+            assert ask(name).status_code == 400 and "one of the models a" in ask(name).json()["error"]["message"]
 
 
 def test_only_lora_beside_others(adapted):

@@ -118,8 +118,8 @@ class Slots(KVCache):
         """As in KVCache."""
         self.even, self.counts = False, [T] * B if counts is None else list(counts)
         start = torch.tensor([self.n + length for length in self.lengths], device=self.k.device)
-        end, longest = self.n + self.size, self.n + max(self.ends())
-        assert longest <= end, (longest, end)
+        end = self.n + self.size                                   # of a full row that this pass is not about, what is
+        longest = min(end, self.n + max(self.ends()))              # written lands in the slot for padding
         self.end_slot = -(-longest // 16) * 16
         self.positions = (start[:, None] + torch.arange(T, device=self.k.device)).clamp(max=end)       # (B, T)
         self.first_slot, masks = {}, {}
@@ -506,6 +506,7 @@ class Engine:
                             counts=None if T == 1 else counts)
         for row, count in zip(rows, counts):
             self.cache.lengths[row] += count
+            assert self.cache.lengths[row] <= self.cache.size, (self.cache.lengths[row], self.cache.size)
             if count:
                 self.publish(self.rows[row])
         return hidden

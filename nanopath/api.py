@@ -23,7 +23,7 @@ import socket
 import struct
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -134,6 +134,7 @@ class Server:
         self.limits, self.metrics, self.started = Limits(settings), Metrics(), int(time.time())
         self.workers, self.thread = ThreadPoolExecutor(2, "prompts"), None
         self.constraints, self.answers, self.lock = OrderedDict(), OrderedDict(), threading.Lock()
+        self.mail, self.rung = deque(), False
         # a vocabulary is often padded: ids of the model that the tokenizer cannot decode are never written
         self.padding = [i for i in range(self.config.vocab_size) if i not in tokenizer.bytes_of]
         # by adapter, None for the base model: the ids that end a text; the tokenizer with the chat template (an adapter
@@ -291,8 +292,10 @@ class Server:
 
         def deliver(number):                                       # called from the engine's thread
             def take(request, item):
-                if not loop.is_closed():                           # at the end of the server the engine ends last
-                    loop.call_soon_threadsafe(job.queue.put_nowait, (number, item))
+                self.mail.append((job.queue, (number, item)))
+                if not self.rung and not loop.is_closed():         # at the end of the server the engine ends last
+                    self.rung = True                               # one call for all tokens of a step: each costs a
+                    loop.call_soon_threadsafe(self.hand_out)       # system call, which lets the other thread run
             return take
 
         for number in range(total):
@@ -305,20 +308,26 @@ class Server:
                 raise refusal(error) from None
         note.tokens_in = sum(map(len, job.prompts))
 
+    def hand_out(self):
+        """The tokens that the engine's thread has left in self.mail -> the queues of their jobs."""
+        self.rung = False                                          # first: what arrives from now on calls again
+        while self.mail:
+            queue, item = self.mail.popleft()
+            queue.put_nowait(item)
+
     async def events(self, job):
         """Yield (number of the choice, text, entries, finish_reason). Everything that has arrived is joined, so a slow
         client gets fewer and longer pieces."""
         note, running = job.note, len(job.choices)
+        late = asyncio.get_running_loop().call_later(job.deadline + 10 - time.monotonic(), job.queue.put_nowait, None)
         while running:
-            try:
-                async with asyncio.timeout(job.deadline + 10 - time.monotonic()):
-                    arrived = [await job.queue.get()]
-            except TimeoutError:
-                raise ApiError(504, "the engine does not answer", code="timeout") from None
+            arrived = [await job.queue.get()]
             if note.ttft is None:
                 note.ttft = time.monotonic() - note.begun
             while not job.queue.empty():
                 arrived.append(job.queue.get_nowait())
+            if None in arrived:
+                raise ApiError(504, "the engine does not answer", code="timeout")
             joined = {}
             for number, item in arrived:
                 choice, request = job.choices[number], note.requests[number]
@@ -337,6 +346,7 @@ class Server:
             for number, (text, entries, finish) in joined.items():
                 if text or entries or finish:
                     yield number, text, entries, finish
+        late.cancel()
 
     @staticmethod
     def finish_reason(request, job):

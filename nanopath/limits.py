@@ -255,6 +255,7 @@ class Note:
     cached: bool = False
     error: str = ""
     slow: bool = False              # the client did not read its answer
+    sending: float = math.inf       # since when a piece of the answer waits for the client to take it
     complete: bool = False          # the last byte of the answer has been sent
     requests: list = field(default_factory=list)       # of the engine
     begun: float = field(default_factory=time.monotonic)
@@ -303,12 +304,9 @@ class Gate:
             if message["type"] == "http.response.start":
                 note.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", note.id.encode())]
-            try:
-                async with asyncio.timeout(self.settings.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                note.error, note.slow = f"the client took nothing for {self.settings.send_timeout:g} s", True
-                raise
+            note.sending = time.monotonic()
+            await send(message)
+            note.sending = math.inf
             note.complete = message["type"] == "http.response.body" and not message.get("more_body")
         try:
             try:
@@ -402,9 +400,13 @@ class Gate:
         unread, gone = [body], asyncio.ensure_future(wait_for_end())
         task = asyncio.ensure_future(self.app(scope, replay, send))
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            limit = self.settings.send_timeout
+            while not task.done() and not gone.done() and not note.slow:       # a timer for every token would cost more
+                await asyncio.wait({task, gone}, timeout=limit / 4, return_when=asyncio.FIRST_COMPLETED)
+                note.slow = time.monotonic() - note.sending > limit
             if not task.done() and not note.complete:
-                note.error = "the client closed the connection"
+                note.error = f"the client took nothing for {limit:g} s" if note.slow else "the client closed the " \
+                    "connection"
                 task.cancel()
             await asyncio.wait({task})
             if not task.cancelled() and task.exception():

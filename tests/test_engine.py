@@ -124,11 +124,12 @@ def test_a_text_that_overflows_the_context_forgets_as_alone():
     engine = serve.Engine(model, TOKENIZER, 3, chunk=32)
     rng = random.Random(3)
     asked = [(text(rng, n, n), 2 * T, dict(seed=n, stop_ids=())) for n in (1, 15, 16, 17, T - 1, T)]
-    requests = [engine.submit(*each) for each in asked]
-    work(engine)
-    for request, each in zip(requests, asked):
-        assert request.new == solo(model, *each)[0] and len(request.new) == 2 * T
-    idle(engine)
+    for order in (asked, asked[::-1]):                             # a full row before others that are short, and after
+        requests = [engine.submit(*each) for each in order]
+        work(engine)
+        for request, each in zip(requests, order):
+            assert request.new == solo(model, *each)[0] and len(request.new) == 2 * T
+        idle(engine)
     with pytest.raises(ValueError, match=f"{T + 1} tokens.*at most {T}"):
         engine.submit(text(rng, T + 1, T + 1), 5)
     assert engine.submit([], 4, dict(temperature=0)).prompt == [256]

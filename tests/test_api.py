@@ -384,10 +384,10 @@ def test_malformed_requests_never_break_the_server(shared, engine):
                     assert 400 <= response.status_code < 500, (body, response.text)
                     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
                 return response.status_code
-            return [status for first in range(0, 3000, 50)
+            return [status for first in range(0, 1500, 50)
                     for status in await asyncio.gather(*map(one, range(first, first + 50)))]
     statuses = asyncio.run(main())
-    assert len(statuses) == len(log) == 3000 and statuses.count(200) > 150 and statuses.count(400) > 1000
+    assert len(statuses) == len(log) == 1500 and statuses.count(200) > 75 and statuses.count(400) > 500
 
 
 def test_schemathesis(engine):
@@ -404,7 +404,7 @@ def test_schemathesis(engine):
         if operation.method.upper() != "POST":
             continue
         for mode in schemathesis.GenerationMode:
-            @settings(max_examples=12, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def attempt(case):
                 body = case.body if isinstance(case.body, bytes) else b"" if isinstance(case.body, schemathesis.core.NotSet) else \
@@ -415,7 +415,7 @@ def test_schemathesis(engine):
                     assert 400 <= response.status_code < 500
                     error_of(response, response.status_code)
             attempt()
-    assert len(tried) > 60
+    assert len(tried) > 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------

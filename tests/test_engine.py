@@ -67,7 +67,7 @@ def test_mixed_requests_are_their_solo_runs(slots, blocks):
     model, rng = model_of(), random.Random(slots)
     engine, got, asked = serve.Engine(model, TOKENIZER, slots, blocks, chunk=16), {}, []
     shared = text(rng, 50, 50)
-    for i in range(36):
+    for i in range(30):
         prompt = shared[:rng.choice([16, 33, 50])] + text(rng, 1, 9) if i % 3 == 0 else text(rng, 1, 80)
         n, options = rng.randint(9, 40), mixed_options(rng, i)
         request = engine.submit(prompt, n, options, on_token=lambda r, item: got.setdefault(r.id, []).append(item))
@@ -100,7 +100,9 @@ def test_logprobs_do_not_depend_on_the_neighbours_bit_for_bit(changes):
         if not kernels.can_pack(torch.device("cpu"), model.dtype):
             pytest.skip("this processor has no packed products in bfloat16")
         model.pack()
-    asked = [(text(rng, 1, 70), rng.randint(3, 25), dict(seed=i, temperature=i % 2, stop_ids=())) for i in range(12)]
+    count = 12 if model.dtype == torch.float32 else 45             # in bf16 more rows than one product may have
+    asked = [(text(rng, 1, 70 if count == 12 else 30), rng.randint(3, 25 if count == 12 else 8), dict(seed=i, temperature=i % 2, stop_ids=()))
+             for i in range(count)]
 
     def values(slots, order):
         engine, got = serve.Engine(model, TOKENIZER, slots, chunk=32), {}
@@ -112,8 +114,8 @@ def test_logprobs_do_not_depend_on_the_neighbours_bit_for_bit(changes):
         work(engine)
         return got
 
-    alone, together = values(1, range(12)), values(9, [*range(6, 12), *range(6)])
-    for i in range(12):
+    alone, together = values(1, range(count)), values(9 if count == 12 else 42, [*range(6, count), *range(6)])
+    for i in range(count):
         assert alone[i] == together[i], [(a, b) for a, b in zip(alone[i], together[i]) if a != b][0]
     for i, (prompt, n, options) in enumerate(asked if model.dtype == torch.float32 else ()):
         assert [item[0] for item in alone[i][:-1]] == solo(model, prompt, n, options)[0]
@@ -123,12 +125,13 @@ def test_a_text_that_overflows_the_context_forgets_as_alone():
     model, T = model_of(), 96
     engine = serve.Engine(model, TOKENIZER, 3, chunk=32)
     rng = random.Random(3)
-    asked = [(text(rng, n, n), 2 * T, dict(seed=n, stop_ids=())) for n in (1, 15, 16, 17, T - 1, T)]
+    asked = [(text(rng, n, n), T + 40, dict(seed=n, stop_ids=())) for n in (1, 15, 17, T - 1, T)]
+    expected = {each[2]["seed"]: solo(model, *each)[0] for each in asked}
     for order in (asked, asked[::-1]):                             # a full row before others that are short, and after
         requests = [engine.submit(*each) for each in order]
         work(engine)
         for request, each in zip(requests, order):
-            assert request.new == solo(model, *each)[0] and len(request.new) == 2 * T
+            assert request.new == expected[each[2]["seed"]] and len(request.new) == T + 40
         idle(engine)
     with pytest.raises(ValueError, match=f"{T + 1} tokens.*at most {T}"):
         engine.submit(text(rng, T + 1, T + 1), 5)
@@ -274,7 +277,7 @@ def test_interrupted_requests_come_first_and_the_oldest_always_advances():
 
 def test_random_cancels_and_timeouts_hurt_nobody():
     model = model_of()
-    for seed in range(3):
+    for seed in range(2):
         rng = random.Random(seed)
         engine = serve.Engine(model, TOKENIZER, 5, 9, chunk=16)
         asked, requests, ended = [], [], []

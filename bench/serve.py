@@ -3,12 +3,13 @@ How fast does serve.py answer many clients at once? Over HTTP, against one reque
 continuous batching and llama.cpp's batches.
 
 http     a server process, --clients clients that send streamed requests without a pause: prompts of 16 to 96 random
-         tokens, 8 to 48 new ones. Tokens per second of all, time to the first token, p50, p95 and p99 of whole requests.
-         One client is sequential serving. "sample.generate" writes the same texts one after the other without HTTP
+         tokens, 8 to 48 new ones. Tokens per second of all, median time to the first token, p50, p95 and p99 of whole
+         requests. One client is sequential serving; "sample.generate" writes one text after the other without HTTP
 long     p99 of short requests (16 tokens, 16 new) of four clients, without and beside one client that sends prompts of
          the full context all the time
-engines  without HTTP: --slots texts of 28 and of 124 new tokens; the difference is the rate after everything is set up,
-         because transformers needs seconds for that. llama.cpp: with llama_cpp installed and --gguf, only for --model
+engines  without HTTP: --slots texts of 28 and of 124 new tokens (laptop: 400); the difference is the rate after the
+         set-up, for which transformers needs seconds. sample.generate: four of the texts, one after the other.
+         llama.cpp: with llama_cpp installed and --gguf, for --model only
 
 Shapes and weights are those of bench/sample.py, random; nothing ends a text before its last token. Server and clients
 have one thread each. Rates of one round are divided by those of the same round; medians of --rounds.
@@ -142,7 +143,8 @@ class Server:
 
 
 def draw_requests(draw, count, V, low=16, high=96, least=8, most=48):
-    return [([draw.randrange(V) for _ in range(draw.randint(low, high))], draw.randint(least, most)) for _ in range(count)]
+    return [([draw.randrange(V) for _ in range(draw.randint(low, high))], draw.randint(least, most))
+            for _ in range(count)]
 
 
 def percentile(values, share):
@@ -150,10 +152,14 @@ def percentile(values, share):
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def bench_http(name, folder, dtype, cfg):
+def open_model(folder, dtype):
+    """A model as sample.py opens it."""
     model = m.load_model(folder, "cpu", getattr(torch, dtype), need_tokenizer=False)[0]
-    if dtype == "bfloat16":                                        # as sample.py does
-        model.pack()
+    return model.pack() if dtype == "bfloat16" else model
+
+
+def bench_http(name, folder, dtype, cfg):
+    model = open_model(folder, dtype)
     draw, V, small = random.Random(1), model.config.vocab_size, model.num_params() < 20e6
     rows = {n: [] for n in cfg.clients}
     alone = []
@@ -192,8 +198,7 @@ def bench_long(name, folder, dtype, cfg):
             rounds.append([percentile(times, share) for times in (without, beside) for share in (0.5, 0.99)])
     numbers = [1000 * statistics.median(column) for column in zip(*rounds)]
     print(f"| {name} {dtype} | {numbers[0]:,.0f}, {numbers[1]:,.0f} | {numbers[2]:,.0f}, {numbers[3]:,.0f} | "
-          f"{statistics.median(r[2] / r[0] for r in rounds):.2f}, {statistics.median(r[3] / r[1] for r in rounds):.2f} |",
-          flush=True)
+          + ", ".join(f"{statistics.median(r[i + 2] / r[i] for r in rounds):.2f}" for i in (0, 1)) + " |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,6 +214,12 @@ def our_engine(folder, dtype, cfg):
             pass
         return [request.new for request in requests]
     return write
+
+
+def one_by_one(folder, dtype):
+    model = open_model(folder, dtype)
+    return lambda prompts, count: [sample.generate(model, [prompt], count, temperature=0, stop_ids=())[0]
+                                   for prompt in prompts[:4]]
 
 
 def transformers_engine(folder, dtype, cfg):
@@ -255,7 +266,8 @@ def llama_engine(file, cfg):
         new = [decode([(token, at, text, at == len(prompt) - 1) for at, token in enumerate(prompt)])
                for text, prompt in enumerate(prompts)]
         for step in range(count - 1):
-            ids = decode([(row[-1], len(prompt) + step, text, True) for text, (row, prompt) in enumerate(zip(new, prompts))])
+            ids = decode([(row[-1], len(prompt) + step, text, True)
+                          for text, (row, prompt) in enumerate(zip(new, prompts))])
             for row, token in zip(new, ids):
                 row.append(token)
         return new
@@ -264,10 +276,12 @@ def llama_engine(file, cfg):
 
 
 def bench_engines(name, folder, dtype, cfg):
-    tools = {"nanopath": our_engine(folder, dtype, cfg), "transformers": transformers_engine(folder, dtype, cfg)}
+    tools = {"nanopath": our_engine(folder, dtype, cfg), "sample.generate": one_by_one(folder, dtype),
+             "transformers": transformers_engine(folder, dtype, cfg)}
     if cfg.gguf and name not in SHAPES:
         tools["llama.cpp, " + Path(cfg.gguf).name] = llama_engine(cfg.gguf, cfg)
     draw, V = random.Random(3), m.read_config(m.GPTConfig, Path(folder)).vocab_size
+    most = 400 if name == "laptop" else 124
     rates, same = {tool: [] for tool in tools}, {}
     for _ in range(cfg.rounds):
         prompts = [prompt for prompt, _ in draw_requests(draw, cfg.slots, V)]
@@ -275,15 +289,15 @@ def bench_engines(name, folder, dtype, cfg):
             begin = time.perf_counter()
             write(prompts, 28)
             middle = time.perf_counter()
-            new = write(prompts, 124)
+            new = write(prompts, most)
             end = time.perf_counter()
-            rates[tool].append((96 * len(prompts) / (end - 2 * middle + begin), 124 * len(prompts) / (end - middle)))
+            rates[tool].append(((most - 28) * len(new) / (end - 2 * middle + begin), most * len(new) / (end - middle)))
             same[tool] = new
     for tool, runs in rates.items():
         ratio = statistics.median(ours[0] / theirs[0] for ours, theirs in zip(rates["nanopath"], runs))
         equal = sum(a == b for a, b in zip(same[tool], same["nanopath"]))
         print(f"| {name} {dtype} | {tool} | " + " | ".join(f"{statistics.median(column):,.0f}" for column in zip(*runs))
-              + f" | {ratio:.2f} | {equal}/{cfg.slots} |", flush=True)
+              + f" | {ratio:.2f} | {equal}/{len(same[tool])} |", flush=True)
 
 
 HEADS = {"http": "model|clients|tok/s|x one client|x sample.generate|first token, ms|p50|p95|p99",

@@ -81,14 +81,15 @@ class Soak:
         length = draw.choice([0, 1, 15, 16, 17, 33, draw.randint(1, T), T - 1, T])
         begun = draw.choice([0, 0, 16, 40, length])
         prompt = shared[:min(begun, length)] + [draw.randrange(self.V) for _ in range(length - min(begun, length))]
-        options = draw.choice([dict(temperature=0), dict(seed=draw.randrange(99)), dict(seed=1, top_p=0.9, frequency_penalty=0.4)])
+        options = draw.choice([dict(temperature=0), dict(seed=draw.randrange(99)),
+                               dict(seed=1, top_p=0.9, frequency_penalty=0.4)])
         return prompt, draw.randint(1, 24), options
 
     def solo(self, prompt, count, options):
         prompt = prompt or [self.tokenizer.eos_id]
         forbidden = [i for i in range(self.model.config.vocab_size) if i not in self.tokenizer.bytes_of]
-        ids = sample.generate(self.model, [prompt], min(count, max(1, self.T - len(prompt))), forbidden=tuple(forbidden),
-                              **options)[0]
+        count = min(count, max(1, self.T - len(prompt)))
+        ids = sample.generate(self.model, [prompt], count, forbidden=tuple(forbidden), **options)[0]
         return self.tokenizer.decode(ids)
 
     # clients
@@ -162,8 +163,9 @@ class Soak:
     async def malformed(self):
         """Bytes, types and values that must be refused, or changed bytes of a valid body, which may be fine."""
         draw = self.draw
-        bad = [b"", b"{", b'"\xff"', b"[" * 5000, b"null", b'{"prompt": NaN}', b'{"prompt": 5}', b'{"prompt": "a", "n": -1}',
-               b'{"prompt": "a", "model": "gpt"}', b'{"prompt": "\\ud800"}', b'{"prompt": [1, 99999999]}', b"9" * 5000,
+        bad = [b"", b"{", b'"\xff"', b"[" * 5000, b"null", b'{"prompt": NaN}', b'{"prompt": 5}',
+               b'{"prompt": "a", "n": -1}', b'{"prompt": "a", "model": "gpt"}', b'{"prompt": "\\ud800"}',
+               b'{"prompt": [1, 99999999]}', b"9" * 5000,
                json.dumps(dict(prompt=[1] * (self.T + 1))).encode(), b'{"prompt": "a", "stop": ["", "b"]}',
                json.dumps(dict(prompt="a", response_format=dict(type="json_schema", json_schema=dict(schema=dict(
                    type="integer", minimum=5, maximum=2))))).encode(), b"x" * (5 << 20)]
@@ -214,7 +216,8 @@ class Soak:
                 await self.malformed()
         await asyncio.gather(*(refused() for _ in range(self.cfg.clients)))
         measured.append(memory(pid))
-        print(f"then   {measured[-1]:6.1f} MB  " + ", ".join(f"{n} {what}" for what, n in (self.counts - before).items()))
+        print(f"then   {measured[-1]:6.1f} MB  "
+              + ", ".join(f"{n} {what}" for what, n in (self.counts - before).items()))
         end = time.monotonic() + 30                                # the last disconnects are noticed
         while (state := await self.state())["stats"]["running"] or state["stats"]["waiting"]:
             if time.monotonic() > end:
@@ -226,8 +229,8 @@ class Soak:
         if measured[-1] > 1.1 * measured[1] + 8:
             self.fail(f"the memory grows: {measured} MB")
         stats = state["stats"]
-        print(", ".join(f"{stats[key]} {key}" for key in ("requests", "tokens_in", "tokens_out", "prefix_hits", "preemptions",
-                                                          "cancelled", "error")))
+        print(", ".join(f"{stats[key]} {key}" for key in ("requests", "tokens_in", "tokens_out", "prefix_hits",
+                                                          "preemptions", "cancelled", "error")))
 
 
 def main(cfg):
@@ -237,14 +240,15 @@ def main(cfg):
             random_folder(made)
         soak = Soak(cfg, cfg.model or made)
         server = subprocess.Popen(
-            [sys.executable, ROOT / "serve.py", f"--model={soak.folder}", f"--slots={cfg.slots}", f"--blocks={cfg.blocks}",
-             f"--port={cfg.port}", "--device=cpu", "--drain=5"], env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+            [sys.executable, ROOT / "serve.py", f"--model={soak.folder}", f"--slots={cfg.slots}",
+             f"--blocks={cfg.blocks}", f"--port={cfg.port}", "--device=cpu", "--drain=5"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            encoding="utf-8")
         try:
             if not server.stdout.readline():
                 raise SystemExit(server.stderr.read())
             log = open(Path(made) / "log", "w+", encoding="utf-8")
-            copy = subprocess.Popen(["cat"], stdin=server.stderr, stdout=log)          # a pipe that is full would block it
+            copy = subprocess.Popen(["cat"], stdin=server.stderr, stdout=log)   # a full pipe would block the server
             asyncio.run(soak.run(server.pid))
             server.send_signal(signal.SIGTERM)
             code = server.wait(30)

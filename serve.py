@@ -1,7 +1,7 @@
 """
 Serve a model to many clients at once: requests join and leave a running batch at every step (continuous batching).
 
-A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. One step, with a chunk of
+A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. One step, with chunks of
 64 tokens:
 
     in the batch          before the step       the step reads            after it
@@ -20,8 +20,9 @@ differ. When no block is left, the youngest text leaves the batch; it is read ag
 (nanopath/turns.py).
 
 No text depends on its neighbours: it is bit for bit the text that it would be alone in the batch, in every mix. In
-float32 it is also the text of sample.generate. In bf16 that reads a prompt in one pass, which rounds otherwise: where two
-tokens are almost equally likely the texts can differ (34 of 64 were equal on the tiny world, 2026-11-26).
+float32 it is also the text of sample.generate. In bf16 that rounds differently, because it reads a prompt in one pass
+without a mask: texts part where two tokens are almost equally likely (34 of 64 were equal on the tiny world,
+2026-11-26; chunks of 32 and a mask in sample.py would make all equal, but reading a prompt there would take longer).
 
     Slots        contiguous keys and values of each running text, which attention reads without copying
     BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full. Attention over

@@ -68,7 +68,7 @@ def random_folder(name, folder):
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.02)
     draw = random.Random(0)
-    words = " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(20_000))
+    words = " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(30_000))
     m.save_model(folder, model, Tokenizer.train([words], model.config.vocab_size))
 
 

@@ -55,8 +55,8 @@ class Adapters:
     def __init__(self, model, folders, place=None):
         """Put the adapters of these folders, {name: folder}, into the model, all switched off. place: the folder of the
         model, to compare its weights with those that an adapter was trained on. ValueError for what is no LoRA adapter
-        of this model. stop_ids and tokenizers are {name: ...}: what ends a text of an adapter, and its chat template; the
-        folder of an adapter that was made elsewhere may have no tokenizer."""
+        of this model. stop_ids and tokenizers {name: ...} say what ends a text of an adapter and how its chats look.
+        The folder of an adapter may have no tokenizer."""
         self.names, self.groups, self.stop_ids, self.tokenizers = list(folders), [], {}, {}
         device, saved = model.embed_tokens.weight.device, {}
         for name, folder in folders.items():                       # all are read before the model is changed

@@ -1,7 +1,7 @@
 """
 The requests of serve.py, and whose turn it is.
 
-    Request      one text from `submit` to its end; its fields belong to the engine's thread, `cancel` and `result` to all
+    Request      one text from `submit` to its end; any thread may call `cancel` and `result`
     FairQueue    one queue per client, served in turn, so that a client with a hundred requests delays nobody
     QueueFull    what `submit` raises when too many wait
 """

@@ -2,22 +2,22 @@
 Serve a model to many clients at once: requests join and leave a running batch at every step (continuous batching).
 
 A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. One step, with chunks of
-64 tokens:
+32 tokens:
 
     in the batch          before the step       the step reads            after it
     A  writing            prompt + 7 ids        its last id               + 1 id
     B  writing            prompt + 40 ids       its last id               + 1 id: its last one, B leaves
-    C  reading            128 of 500 tokens     64 tokens                 192 of 500 tokens
+    C  reading            128 of 500 tokens     32 tokens                 160 of 500 tokens
     D  new in the queue   prompt of 20 tokens   20 tokens                 + 1 id; A has a fourth neighbour
 
     sweep     end what was cancelled or is late              read      the model, for chunks (prefill) and ids (decode)
     admit     fill free slots from the queue                 choose    one token for each text, by sample.pick
     grow      a block for each text that needs one           deliver   to the client; finish
 
-Prompts are read in chunks between the tokens of the others, so that a long prompt delays nobody for long. Keys and
-values are also kept in blocks (nanopath/paged.py): a prompt that begins like an earlier one is read from where they
-differ. When no block is left, the youngest text leaves the batch; it is read again later. Clients take turns
-(nanopath/turns.py).
+Prompts are read in chunks between the tokens of the others, a long prompt in every second step, so that it delays
+nobody for long. Keys and values are also kept in blocks (nanopath/paged.py): a prompt that begins like an earlier one
+is read from where they differ. When no block is left, the youngest text leaves the batch; it is read again later.
+Clients take turns (nanopath/turns.py).
 
 No text depends on its neighbours: it is bit for bit the text that it would be alone in the batch, in every mix. In
 float32 it is also the text of sample.generate. In bf16 that rounds differently, because it reads a prompt in one pass
@@ -73,7 +73,7 @@ class Config:
     slots: Positive = 8             # texts in the batch; in bf16 on a CPU 31 are read in one pass
     context: Count = 0              # tokens of a prompt with its answer; 0: the model's context, at most 4096
     blocks: Count = 0               # blocks of 16 tokens for keys and values; 0: enough for all slots
-    chunk: Positive = 64            # most tokens of one prompt that are read in a step
+    chunk: Positive = 32            # most tokens of one prompt that are read in a step; 64: others wait longer
     max_queue: Positive = 256       # requests that may wait; more are refused
     # the server
     host: str = "127.0.0.1"         # address to listen on; 0.0.0.0: every network
@@ -174,7 +174,7 @@ class Engine:
     tokens of one prompt per step; adapters: {name: folder}, for the model of `folder`. The model belongs to the engine
     afterwards.
     """
-    def __init__(self, model, tokenizer=None, slots=8, blocks=0, block_size=16, chunk=64, adapters=None, context=0,
+    def __init__(self, model, tokenizer=None, slots=8, blocks=0, block_size=16, chunk=32, adapters=None, context=0,
                  max_queue=256, folder=None):
         self.model, self.tokenizer, self.slots, self.chunk, self.max_queue = model, tokenizer, slots, chunk, max_queue
         self.context = min(context or model.config.block_size, model.config.block_size)
@@ -404,6 +404,8 @@ class Engine:
         """Read a chunk of each text of which more than the last id is unread. Yields those that are then complete."""
         unread = {r: len(r.context()) - self.cache.lengths[r.slot] for r in self.rows}
         todo = [r for r in self.rows if unread[r] > 1 or not r.grown()]
+        if len(todo) < len(self.rows) and self.counts["steps"] % 2:            # others write: a long prompt is read in
+            todo = [r for r in todo if unread[r] <= 4 * self.chunk]            # every second step
         cap = min(self.chunk, self.most, max(16, 4 * self.chunk // max(1, len(todo))))   # about 4 chunks in a step
         short = [r for r in todo if unread[r] <= cap // 2]         # apart from the others: padding costs time
         for group in (short, [r for r in todo if r not in short]):

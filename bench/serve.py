@@ -187,7 +187,7 @@ def bench_http(name, folder, dtype, cfg):
 def bench_long(name, folder, dtype, cfg):
     config = m.read_config(m.GPTConfig, Path(folder))
     draw, V, T, rounds = random.Random(2), config.vocab_size, min(config.block_size, 4096), []
-    count = 400 if name == "laptop" else 60
+    count = 400 if name == "laptop" else 24
     with Server(folder, dtype, cfg) as server:
         server.load(draw_requests(draw, 8, V), 4)
         for _ in range(cfg.rounds):

@@ -247,6 +247,9 @@ def test_a_long_prompt_delays_short_ones_by_few_steps():
     short = [engine.submit(text(rng, 5, 12), 5, dict(stop_ids=())) for _ in range(5)]
     while any(r.first_token_at is None for r in short):
         assert engine.step() and (steps := steps + 1) <= 1
+    read = engine.cache.lengths[0]
+    engine.step(), engine.step()
+    assert engine.cache.lengths[0] - read == 16                    # in every second step while others write
     work(engine)
     assert engine.stats()["steps"] >= 500 // 16
 

@@ -1,12 +1,28 @@
 """
-Serve a model to many at once: requests join and leave a running batch at every step (continuous batching).
+Serve a model to many clients at once: requests join and leave a running batch at every step (continuous batching).
 
-    step: cancel -> admit -> read a chunk of every new prompt -> read one id of every text -> choose a token for each
+A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. One step, with chunks of
+32 tokens:
 
-A pass over the weights costs about as much for 32 texts as for one, so the batch is kept full. A prompt is read in
-chunks between the other texts' tokens, so that a long one delays nobody for long. Keys and values are kept in blocks
-(nanopath/paged.py): a prompt that begins like an earlier one starts where they part. When blocks run out, the youngest
-request waits and is read again later. No text depends on its neighbours: it is the text of sample.generate.
+    in the batch          before the step       the step reads            after it
+    A  writing            prompt + 7 ids        its last id               + 1 id
+    B  writing            prompt + 40 ids       its last id               + 1 id: its last one, B leaves
+    C  reading            128 of 500 tokens     32 tokens                 160 of 500 tokens
+    D  new in the queue   prompt of 20 tokens   20 tokens                 + 1 id; A has a fourth neighbour
+
+    sweep     end what was cancelled or is late              read      the model, for chunks (prefill) and ids (decode)
+    admit     fill free slots from the queue                 choose    one token for each text, by sample.pick
+    grow      a block for each text that needs one           deliver   to the client; finish
+
+Prompts are read in chunks between the tokens of the others, a long prompt in every second step, so that it delays
+nobody for long. Keys and values are also kept in blocks (nanopath/paged.py): a prompt that begins like an earlier one
+is read from where they differ. When no block is left, the youngest text leaves the batch; it is read again later.
+Clients take turns (nanopath/turns.py).
+
+No text depends on its neighbours: it is bit for bit the text that it would be alone in the batch, in every mix. In
+float32 it is also the text of sample.generate. In bf16 that rounds differently, because it reads a prompt in one pass
+without a mask: texts part where two tokens are almost equally likely (34 of 64 were equal on the tiny world,
+2026-11-26; chunks of 32 and a mask in sample.py would make all equal, but reading a prompt there would take longer).
 
     Slots        contiguous keys and values of each running text, which attention reads without copying
     BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full. Attention over
@@ -14,9 +30,10 @@ request waits and is read again later. No text depends on its neighbours: it is 
                  4 layers of 128 channels, one core with AMX, 2026-11-26; one text after the other: 574)
 
 Run     python serve.py                                           # the newest run under out/
-        python serve.py --model=out/chat --adapters poet=out/poet clerk=out/clerk --slots=32
+        python serve.py --model=out/tinyworld --adapters world=out/lora terse=out/terse --slots=32
         curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "To be"}'
 You see the address, a curl line and the lines for the openai client; a page to chat with at the address itself
+Read    Engine.step and the methods in its order, then Slots
 Reads   model folders and folders of LoRA adapters (finetune_lora.py); nanopath/api.py is the HTTP side
 Next    python sample.py --chat                                   # the same model in the terminal
 Papers  continuous batching (Orca, OSDI 2022), PagedAttention (arXiv:2309.06180), chunked prefill (2308.16369)
@@ -28,7 +45,7 @@ import math
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,10 +60,8 @@ from nanopath.adapters import Adapters
 from nanopath.flags import Bound, Count, Positive, Rate, parse
 from nanopath.paged import BlockPool
 from nanopath.terminal import check_request, find_run
+from nanopath.turns import FairQueue, QueueFull, Request
 from sample import Decoding, Row, evaluating, pick
-
-PICKED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "entropy_theta", "mirostat", "repetition_penalty",
-        "frequency_penalty", "presence_penalty", "no_repeat_ngram")          # texts with equal values share a `pick`
 
 
 @dataclass
@@ -55,10 +70,10 @@ class Config:
     adapters: tuple[str, ...] = ()  # NAME=FOLDER of LoRA adapters; a request chooses one as its model
     model_name: str = ""            # what clients call the model; empty: the name of its folder
     # the engine
-    slots: Positive = 8             # texts in the batch
+    slots: Positive = 8             # texts in the batch; in bf16 on a CPU 31 are read in one pass
     context: Count = 0              # tokens of a prompt with its answer; 0: the model's context, at most 4096
     blocks: Count = 0               # blocks of 16 tokens for keys and values; 0: enough for all slots
-    chunk: Positive = 64            # most tokens of one prompt that are read in a step
+    chunk: Positive = 32            # most tokens of one prompt that are read in a step; 64: others wait longer
     max_queue: Positive = 256       # requests that may wait; more are refused
     # the server
     host: str = "127.0.0.1"         # address to listen on; 0.0.0.0: every network
@@ -118,8 +133,8 @@ class Slots(KVCache):
         """As in KVCache."""
         self.even, self.counts = False, [T] * B if counts is None else list(counts)
         start = torch.tensor([self.n + length for length in self.lengths], device=self.k.device)
-        end, longest = self.n + self.size, self.n + max(self.ends())
-        assert longest <= end, (longest, end)
+        end = self.n + self.size                                   # of a full row that this pass is not about, what is
+        longest = min(end, self.n + max(self.ends()))              # written lands in the slot for padding
         self.end_slot = -(-longest // 16) * 16
         self.positions = (start[:, None] + torch.arange(T, device=self.k.device)).clamp(max=end)       # (B, T)
         self.first_slot, masks = {}, {}
@@ -151,87 +166,6 @@ class Slots(KVCache):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Requests and whose turn it is
-
-class QueueFull(Exception):
-    """Too many requests wait, or the server is shutting down. retry_after: seconds."""
-    def __init__(self, message, retry_after):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Request:
-    """One text. After it was admitted, row is its sample.Row: the ids, the random numbers, the state of the options."""
-    def __init__(self, number, prompt, o, size, adapter, deadline, on_token, key, start):
-        self.id, self.prompt, self.o, self.size, self.adapter = number, prompt, o, size, adapter
-        self.deadline, self.on_token, self.key, self.start = deadline, on_token, key, start
-        self.row = self.slot = self.finish_reason = self.error = None
-        self.cancelled, self.begin = False, 0                      # begin: the first id that the model reads
-        self.table, self.keys, self.published = [], [], 0          # blocks, hashes of the full ones, how many of them
-        self.cached_tokens, self.done = 0, threading.Event()       # are in the pool; tokens that need not be read
-        self.queued_at, self.started_at, self.first_token_at, self.finished_at = time.monotonic(), None, None, None
-        self.same = (id(o.constraint), frozenset(o.forbidden), *(getattr(o, name) for name in PICKED))
-
-    @property
-    def text(self):
-        return self.row.text if self.row else self.prompt
-
-    @property
-    def new(self):
-        return self.text[len(self.prompt):]
-
-    def context(self):
-        """The ids that the model reads: all, or after the context was full, the newer half."""
-        return self.text[self.begin:] if self.begin else self.text
-
-    def grown(self):
-        """Whether the last id was written by the model."""
-        return len(self.text) > len(self.prompt)
-
-    def cancel(self):
-        """May be called by any thread. The request ends within one step."""
-        self.cancelled = True
-
-    def result(self, timeout=None):
-        """Wait for the end; the new ids."""
-        if not self.done.wait(timeout):
-            raise TimeoutError(f"request {self.id} is not finished")
-        return self.new
-
-
-class FairQueue:
-    """One queue per key (of a client), served in turn. Requests that were interrupted come before all others."""
-    def __init__(self):
-        self.queues, self.returned = OrderedDict(), []
-
-    def __len__(self):
-        return len(self.returned) + sum(map(len, self.queues.values()))
-
-    def __iter__(self):
-        """In the order in which they will be taken, if none arrives."""
-        yield from self.returned
-        for turn in itertools.zip_longest(*self.queues.values()):
-            yield from (request for request in turn if request is not None)
-
-    def add(self, request):
-        self.queues.setdefault(request.key, deque()).append(request)
-
-    def give_back(self, request):
-        self.returned.append(request)
-        self.returned.sort(key=lambda request: request.id)
-
-    def remove(self, request):
-        """The request is taken; its key waits until all others had a turn."""
-        if request in self.returned:
-            self.returned.remove(request)
-            return
-        self.queues[request.key].remove(request)
-        self.queues.move_to_end(request.key)
-        if not self.queues[request.key]:
-            del self.queues[request.key]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 class Engine:
     """The batch. One thread calls `step` or `run`; `submit`, `embed`, `cancel`, `stats` and `snapshot` are for all.
@@ -240,7 +174,7 @@ class Engine:
     tokens of one prompt per step; adapters: {name: folder}, for the model of `folder`. The model belongs to the engine
     afterwards.
     """
-    def __init__(self, model, tokenizer=None, slots=8, blocks=0, block_size=16, chunk=64, adapters=None, context=0,
+    def __init__(self, model, tokenizer=None, slots=8, blocks=0, block_size=16, chunk=32, adapters=None, context=0,
                  max_queue=256, folder=None):
         self.model, self.tokenizer, self.slots, self.chunk, self.max_queue = model, tokenizer, slots, chunk, max_queue
         self.context = min(context or model.config.block_size, model.config.block_size)
@@ -289,6 +223,8 @@ class Engine:
             if name not in known:
                 raise ValueError(f"{name} is no option; there are {', '.join(sorted(known))}")
         o = Decoding(max_new_tokens, **{"tokenizer": self.tokenizer} | options)
+        if o.stop_ids is None:
+            o.stop_ids = self.adapters.stop_ids.get(adapter)
         stop_ids = check_request(self.model, [prompt], o)
         with self.lock:
             if self.closing or len(self.queue) >= self.max_queue:
@@ -468,6 +404,8 @@ class Engine:
         """Read a chunk of each text of which more than the last id is unread. Yields those that are then complete."""
         unread = {r: len(r.context()) - self.cache.lengths[r.slot] for r in self.rows}
         todo = [r for r in self.rows if unread[r] > 1 or not r.grown()]
+        if len(todo) < len(self.rows) and self.counts["steps"] % 2:            # others write: a long prompt is read in
+            todo = [r for r in todo if unread[r] <= 4 * self.chunk]            # every second step
         cap = min(self.chunk, self.most, max(16, 4 * self.chunk // max(1, len(todo))))   # about 4 chunks in a step
         short = [r for r in todo if unread[r] <= cap // 2]         # apart from the others: padding costs time
         for group in (short, [r for r in todo if r not in short]):
@@ -504,6 +442,7 @@ class Engine:
                             counts=None if T == 1 else counts)
         for row, count in zip(rows, counts):
             self.cache.lengths[row] += count
+            assert self.cache.lengths[row] <= self.cache.size, (self.cache.lengths[row], self.cache.size)
             if count:
                 self.publish(self.rows[row])
         return hidden
@@ -523,8 +462,12 @@ class Engine:
 
     def choose(self, requests, hidden):
         """A token for each text."""
-        self.adapters.select([r.adapter for r in (*requests, requests[-1])])
-        logits = self.model.logits(torch.stack([*hidden, hidden[-1]])).cpu()[:-1]      # (B, V); one more row as in read
+        parts, most = [], self.most - 1
+        for first in range(0, len(requests), most):                # one more row, and not too many, as in read
+            rows = [*range(first, min(first + most, len(requests)))]
+            self.adapters.select([requests[i].adapter for i in (*rows, rows[-1])])
+            parts.append(self.model.logits(torch.stack([hidden[i] for i in (*rows, rows[-1])])).cpu()[:-1])
+        logits = torch.cat(parts) if len(parts) > 1 else parts[0]  # (B, V)
         totals = logits.logsumexp(dim=-1)
         sums, groups, chosen = totals.tolist(), {}, {}
         for i, request in enumerate(requests):
@@ -651,7 +594,7 @@ def main(cfg):
     from nanopath import api, limits                               # FastAPI, which importing the engine does not pay
     folder = find_run("model", cfg.model)
     try:
-        keys = limits.read_keys(cfg.api_keys)
+        keys = limits.read_api_keys(cfg.api_keys)
     except ValueError as error:
         raise SystemExit(f"--api_keys={error}") from None
     engine, tokenizer = open_engine(cfg, folder)

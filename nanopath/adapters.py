@@ -12,7 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from bpe import Tokenizer
+from data.tokenizer_files import TOKENIZER_FILES
 from nanopath import kernels
+from nanopath.hf import add_stop_ids
 from nanopath.hub import find_folder
 from nanopath.peft import find_base, read_adapter, weights_hash
 
@@ -52,8 +55,9 @@ class Adapters:
     def __init__(self, model, folders, place=None):
         """Put the adapters of these folders, {name: folder}, into the model, all switched off. place: the folder of the
         model, to compare its weights with those that an adapter was trained on. ValueError for what is no LoRA adapter
-        of this model."""
-        self.names, self.groups = list(folders), []
+        of this model. stop_ids and tokenizers {name: ...} say what ends a text of an adapter and how its chats look.
+        The folder of an adapter may have no tokenizer."""
+        self.names, self.groups, self.stop_ids, self.tokenizers = list(folders), [], {}, {}
         device, saved = model.embed_tokens.weight.device, {}
         for name, folder in folders.items():                       # all are read before the model is changed
             base, quantization = find_base(find_folder(folder))
@@ -68,6 +72,10 @@ class Adapters:
                 raise ValueError(f"adapter {name}: {folder} has {what}; beside others only plain LoRA is possible. "
                                  f"Serve it alone: --model={folder}")
         for name, found in saved.items():
+            folder = find_folder(folders[name])
+            self.stop_ids[name] = add_stop_ids(model.config, folder).stop_ids
+            if any((folder / file).is_file() for file in TOKENIZER_FILES):
+                self.tokenizers[name] = Tokenizer.load(folder)
             for target in found.targets:
                 module = model.get_submodule(target)
                 if not isinstance(module, Adapted):

@@ -23,7 +23,7 @@ import socket
 import struct
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,7 +35,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from data.templates import answer_ends
+from data.templates import answer_ends, is_chat
 from nanopath.constrain import Constraint
 from nanopath.limits import LOOPBACK, ApiError, Gate, Limits, Metrics, error_body
 from nanopath.schemas import (CALL, CallFilter, ChatRequest, CompletionRequest, EmbeddingRequest, NamedTool,
@@ -134,8 +134,19 @@ class Server:
         self.limits, self.metrics, self.started = Limits(settings), Metrics(), int(time.time())
         self.workers, self.thread = ThreadPoolExecutor(2, "prompts"), None
         self.constraints, self.answers, self.lock = OrderedDict(), OrderedDict(), threading.Lock()
-        ends = answer_ends(tokenizer) if settings.chat else ()
-        self.answer_ends = self.config.stop_ids | {i for i in ends if i < self.config.vocab_size}
+        self.mail, self.rung = deque(), False
+        # a vocabulary is often padded: ids of the model that the tokenizer cannot decode are never written
+        self.padding = [i for i in range(self.config.vocab_size) if i not in tokenizer.bytes_of]
+        # by adapter, None for the base model: the ids that end a text; the tokenizer with the chat template (an adapter
+        # can have learnt chats that its base does not know)
+        self.stop_ids = {None: self.config.stop_ids, **dict.fromkeys(self.adapters, self.config.stop_ids),
+                         **engine.adapters.stop_ids}
+        self.tokenizers = {None: tokenizer, **dict.fromkeys(self.adapters, tokenizer), **engine.adapters.tokenizers}
+        self.chats = {name: settings.chat or name is not None and is_chat(self.tokenizers[name], ids)
+                      for name, ids in self.stop_ids.items()}
+        self.answer_ends = {name: self.stop_ids[name] | {i for i in answer_ends(self.tokenizers[name])
+                                                         if i < self.config.vocab_size}
+                            for name, chats in self.chats.items() if chats}
         self.page = PAGE.read_text(encoding="utf-8")
         digests = [base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
                    for script in re.findall(r"<script>(.*?)</script>", self.page, re.DOTALL)]
@@ -166,7 +177,7 @@ class Server:
     def describe(self, name):
         return {"id": name, "object": "model", "created": self.started, "owned_by": "nanopath",
                 "parent": None if name == self.settings.model_name else self.settings.model_name,
-                "context_length": self.context, "chat": self.settings.chat}
+                "context_length": self.context, "chat": self.chats[self.find_model(name)[1]]}
 
     async def models(self):
         return {"object": "list", "data": [self.describe(name) for name in (self.settings.model_name, *self.adapters)]}
@@ -239,8 +250,8 @@ class Server:
             frequency_penalty=body.frequency_penalty, presence_penalty=body.presence_penalty,
             repetition_penalty=body.repetition_penalty, alternatives=body.alternatives or 0, stop_ids=stop_ids,
             stop=stop, seed=secrets.randbits(62) if body.seed is None else body.seed)
-        if forbidden:
-            options["forbidden"] = tuple(sorted(forbidden))
+        if forbidden or self.padding:
+            options["forbidden"] = tuple(sorted(forbidden.union(self.padding)))
         return options, stop
 
     def room(self, ids, body, constraint):
@@ -281,8 +292,10 @@ class Server:
 
         def deliver(number):                                       # called from the engine's thread
             def take(request, item):
-                if not loop.is_closed():                           # at the end of the server the engine ends last
-                    loop.call_soon_threadsafe(job.queue.put_nowait, (number, item))
+                self.mail.append((job.queue, (number, item)))
+                if not self.rung and not loop.is_closed():         # at the end of the server the engine ends last
+                    self.rung = True                               # one call for all tokens of a step: each costs a
+                    loop.call_soon_threadsafe(self.hand_out)       # system call, which lets the other thread run
             return take
 
         for number in range(total):
@@ -295,20 +308,26 @@ class Server:
                 raise refusal(error) from None
         note.tokens_in = sum(map(len, job.prompts))
 
+    def hand_out(self):
+        """The tokens that the engine's thread has left in self.mail -> the queues of their jobs."""
+        self.rung = False                                          # first: what arrives from now on calls again
+        while self.mail:
+            queue, item = self.mail.popleft()
+            queue.put_nowait(item)
+
     async def events(self, job):
         """Yield (number of the choice, text, entries, finish_reason). Everything that has arrived is joined, so a slow
         client gets fewer and longer pieces."""
         note, running = job.note, len(job.choices)
+        late = asyncio.get_running_loop().call_later(job.deadline + 10 - time.monotonic(), job.queue.put_nowait, None)
         while running:
-            try:
-                async with asyncio.timeout(job.deadline + 10 - time.monotonic()):
-                    arrived = [await job.queue.get()]
-            except TimeoutError:
-                raise ApiError(504, "the engine does not answer", code="timeout") from None
+            arrived = [await job.queue.get()]
             if note.ttft is None:
                 note.ttft = time.monotonic() - note.begun
             while not job.queue.empty():
                 arrived.append(job.queue.get_nowait())
+            if None in arrived:
+                raise ApiError(504, "the engine does not answer", code="timeout")
             joined = {}
             for number, item in arrived:
                 choice, request = job.choices[number], note.requests[number]
@@ -327,6 +346,7 @@ class Server:
             for number, (text, entries, finish) in joined.items():
                 if text or entries or finish:
                     yield number, text, entries, finish
+        late.cancel()
 
     @staticmethod
     def finish_reason(request, job):
@@ -432,20 +452,22 @@ class Server:
         return JSONResponse(answer)
 
     async def chat(self, body: ChatRequest, request: Request):
-        if not self.settings.chat:
-            raise ApiError(400, "this model continues texts, it was not fine-tuned on chats; use /v1/completions")
-
         async def begin(note):
-            model, _ = self.find_model(body.model)
+            model, adapter = self.find_model(body.model)
+            if not self.chats[adapter]:
+                others = ", ".join(name for name in self.adapters if self.chats[name])
+                raise ApiError(400, f"the model {model} continues texts, it was not fine-tuned on chats; use "
+                               "/v1/completions" + f", or one of the models {others}" * bool(others), "model")
             if body.top_logprobs and not body.logprobs:
                 raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-            ids, constraint, calls = await self.read_chat(body)
+            tokenizer = self.tokenizers[adapter]
+            ids, constraint, calls = await self.read_chat(body, tokenizer)
             job = Job(note, body, model, [ids], calls=calls)
-            self.start(job, constraint, frozenset(self.answer_ends), before=False)
+            self.start(job, constraint, self.answer_ends[adapter], before=False)
             return job
         return await self.respond(request, body, begin)
 
-    async def read_chat(self, body):
+    async def read_chat(self, body, tokenizer):
         """(ids, constraint, arguments of CallFilter) of a chat."""
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools] if body.tool_choice != "none" else []
         forced = body.tools if body.tool_choice == "required" else []
@@ -459,7 +481,7 @@ class Server:
         messages = [plain_message(message) for message in body.messages]
 
         def render(**variables):
-            return self.tokenizer.render(messages, add_generation_prompt=True, **body.chat_template_kwargs,
+            return tokenizer.render(messages, add_generation_prompt=True, **body.chat_template_kwargs,
                                          **variables)[0]
         ids = await self.think("messages", lambda: render(tools=tools) if tools else render())
         if tools and ids == await self.think("messages", render):
@@ -475,7 +497,7 @@ class Server:
 
     async def complete(self, body: CompletionRequest, request: Request):
         async def begin(note):
-            model, _ = self.find_model(body.model)
+            model, adapter = self.find_model(body.model)
             if body.best_of not in (None, body.n):
                 raise ApiError(400, f"best_of={body.best_of} is not supported; leave it out or give n={body.n}",
                                "best_of")
@@ -486,7 +508,7 @@ class Server:
             echo = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
                     for prompt in prompts] if body.echo else ()
             job = Job(note, body, model, ids, echo)
-            stop_ids = None if body.suffix is None else self.config.stop_ids | set(self.fim_ids())
+            stop_ids = None if body.suffix is None else self.stop_ids[adapter] | set(self.fim_ids())
             self.start(job, await self.constraint_of(body.response_format), stop_ids)
             return job
         return await self.respond(request, body, begin)
@@ -628,8 +650,8 @@ def listen(settings):
         return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         why = (getattr(error, "strerror", None) or str(error)).split(" (while")[0]
-        raise SystemExit(f"--host={settings.host} --port={settings.port}: {why}. Choose another port: "
-                         f"python serve.py --port={settings.port % 60000 + 1}") from None
+        raise SystemExit(f"--host={settings.host} --port={settings.port}: {why}. Give an address of this machine and a "
+                         f"free port: python serve.py --port={settings.port % 60000 + 1}") from None
 
 
 def announce(settings, address):

@@ -39,7 +39,7 @@ OF_PAIRS = {"beta", "smoothing", "margin", "batch_size"}
 OF_ROLLOUTS = {"prompts", "group_size", "temperature", "updates", "kl", "kl_budget", "length_penalty", "beside"}
 UNREAD = {"dpo": ONLY_HERE | OF_ROLLOUTS, "grpo": ONLY_HERE | OF_PAIRS, "ppo": ONLY_HERE | OF_PAIRS,
           "reward": ONLY_HERE | OF_ROLLOUTS | OF_PAIRS - {"batch_size"} | {"reward", "gold", "max_new_tokens"}}
-KEYS = {"1": "the first is better", "2": "the second is better", "=": "a tie", "s": "skip", "u": "undo", "q": "quit"}
+VOTES = {"1": "the first is better", "2": "the second is better", "=": "a tie", "s": "skip", "u": "undo", "q": "quit"}
 VOTE_NAMES = {"1": "pairs", "2": "pairs", "=": "ties", "s": "skipped"}
 TRIES = 4                           # draws of two responses that differ
 AHEAD = 4                           # prompts whose responses are sampled together
@@ -234,7 +234,7 @@ class Votes:
         if key == "u":
             return self.undo()
         if key not in VOTE_NAMES:
-            return f"{key!r} is no vote. Keys: " + ", ".join(f"{key} {what}" for key, what in KEYS.items())
+            return f"{key!r} is no vote. Keys: " + ", ".join(f"{key} {what}" for key, what in VOTES.items())
         if self.current is None:
             return "every prompt has its vote"
         (prompt, pair), kind = self.current, VOTE_NAMES[key]
@@ -272,17 +272,17 @@ def read_votes(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"--votes={path}: {getattr(error, 'strerror', None) or error}") from None
     keys = [(number, line.strip().lower()) for number, line in enumerate(lines, 1) if line.strip()]
-    wrong = next(((number, key) for number, key in keys if key not in KEYS), None)
+    wrong = next(((number, key) for number, key in keys if key not in VOTES), None)
     if wrong or not keys:
         raise ValueError(f"--votes={path}" + (f" line {wrong[0]}: {wrong[1]!r} is no vote" if wrong else ": no votes")
-                         + ". A line is one of " + ", ".join(f"{key} ({what})" for key, what in KEYS.items()))
+                         + ". A line is one of " + ", ".join(f"{key} ({what})" for key, what in VOTES.items()))
     return [key for _, key in keys]
 
 
 def vote_by_keys(votes, keys=None):
     """Votes from a list of keys, or from the terminal or another program through standard input."""
     keys = None if keys is None else iter(keys)
-    print(", ".join(f"{key} {what}" for key, what in KEYS.items()))
+    print(", ".join(f"{key} {what}" for key, what in VOTES.items()))
     while votes.current:
         prompt, (first, second) = votes.current
         print(on_screen(f"\n---- {votes.progress()}\n{as_text(prompt)}\n\n[1] {first}\n\n[2] {second}\n"))

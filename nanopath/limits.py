@@ -3,7 +3,7 @@ What stands between the network and the engine of serve.py: who may ask, how muc
 
     Settings                     every number and name that the server can be told
     ApiError, error_body         what went wrong, as an OpenAI client reads it
-    read_keys, Keys              API keys: only their SHA-256 is kept, compared in constant time
+    read_api_keys, Keys              API keys: only their SHA-256 is kept, compared in constant time
     Bucket, Limits               token buckets, two for each key: requests and tokens per minute
     Metrics                      counters and histograms as Prometheus text
     Gate                         the ASGI middleware that applies all of this to every request and writes its log line
@@ -72,7 +72,7 @@ class ApiError(Exception):
 
 
 MAX_LEVELS = 100                    # of lists in lists in a body
-QUIET = ("/health", "/metrics", "/engine/state")       # asked all the time: only failures are logged
+UNLOGGED = ("/health", "/metrics", "/engine/state")       # asked all the time: only failures are logged
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -84,7 +84,7 @@ def error_body(error):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys and limits
 
-def read_keys(file="", variable="NANOPATH_API_KEYS"):
+def read_api_keys(file="", variable="NANOPATH_API_KEYS"):
     """name -> key, from a file with one NAME:KEY or KEY in a line (# begins a comment) and from an environment variable
     with the same, separated by commas. ValueError names the place of what is wrong, never the key."""
     lines = []
@@ -255,6 +255,7 @@ class Note:
     cached: bool = False
     error: str = ""
     slow: bool = False              # the client did not read its answer
+    sending: float = math.inf       # since when a piece of the answer waits for the client to take it
     complete: bool = False          # the last byte of the answer has been sent
     requests: list = field(default_factory=list)       # of the engine
     begun: float = field(default_factory=time.monotonic)
@@ -303,12 +304,9 @@ class Gate:
             if message["type"] == "http.response.start":
                 note.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", note.id.encode())]
-            try:
-                async with asyncio.timeout(self.settings.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                note.error, note.slow = f"the client took nothing for {self.settings.send_timeout:g} s", True
-                raise
+            note.sending = time.monotonic()
+            await send(message)
+            note.sending = math.inf
             note.complete = message["type"] == "http.response.body" and not message.get("more_body")
         try:
             try:
@@ -402,9 +400,13 @@ class Gate:
         unread, gone = [body], asyncio.ensure_future(wait_for_end())
         task = asyncio.ensure_future(self.app(scope, replay, send))
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            limit = self.settings.send_timeout
+            while not task.done() and not gone.done() and not note.slow:       # a timer for every token would cost more
+                await asyncio.wait({task, gone}, timeout=limit / 4, return_when=asyncio.FIRST_COMPLETED)
+                note.slow = time.monotonic() - note.sending > limit
             if not task.done() and not note.complete:
-                note.error = "the client closed the connection"
+                note.error = f"the client took nothing for {limit:g} s" if note.slow else "the client closed the " \
+                    "connection"
                 task.cancel()
             await asyncio.wait({task})
             if not task.cancelled() and task.exception():
@@ -427,7 +429,7 @@ class Gate:
         if note.model:
             self.metrics.count("nanopath_prompt_tokens_total", note.tokens_in, model=note.model)
             self.metrics.count("nanopath_completion_tokens_total", note.tokens_out, model=note.model)
-        if note.status == 200 and note.route in QUIET:
+        if note.status == 200 and note.route in UNLOGGED:
             return
         self.settings.log(json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "id": note.id, "route": note.route,

@@ -46,7 +46,7 @@ class FakeEngine:
         self.tokenizer.chat_template = TEMPLATE
         self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=context, n_layer=1, n_embd=16, n_head=1,
                                    n_kv_head=1, head_dim=16, n_hidden=32, eos_token_id=self.tokenizer.eos_id)).eval()
-        self.adapters, self.context, self.slots, self.queue_size = SimpleNamespace(names=adapters), context, slots, queue
+        self.adapters, self.context, self.slots, self.queue_size = SimpleNamespace(names=adapters, stop_ids={}, tokenizers={}), context, slots, queue
         self.says, self.delay, self.failing, self.numbers = None, 0.0, None, itertools.count()
         self.waiting, self.rows, self.lock, self.closing = deque(), [], threading.Condition(), False
         self.ended, self.submitted = [], []

@@ -27,7 +27,7 @@ import nanopath.limits
 from conftest import ROOT
 from fake_engine import FakeEngine
 from nanopath.api import build_app
-from nanopath.limits import Bucket, Keys, Settings, read_keys
+from nanopath.limits import Bucket, Keys, Settings, read_api_keys
 from nanopath.schemas import CallFilter
 from sample import generate, stream
 
@@ -384,10 +384,10 @@ def test_malformed_requests_never_break_the_server(shared, engine):
                     assert 400 <= response.status_code < 500, (body, response.text)
                     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
                 return response.status_code
-            return [status for first in range(0, 3000, 50)
+            return [status for first in range(0, 1500, 50)
                     for status in await asyncio.gather(*map(one, range(first, first + 50)))]
     statuses = asyncio.run(main())
-    assert len(statuses) == len(log) == 3000 and statuses.count(200) > 150 and statuses.count(400) > 1000
+    assert len(statuses) == len(log) == 1500 and statuses.count(200) > 75 and statuses.count(400) > 500
 
 
 def test_schemathesis(engine):
@@ -404,7 +404,7 @@ def test_schemathesis(engine):
         if operation.method.upper() != "POST":
             continue
         for mode in schemathesis.GenerationMode:
-            @settings(max_examples=12, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, deadline=None, phases=[Phase.generate], database=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def attempt(case):
                 body = case.body if isinstance(case.body, bytes) else b"" if isinstance(case.body, schemathesis.core.NotSet) else \
@@ -415,7 +415,7 @@ def test_schemathesis(engine):
                     assert 400 <= response.status_code < 500
                     error_of(response, response.status_code)
             attempt()
-    assert len(tried) > 60
+    assert len(tried) > 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_schemathesis(engine):
 def test_keys(engine, tmp_path, monkeypatch):
     (tmp_path / "keys.txt").write_text("# of the house\nanna:secret-of-anna\n\nsecret-of-bob\n", encoding="utf-8")
     monkeypatch.setenv("NANOPATH_API_KEYS", "carl:secret-of-carl")
-    keys = read_keys(tmp_path / "keys.txt")
+    keys = read_api_keys(tmp_path / "keys.txt")
     assert keys == {"anna": "secret-of-anna", "key4": "secret-of-bob", "carl": "secret-of-carl"}
     client = client_of(engine, keys=keys)
     for header, words in ((None, "no API key"), ("Bearer wrong", "not known"), ("secret-of-anna", "no API key"), ("Basic secret-of-anna", "not known"),
@@ -449,10 +449,10 @@ def test_keys(engine, tmp_path, monkeypatch):
     for text, words in (("a:short", "at least 8 characters"), ("a:12345678\na:87654321", "stands twice"), ("a:sécret-é-long", "ASCII")):
         (tmp_path / "bad.txt").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=words) as caught:
-            read_keys(tmp_path / "bad.txt")
+            read_api_keys(tmp_path / "bad.txt")
         assert "12345678" not in str(caught.value) and "bad.txt:" in str(caught.value)
     with pytest.raises(ValueError, match="none.txt: No such file"):
-        read_keys(tmp_path / "none.txt")
+        read_api_keys(tmp_path / "none.txt")
 
 
 def test_bucket_against_a_sum_of_what_was_taken():

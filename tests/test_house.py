@@ -18,7 +18,7 @@ LATE = {("model", "bpe"), ("model", "finetune_lora"), ("model", "quantize")}    
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
 PAGES = {"bpe": 600, "model": 775, "prepare": 450, "sample": 802, "train": 482, "evaluate": 620, "quantize": 730,
-         "finetune_lora": 800, "rlhf": 940, "serve": 670}
+         "finetune_lora": 800, "rlhf": 940, "serve": 610}
 # lines. sample.py has five ways to decode, finetune_lora.py nine ways to learn, model.py 17 families, quantize.py seven
 # methods, rlhf.py fifteen losses and serve.py a whole engine, each complete
 # STYLE.md, "Words": what a reader who knows English as a second language has to look up

@@ -42,10 +42,10 @@ import torch.nn.functional as F
 
 from model import KVCache, Linear, load_model
 from nanopath import kernels
-from nanopath.blocks import fold, foldable, parts_of
-from nanopath.calibration import BlockInputs, text_for, text_rows, wide
+from nanopath.blocks import fold, foldable, parts_of, wide
+from nanopath.calibration import BlockInputs, text_for, text_rows
 from nanopath.flags import Bound, Positive, parse
-from nanopath.formats import bytes_of, choose_form, choose_formats, forms_for
+from nanopath.formats import bytes_of, choose_form, choose_formats, common_group, forms_for
 from nanopath.nf4 import (BLOCKS, DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4,  # noqa: F401
                           quantize_nf4, restore_absmax)
 from nanopath.run import check_writable
@@ -57,13 +57,13 @@ class Config:
     model: str = ""              # model folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
     method: Literal["int8", "w8a8", "nf4", "rtn", "awq", "gptq", "gptaq"] = "gptq"  # how the matrices are rounded
     bits: Literal[0, 4, 8] = 0   # of rtn, awq, gptq and gptaq; 0: 4
-    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides, else whole rows
+    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides all, or whole rows
     search: bool = True          # rtn, gptq, gptaq: search the scales on the calibration text (awq always does)
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # nf4: weights that share an absmax
     auto_bits: bool = False      # each matrix in 4, 8 or 16 bits, whichever is worth its bytes
     target_bits: Annotated[float, Bound(4, 16)] = 4.5  # auto_bits: mean bits per weight, scales included
     calibration: str = ""        # folder of a prepared dataset, or a text file; empty: the training text of the model
-    calibration_rows: Positive = 128  # texts of up to 512 tokens that are read from it
+    calibration_rows: Positive = 128  # texts of 512 tokens that are read from it; as many tokens where T is smaller
     gguf: Literal["", "F16", "Q8_0", "Q4_0"] = ""  # write a GGUF file of this kind for llama.cpp, and nothing else
     compare: str = ""            # a model: quantize it by every method; one table and one plot
     out: str = ""                # folder (or GGUF file) to write; empty: out/<name of the model>-<method>
@@ -405,9 +405,9 @@ class QuantLinear(Stored):
             return self.packed(x)
         return NF4Product.apply(kernels.round_rows(x) if self.act_bits else x, self)
 
-    def pack(self, dtype):
+    def pack(self, dtype, product=None):
         """For inference: the fastest product that torch has here (kernels.pack_quantized). The integers are freed."""
-        self.packed = kernels.pack_quantized(self, dtype)
+        self.packed = product or kernels.pack_quantized(self, dtype)
         for name in ("q", "scale", "zero"):
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to("meta"))
 
@@ -433,12 +433,13 @@ def plan_forms(model, method, bits, group_size):
         raise ValueError("a mixture of experts cannot be quantized: its experts' weights are multiplied all at once")
     linears = [(name, module) for name, module in model.layers.named_modules() if isinstance(module, Linear)]
     if odd := [name for name, module in linears if type(module) is not Linear or module.packed is not None]:
-        raise ValueError(f"layers.{odd[0]} is quantized, packed or adapted already: load the model again and quantize "
-                         "it first")
+        raise ValueError(f"layers.{odd[0]} is quantized, packed or adapted already: give the model that it was made "
+                         "from")
     for name, module in linears:
         if not module.weight.isfinite().all():
             raise ValueError(f"layers.{name}.weight has a weight that is infinite or not a number: the file is "
                              "damaged, or training diverged")
+    group_size = group_size or common_group({module.in_features for _, module in linears})
     return {name: choose_form(module.in_features, bits or BITS_OF[method], group_size, f"layers.{name}")
             for name, module in linears if method != "nf4"}
 
@@ -476,15 +477,18 @@ def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None,
     method          int8, w8a8, nf4, rtn, awq, gptq, gptaq      bits, group_size    0: the default of the method
     calibration     ids (rows, T). Needed for awq, gptq and gptaq; the others search no scales without it
     search          search_grid instead of make_grid for rtn, gptq and gptaq
-    forms           {name: (bits, group)} for each matrix, from auto_forms; 16 bits: it stays. 4 bits are then
-                    symmetric: transformers cannot read zero points from a folder with several formats
+    forms           {name: (bits, group)} for each matrix, from auto_forms; 16 bits: it stays
     block           weights per absmax of nf4                   on_matrix(name, old, new) is called for each matrix
 
+    Where formats differ, 4 bits are symmetric: transformers reads no zero points from a folder with several formats.
     Peak memory: the model, one matrix and, with calibration, the hidden states of its text and X^T X for one block.
     Raises ValueError, before anything is changed, where the model is quantized already, packed, a mixture of experts or
     has a weight that is not finite, and where a group does not divide a matrix or calibration text is missing.
     """
-    formats, symmetric = plan_forms(model, method, bits, group_size) | (forms or {}), forms is not None
+    formats = plan_forms(model, method, bits, group_size) | (forms or {})
+    widths = {name: model.layers.get_submodule(name).in_features for name in formats}
+    symmetric = len({(form[0], form[1] < widths[name] and form[1]) for name, form in formats.items()}) > 1
+    symmetric = symmetric or forms is not None
     if calibration is None and method in CALIBRATED:
         raise ValueError(f"method={method} needs calibration text: ids (rows, T)")
     if calibration is not None and calibration.shape[1] > model.config.block_size:
@@ -599,7 +603,7 @@ def quantize(cfg, name):
     before, calibration, forms = size_of(model), None, None
     if reads:
         T = min(model.config.block_size, 512)
-        calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows, T)
+        calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows * 512 // T, T)
     begun = time.perf_counter()
     if cfg.auto_bits:
         forms = auto_forms(model, calibration, cfg.target_bits)

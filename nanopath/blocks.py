@@ -3,7 +3,9 @@ The matrices of a block: which of them read the same input, and which layers can
 """
 import torch.nn as nn
 
-from nanopath.calibration import wide
+def wide(x):
+    """In float64, which Apple's GPU does not have: there on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def parts_of(block):

@@ -4,6 +4,11 @@ given number of bytes.
 """
 
 
+def common_group(widths):
+    """The largest of 128, 64 and 32 that divides the columns of all matrices, else 0."""
+    return next((group for group in (128, 64, 32) if all(K % group == 0 for K in widths)), 0)
+
+
 def choose_form(K, bits, group_size, name):
     """(bits, columns per scale) of a matrix of K columns."""
     if bits == 8:
@@ -47,7 +52,8 @@ def choose_formats(errors, sizes, budget):
         low, high = high, high * 2
         if high > 1e30:
             least = sum(min(found.values()) for found in sizes.values())
-            raise ValueError(f"{budget:,.0f} bytes are too few: the smallest formats need {least:,.0f}")
+            raise ValueError(f"{budget:,.0f} bytes are too few: the smallest formats need {least:,.0f}, "
+                             f"{least / budget:.3f} times as many")
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if total(choice(middle)) <= budget else (middle, high)

@@ -584,6 +584,12 @@ def test_every_matrix_gets_the_bits_it_is_worth(trained):
     grid = q.make_grid(matrix.weight, 4, 64, symmetric=True)
     matrix.weight.data = q.from_grid(q.round_to_grid(matrix.weight, *grid, 4), *grid)
     assert errors[name][4, 64] == pytest.approx(table.distance(twin, trained[0], trained[1][:16])[0], rel=1e-3)
+    mixed = quantized(trained, "rtn", forms={"1.mlp.down_proj": (8, 128)}, search=False)           # zero points only in a single format
+    assert all((m.zero == 8).all() for m in mixed.modules() if isinstance(m, q.QuantLinear) and m.bits == 4)
+    sizes = dict(n_embd=256, head_dim=128, n_hidden=80), dict(n_embd=128, head_dim=64, n_hidden=96)
+    for each, groups, same in zip(sizes, ({128, 80}, {32}), (True, False)):              # 128 of 256 columns and rows of 80; 32 for all
+        layers = [m for m in q.quantize_model(small("qwen3", **each), "rtn").modules() if isinstance(m, q.QuantLinear)]
+        assert {m.group for m in layers} == groups and all((m.zero == 8).all() for m in layers) == same
     far = {}
     for target in (4.25, 4.7, 6.0, 20.0):
         forms = q.auto_forms(trained[0], trained[1], target)
@@ -676,7 +682,7 @@ def test_command_line(method, folder, tiny, tmp_path, capsys):
         printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}
     model, tokenizer = load_model(folder, "cpu")
-    text = text_rows(tiny, tokenizer, 20, 64)
+    text = text_rows(tiny, tokenizer, 160, 64)                     # as many tokens as 20 rows of 512
     forms = q.auto_forms(model, text, 6.0) if method == "auto" else None
     q.quantize_model(model, "gptq" if method == "auto" else method, calibration=text, forms=forms)
     linears = [m for m in model.layers.modules() if isinstance(m, Linear)]

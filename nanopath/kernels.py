@@ -9,6 +9,7 @@ Faster implementations of parts of model.py. tests/test_model.py checks that eac
     Int8Linear               round_rows, then F.linear     integer products, a quarter of the bytes of float32
     Int4Linear               dequantize, then F.linear     an eighth of the bytes, dequantized inside the product
     Dequantized              dequantize, then F.linear     dequantized once, where no kernel fits
+    Part                     one product per Linear        q, k, v and gate, up read the same rows: rounded once
     grouped_experts          the loop in MoE.forward       one matmul for all experts
 """
 import warnings
@@ -264,8 +265,9 @@ def pack_quantized(linear, dtype):
 
 class Part:
     """Columns start to end of a product that several QuantLinears share because they read the same input, such as q, k
-    and v. Whichever is called computes it for all; the others take their columns if their input is the same tensor.
-    The first one always computes, and the last one forgets the result. Time of a step, see bench/results.md."""
+    and v. Whichever is called computes it for all; the others take their columns if their input is the same tensor. The
+    first one always computes, and the last one forgets the result.
+    """
     def __init__(self, product, memory, start, end, final):
         self.product, self.memory, self.start, self.end, self.final = product, memory, start, end, final
 

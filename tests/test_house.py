@@ -17,7 +17,7 @@ ARROWS = {"bpe": set(), "model": set(), "prepare": {"bpe"}, "sample": {"bpe", "m
 LATE = {("model", "bpe"), ("model", "finetune_lora"), ("model", "quantize")}              # imported inside load_model
 STAGES = sorted(ARROWS)
 ROOMS = ("data", "nanopath")
-PAGES = {"bpe": 600, "model": 775, "prepare": 450, "sample": 802, "train": 482, "evaluate": 620, "quantize": 730,
+PAGES = {"bpe": 600, "model": 775, "prepare": 450, "sample": 802, "train": 482, "evaluate": 620, "quantize": 650,
          "finetune_lora": 800, "rlhf": 900, "serve": 670}
 # lines. sample.py has five ways to decode, finetune_lora.py nine ways to learn, model.py 17 families, quantize.py seven
 # methods, rlhf.py fifteen losses and serve.py a whole engine, each complete

@@ -485,3 +485,25 @@ def test_kv_int8_of_sample(tmp_path):
     model.kv_int8 = True
     assert m.KVCache(model, 1, 8).int8 and not m.KVCache(model, 1, 8, int8=False).int8
     assert len(generate(model, [[1, 2, 3], [4]], 9, temperature=0)[1]) == 9
+
+
+@avx
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@torch.no_grad()
+def test_q_k_and_v_are_one_product(how):
+    model, twin = replaced(small(), HOWS[how]), replaced(small(), HOWS[how])
+    model.pack()
+    for linear in twin.layers.modules():
+        if isinstance(linear, q.QuantLinear):
+            linear.pack(torch.float32)                             # each alone
+    block, other = model.layers[0], twin.layers[0]
+    parts = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+    assert all(type(part.packed) is kernels.Part and part.packed.product is parts[0].packed.product for part in parts)
+    assert type(block.self_attn.o_proj.packed) is type(other.self_attn.o_proj.packed) is not kernels.Part
+    for x in torch.randn(2, 2, 5, 64):
+        for order in ("qkv", "vkq", "kkv"):                        # in any order, and twice
+            for name in order:
+                a, b = (each.self_attn.get_submodule(f"{name}_proj")(x) for each in (block, other))
+                assert torch.equal(a, b), name
+    assert parts[0].packed.memory == [None]
+    assert torch.equal(block.mlp(x), other.mlp(x)) and torch.equal(model(IDS, last=True, hidden=True), twin(IDS, last=True, hidden=True))

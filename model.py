@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanopath import kernels, plan, rope
+from nanopath.blocks import parts_of
 from nanopath.devices import pick_device
 from nanopath.flags import Count, Positive, Rate, parse
 from nanopath.hf import check_config, read_config, read_tensors, write_folder
@@ -548,6 +549,8 @@ class GPT(nn.Module):
         shared = [m for m in self.modules() if isinstance(m, Linear) and m._parameters.get("weight") is tied]
         integers = [m for m in self.modules() if any(hasattr(part, "act_bits") for part in m.modules())]
         int8 = bool(integers) and kernels.has_int8() and not self.config.labels
+        for part, block in ((part, block) for block in self.layers for part in parts_of(block) if integers):
+            kernels.pack_together([block.get_submodule(name) for name in part], self.dtype)
         for module in self.modules() if plain else integers:
             if hasattr(module, "pack") and module is not self and module.packed is None:
                 module.pack(self.dtype, *([int8] if type(module) is Linear and module is self.lm_head else []))

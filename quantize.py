@@ -42,8 +42,10 @@ import torch.nn.functional as F
 
 from model import KVCache, Linear, load_model
 from nanopath import kernels
-from nanopath.calibration import BlockInputs, text_rows, text_for, wide
+from nanopath.blocks import fold, foldable, parts_of, wide
+from nanopath.calibration import BlockInputs, text_for, text_rows
 from nanopath.flags import Bound, Positive, parse
+from nanopath.formats import bytes_of, choose_form, choose_formats, common_group, forms_for
 from nanopath.nf4 import (BLOCKS, DYNAMIC_CODES, NF4_CODES, compress_absmax, dequantize_nf4,  # noqa: F401
                           quantize_nf4, restore_absmax)
 from nanopath.run import check_writable
@@ -55,13 +57,13 @@ class Config:
     model: str = ""              # model folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
     method: Literal["int8", "w8a8", "nf4", "rtn", "awq", "gptq", "gptaq"] = "gptq"  # how the matrices are rounded
     bits: Literal[0, 4, 8] = 0   # of rtn, awq, gptq and gptaq; 0: 4
-    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides, else whole rows
+    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides all, or whole rows
     search: bool = True          # rtn, gptq, gptaq: search the scales on the calibration text (awq always does)
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # nf4: weights that share an absmax
     auto_bits: bool = False      # each matrix in 4, 8 or 16 bits, whichever is worth its bytes
     target_bits: Annotated[float, Bound(4, 16)] = 4.5  # auto_bits: mean bits per weight, scales included
     calibration: str = ""        # folder of a prepared dataset, or a text file; empty: the training text of the model
-    calibration_rows: Positive = 128  # texts of up to 512 tokens that are read from it
+    calibration_rows: Positive = 128  # texts of 512 tokens that are read from it; as many tokens where T is smaller
     gguf: Literal["", "F16", "Q8_0", "Q4_0"] = ""  # write a GGUF file of this kind for llama.cpp, and nothing else
     compare: str = ""            # a model: quantize it by every method; one table and one plot
     out: str = ""                # folder (or GGUF file) to write; empty: out/<name of the model>-<method>
@@ -168,10 +170,11 @@ TRIED = (3, 11)                                                    # how many of
 ALPHA = 0.5                                                        # share of GPTAQ's correction that is applied
 
 
-def make_grid(weight, bits, group, shrink=1.0):
+def make_grid(weight, bits, group, symmetric=False, shrink=1.0):
     """The grid of each `group` consecutive columns of a row. weight (N, K) -> scale, zero (N, K / group).
 
         w = (q - zero) * scale     4 bits: scale = (max - min) / 15, zero = the integer nearest to -min / scale
+                        symmetric 4 bits: scale = max |w| / 7.5, zero = 8
                                    8 bits: scale = max |w| / 127, zero = 0
 
     0 is always a point of the grid. shrink: cover only this part of the range; larger weights are clipped. The scales
@@ -182,9 +185,12 @@ def make_grid(weight, bits, group, shrink=1.0):
         scale = rows.abs().amax(dim=-1) * shrink / 127
         return torch.where(scale == 0, 1, scale.float().to(weight.dtype)), torch.zeros_like(scale)
     low, high = rows.amin(dim=-1).clamp(max=0) * shrink, rows.amax(dim=-1).clamp(min=0) * shrink
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     scale = ((high - low) / 15).to(torch.bfloat16).to(weight.dtype)
     scale = torch.where(scale == 0, 1, scale)                      # a group of zeros
-    return scale, (-low / scale).round().clamp(0, 15)
+    return scale, torch.full_like(scale, 8) if symmetric else (-low / scale).round().clamp(0, 15)
 
 
 def round_to_grid(weight, scale, zero, bits):
@@ -198,7 +204,7 @@ def from_grid(q, scale, zero):
     return ((q.unflatten(1, (scale.shape[1], -1)) - zero[..., None]) * scale[..., None]).flatten(1)
 
 
-def search_grid(weight, hessian, bits, group, shrinks=SHRINKS):
+def search_grid(weight, hessian, bits, group, symmetric=False, shrinks=SHRINKS):
     """make_grid with the best shrink for each row and group: the one that changes the group's part of the output least
     (AWQ's clipping, section 4). With X the inputs of the group, H = X^T X and e = w' - w, that change is
 
@@ -207,7 +213,7 @@ def search_grid(weight, hessian, bits, group, shrinks=SHRINKS):
     n, best = weight.shape[1] // group, None
     H = torch.stack([hessian[i:i + group, i:i + group] for i in range(0, n * group, group)])     # (groups, G, G)
     for shrink in shrinks:
-        scale, zero = make_grid(weight, bits, group, shrink)
+        scale, zero = make_grid(weight, bits, group, symmetric, shrink)
         e = (from_grid(round_to_grid(weight, scale, zero, bits), scale, zero) - weight).unflatten(1, (n, group))
         e = e.transpose(0, 1)                                                                    # (groups, N, G)
         found = ((e @ H) * e).sum(dim=-1).T, scale, zero
@@ -270,35 +276,7 @@ def output_error(weight, rounded, hessian, correction=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # AWQ: multiply the columns that matter, divide what feeds them
 
-def foldable(block, config):
-    """[(a layer, the matrices that read its output)]. Dividing channel c of the layer by s_c and multiplying column c
-    of the matrices by s_c changes nothing, where nothing but a product lies between them.
-
-    The norms feed q, k, v and the MLP. `up` feeds `down` where a gate has the activation. v feeds o, but with grouped
-    queries several columns of o would need one s. Never q and k: a norm and RoPE follow them.
-    """
-    attention, mlp = [f"self_attn.{name}_proj" for name in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]
-    mlp = mlp if config.gated else mlp[1:]
-    found = [(block.mlp.up_proj, ["mlp.down_proj"])] if config.gated else []
-    if config.n_head == config.n_kv_head:
-        found.append((block.self_attn.v_proj, ["self_attn.o_proj"]))
-    if block.parallel == 1:
-        return [*found, (block.input_layernorm, attention + mlp)]
-    norm = block.post_attention_layernorm if block.place == "pre" else block.pre_feedforward_layernorm
-    found += [(block.input_layernorm, attention), (norm, mlp)]
-    return [(layer, names) for layer, names in found if not isinstance(layer, nn.Identity)]
-
-
-def fold(layer, s):
-    """Divide the output channels of a norm or a Linear by s."""
-    offset = float(getattr(layer, "offset", False))                # the norms of Gemma multiply by 1 + weight
-    divide = s[:, None] if layer.weight.dim() == 2 else s
-    layer.weight.copy_((wide(layer.weight) + offset) / divide - offset)
-    if getattr(layer, "bias", None) is not None:
-        layer.bias.copy_(wide(layer.bias) / s)
-
-
-def scale_channels(weights, hessian, magnitude, forms):
+def scale_channels(weights, hessian, magnitude, forms, symmetric=False):
     """AWQ's factors s (K) for matrices that read the same inputs (arXiv:2306.00978, equations 4 and 5):
 
         s = mean|x|^a,    a = the one of 0, 0.05, ... 0.95 with the least |Q(W s) / s X - W X|^2
@@ -311,20 +289,20 @@ def scale_channels(weights, hessian, magnitude, forms):
         s = s / (s.max() * s.min()).sqrt()
         error = 0.0
         for weight, (bits, group) in ((weight, form) for weight, form in zip(weights, forms) if form[0] < 16):
-            scale, zero = make_grid(weight * s, bits, group)
+            scale, zero = make_grid(weight * s, bits, group, symmetric)
             rounded = from_grid(round_to_grid(weight * s, scale, zero, bits), scale, zero)
             error += output_error(weight, rounded / s, hessian).sum().item()
         best = min(best, (error, s), key=lambda found: found[0])
     return best[1]
 
 
-def fold_block(block, config, sums, forms):
+def fold_block(block, config, sums, forms, symmetric=False):
     """Search and fold AWQ's factors into a block. sums: {names of matrices: Sums of their inputs}, which follow."""
     for layer, names in foldable(block, config):
         read = [part for part in sums if part[0] in names]
         matrices = [block.get_submodule(name) for name in names]
         s = scale_channels([wide(m.weight) for m in matrices], sums[read[0]].hessian,
-                           sums[read[0]].magnitude, [forms[name] for name in names])
+                           sums[read[0]].magnitude, [forms[name] for name in names], symmetric)
         fold(layer, s)
         for matrix in matrices:
             matrix.weight.copy_(wide(matrix.weight) * s)
@@ -334,31 +312,7 @@ def fold_block(block, config, sums, forms):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The matrices of a block
-
-def parts_of(block):
-    """The names of a block's matrices, in the order of the forward pass; those of a part read the same input."""
-    names = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-    there = {name for name, module in block.named_modules() if isinstance(module, Linear)}
-    return [tuple(name for name in part if name in there) for part in names]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # --auto_bits: what is a matrix's precision worth?
-
-def forms_for(K):
-    """The (bits, columns per scale) that a matrix of K columns can have. 16 bits: it stays as it is, 32 in float32."""
-    groups = [group for group in (128, 64, 32) if K % group == 0] or [K]
-    return [(4, group) for group in groups if K % 2 == 0] + [(8, K), (16, K)]
-
-
-def bytes_of(shape, form):
-    """Bytes of a rounded matrix in a file. Per group, 4 bits have a scale of 16 bits and a zero of 4; 8 bits a scale
-    of 32."""
-    (N, K), (bits, group) = shape, form
-    return N * K * bits / 8 + {4: 2.5, 8: 4}[bits] * N * K / group
-
 
 @torch.no_grad()
 def form_errors(model, ids):
@@ -380,7 +334,7 @@ def form_errors(model, ids):
             weight = matrix.weight.data
             for bits, group in forms_for(weight.shape[1]):
                 if bits < 16:
-                    scale, zero = make_grid(weight.float(), bits, group)
+                    scale, zero = make_grid(weight.float(), bits, group, symmetric=True)
                     q = round_to_grid(weight.float(), scale, zero, bits)
                     matrix.weight.data = from_grid(q, scale, zero).to(weight.dtype)
                     found[bits, group] = F.kl_div(logprobs(stream.x, layer), p, log_target=True,
@@ -391,38 +345,13 @@ def form_errors(model, ids):
     return errors
 
 
-def choose_formats(errors, sizes, budget):
-    """The form of each matrix, so that the sum of errors is small and the sum of sizes at most `budget`.
-
-    errors, sizes: {name: {form: number}}. With a price for each byte (a Lagrange multiplier), every matrix chooses
-    alone: the form with the least error + price * size. No other choice of the same total size has a smaller total
-    error (Everett 1963). The right price is the lowest that keeps within the budget; bisection finds it.
-    """
-    def choice(price):
-        return {name: min(found, key=lambda form: (found[form] + price * sizes[name][form], sizes[name][form]))
-                for name, found in errors.items()}
-
-    def total(chosen):
-        return sum(sizes[name][form] for name, form in chosen.items())
-    low, high = 0.0, 1e-12
-    while total(choice(high)) > budget:
-        low, high = high, high * 2
-        if high > 1e30:
-            least = sum(min(found.values()) for found in sizes.values())
-            raise ValueError(f"{budget:,.0f} bytes are too few: the smallest formats need {least:,.0f}")
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if total(choice(middle)) <= budget else (middle, high)
-    return choice(high)
-
-
 def auto_forms(model, ids, target_bits):
     """{name: (bits, group)} with a mean of at most target_bits per weight. The KL is measured on the first rows of the
     calibration text, at most 4096 tokens and 2^25 logits, because the model runs several times for each matrix."""
     rows = max(1, min(4096, 2 ** 25 // model.config.vocab_size) // ids.shape[1])
     errors, layers = form_errors(model, ids[:rows]), model.layers
     weights = {name: layers.get_submodule(name).weight for name in errors}
-    sizes = {name: {form: bytes_of(weights[name].shape, form) if form[0] < 16 else weights[name].nbytes
+    sizes = {name: {form: bytes_of(weights[name].shape, form, symmetric=True) if form[0] < 16 else weights[name].nbytes
                     for form in found} for name, found in errors.items()}
     try:
         return choose_formats(errors, sizes, target_bits / 8 * sum(weight.numel() for weight in weights.values()))
@@ -476,9 +405,9 @@ class QuantLinear(Stored):
             return self.packed(x)
         return NF4Product.apply(kernels.round_rows(x) if self.act_bits else x, self)
 
-    def pack(self, dtype):
+    def pack(self, dtype, product=None):
         """For inference: the fastest product that torch has here (kernels.pack_quantized). The integers are freed."""
-        self.packed = kernels.pack_quantized(self, dtype)
+        self.packed = product or kernels.pack_quantized(self, dtype)
         for name in ("q", "scale", "zero"):
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to("meta"))
 
@@ -488,18 +417,6 @@ class QuantLinear(Stored):
 
 BITS_OF = {"int8": 8, "w8a8": 8, "nf4": 4, "rtn": 4, "awq": 4, "gptq": 4, "gptaq": 4}            # bits, where not given
 CALIBRATED = ("awq", "gptq", "gptaq")
-
-
-def choose_form(K, bits, group_size, name):
-    """(bits, columns per scale) of a matrix of K columns."""
-    if bits == 8:
-        return 8, K
-    if K % 2:
-        raise ValueError(f"{name} has {K} columns, and 4 bits need an even number: use int8")
-    if group_size and K % group_size:
-        raise ValueError(f"group_size={group_size} does not divide the {K} columns of {name}: choose another of 32, "
-                         "64, 128, or 0 for the largest that does, else whole rows")
-    return 4, group_size or next((group for group in (128, 64, 32) if K % group == 0), K)
 
 
 def plan_forms(model, method, bits, group_size):
@@ -516,17 +433,18 @@ def plan_forms(model, method, bits, group_size):
         raise ValueError("a mixture of experts cannot be quantized: its experts' weights are multiplied all at once")
     linears = [(name, module) for name, module in model.layers.named_modules() if isinstance(module, Linear)]
     if odd := [name for name, module in linears if type(module) is not Linear or module.packed is not None]:
-        raise ValueError(f"layers.{odd[0]} is quantized, packed or adapted already: load the model again and quantize "
-                         "it first")
+        raise ValueError(f"layers.{odd[0]} is quantized, packed or adapted already: give the model that it was made "
+                         "from")
     for name, module in linears:
         if not module.weight.isfinite().all():
             raise ValueError(f"layers.{name}.weight has a weight that is infinite or not a number: the file is "
                              "damaged, or training diverged")
+    group_size = group_size or common_group({module.in_features for _, module in linears})
     return {name: choose_form(module.in_features, bits or BITS_OF[method], group_size, f"layers.{name}")
             for name, module in linears if method != "nf4"}
 
 
-def round_matrix(weight, form, method, sums, search):
+def round_matrix(weight, form, method, sums, search, symmetric=False):
     """(q, scale, zero) of a weight (N, K) by one of the methods of integers.
 
     What search_grid finds is best for plain rounding, not always after GPTQ's repairs. So several grids are tried, and
@@ -534,13 +452,13 @@ def round_matrix(weight, form, method, sums, search):
     """
     (bits, group), weight = form, wide(weight)
     if sums is None:
-        grid = make_grid(weight, bits, group)
+        grid = make_grid(weight, bits, group, symmetric)
         return round_to_grid(weight, *grid, bits), *grid
     if not sums.hessian.isfinite().all():
         raise ValueError("reads an input that is infinite or not a number on the calibration text")
-    grids = [make_grid(weight, bits, group)]
+    grids = [make_grid(weight, bits, group, symmetric)]
     if search or method == "awq":
-        grids += [search_grid(weight, sums.hessian, bits, group, SHRINKS[:count]) for count in TRIED]
+        grids += [search_grid(weight, sums.hessian, bits, group, symmetric, SHRINKS[:count]) for count in TRIED]
     scale, zero = (torch.cat(part) for part in zip(*grids))
     rows, correction = weight.repeat(len(grids), 1), None if sums.correction is None else ALPHA * sums.correction
     q = gptq(rows, sums.hessian, scale, zero, bits, correction) if method in ("gptq", "gptaq") else \
@@ -562,11 +480,15 @@ def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None,
     forms           {name: (bits, group)} for each matrix, from auto_forms; 16 bits: it stays
     block           weights per absmax of nf4                   on_matrix(name, old, new) is called for each matrix
 
+    Where formats differ, 4 bits are symmetric: transformers reads no zero points from a folder with several formats.
     Peak memory: the model, one matrix and, with calibration, the hidden states of its text and X^T X for one block.
     Raises ValueError, before anything is changed, where the model is quantized already, packed, a mixture of experts or
     has a weight that is not finite, and where a group does not divide a matrix or calibration text is missing.
     """
-    forms = plan_forms(model, method, bits, group_size) | (forms or {})
+    formats = plan_forms(model, method, bits, group_size) | (forms or {})
+    widths = {name: model.layers.get_submodule(name).in_features for name in formats}
+    symmetric = len({(form[0], form[1] < widths[name] and form[1]) for name, form in formats.items()}) > 1
+    symmetric = symmetric or forms is not None
     if calibration is None and method in CALIBRATED:
         raise ValueError(f"method={method} needs calibration text: ids (rows, T)")
     if calibration is not None and calibration.shape[1] > model.config.block_size:
@@ -580,15 +502,16 @@ def quantize_model(model, method="gptq", bits=0, group_size=0, calibration=None,
             if stream:
                 sums = stream.sums(module, some)
             if method == "awq":
-                fold_block(module, model.config, sums, {name: forms[f"{layer}.{name}"] for name in sum(parts, ())})
+                fold_block(module, model.config, sums, {name: formats[f"{layer}.{name}"] for name in sum(parts, ())},
+                           symmetric)
             for part, child in ((part, child) for part in some for child in part):
                 name, old = f"{layer}.{child}", module.get_submodule(child)
-                if method != "nf4" and forms[name][0] == 16:
+                if method != "nf4" and formats[name][0] == 16:
                     continue
                 try:
                     new = NF4Linear.quantize(old, block) if method == "nf4" else QuantLinear.store(
-                        old, *round_matrix(old.weight, forms[name], method, sums.get(part), search), forms[name][0],
-                        8 if method == "w8a8" else 0)
+                        old, *round_matrix(old.weight, formats[name], method, sums.get(part), search, symmetric),
+                        formats[name][0], 8 if method == "w8a8" else 0)
                 except ValueError as error:
                     raise ValueError(f"layers.{name}.weight {error}") from None
                 if on_matrix:
@@ -611,7 +534,8 @@ def stored_bytes(linear):
     """Bytes of a Linear's weight in a file, scales included. By attributes, because where this file is run, load_model
     imports it a second time, and its classes are others."""
     if hasattr(linear, "group"):
-        return bytes_of((linear.out_features, linear.in_features), (linear.bits, linear.group))
+        symmetric = linear.zero is not None and bool((linear.zero == 8).all())
+        return bytes_of((linear.out_features, linear.in_features), (linear.bits, linear.group), symmetric)
     return sum(t.nbytes for t in linear.buffers()) if hasattr(linear, "codes") else linear.weight.nbytes
 
 
@@ -679,7 +603,7 @@ def quantize(cfg, name):
     before, calibration, forms = size_of(model), None, None
     if reads:
         T = min(model.config.block_size, 512)
-        calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows, T)
+        calibration = text_rows(text_for(name, cfg.calibration), tokenizer, cfg.calibration_rows * 512 // T, T)
     begun = time.perf_counter()
     if cfg.auto_bits:
         forms = auto_forms(model, calibration, cfg.target_bits)

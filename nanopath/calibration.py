@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from bpe import Tokenizer
 from data.shards import Tokens
+from nanopath.blocks import wide
 from nanopath.scores import manifest_of
 
 
@@ -121,8 +122,3 @@ class BlockInputs:
         if self.y is not None:
             self.y = torch.cat([self.block(part, *self.rest) for part in self.y.split(self.rows)])
         self.block = None
-
-
-def wide(x):
-    """In float64, which Apple's GPU does not have: there on the CPU."""
-    return (x.cpu() if x.device.type == "mps" else x).double()

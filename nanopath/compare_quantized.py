@@ -103,14 +103,14 @@ def show_table(rows, path):
     import matplotlib                                              # slow to import, and only needed here
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for axis, key, label in zip(axes, ("kl", "speed1"), ("KL to the original, nats per token", "tokens per second")):
-        for name, row in rows.items():
+        for number, (name, row) in enumerate(rows.items()):
             if row[key] > 0:                                       # the KL of the original to itself is 0: no logarithm
-                axis.scatter(row["size"], row[key])
-                axis.annotate(name, (row["size"], row[key]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+                axis.plot(row["size"], row[key], "os^vDP*Xph"[number % 10], color=f"C{number % 10}", label=name, alpha=0.8)
         axis.set(xlabel="size of the file, MB", ylabel=label, yscale="log" if key == "kl" else "linear")
         axis.grid(alpha=0.3)
+    axes[1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")     # of all methods, also the original
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.tmp.png")

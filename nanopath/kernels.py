@@ -9,6 +9,7 @@ Faster implementations of parts of model.py. tests/test_model.py checks that eac
     Int8Linear               round_rows, then F.linear     integer products, a quarter of the bytes of float32
     Int4Linear               dequantize, then F.linear     an eighth of the bytes, dequantized inside the product
     Dequantized              dequantize, then F.linear     dequantized once, where no kernel fits
+    Part                     one product per Linear        q, k, v and gate, up read the same rows: rounded once
     grouped_experts          the loop in MoE.forward       one matmul for all experts
 """
 import warnings
@@ -260,6 +261,39 @@ def pack_quantized(linear, dtype):
     if fits and device.type == "cuda" and N % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
         return Int4LinearCUDA(linear)
     return Dequantized(linear, dtype)
+
+
+class Part:
+    """Columns start to end of a product that several QuantLinears share because they read the same input, such as q, k
+    and v. Whichever is called computes it for all; the others take their columns if their input is the same tensor. The
+    first one always computes, and the last one forgets the result.
+    """
+    def __init__(self, product, memory, start, end, final):
+        self.product, self.memory, self.start, self.end, self.final = product, memory, start, end, final
+
+    def __call__(self, x):
+        found = self.memory[0] if self.start else None
+        if found is None or found[0] is not x:
+            found = x, self.product(x)
+        self.memory[0] = None if self.final else found
+        return found[1][..., self.start:self.end]
+
+
+def pack_together(linears, dtype):
+    """Pack QuantLinears that read the same input as one: their input is rounded once and the kernel called once. Only
+    where they are stored alike and the CPU has a kernel; otherwise nothing is changed."""
+    kinds = {(m.bits, m.act_bits, m.group, m.bias is None, m.packed) if hasattr(m, "act_bits") else () for m in linears}
+    if len(linears) < 2 or len(kinds) > 1 or kinds == {()} or linears[0].packed or linears[0].q.device.type != "cpu":
+        return
+    q, scale, zero, bias = (None if getattr(linears[0], name) is None else torch.cat([getattr(m, name) for m in linears])
+                            for name in ("q", "scale", "zero", "bias"))
+    product = pack_quantized(type(linears[0])(q, scale, zero, bias, linears[0].bits, linears[0].act_bits), dtype)
+    if not isinstance(product, Dequantized):
+        memory, start = [None], 0
+        for linear in linears:
+            end = start + linear.out_features
+            linear.pack(dtype, Part(product, memory, start, end, linear is linears[-1]))
+            start = end
 
 
 def grouped_experts(moe, flat, weight, chosen):

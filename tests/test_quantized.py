@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, real_folder, run
+from conftest import ROOT, real_folder
 
 import finetune_lora as ft
 import model as m
 import quantize as q
+import sample
+import train
 from bpe import Tokenizer
 from nanopath import families, kernels, quantized
 from nanopath.hf import config_to_hf, family_of
@@ -46,7 +48,8 @@ def integers(linear, bits=8, group=0, act_bits=0, even=False):
         zero = (-low / scale).round().clamp(0, 15)
         if even:
             scale, zero = torch.maximum(-low, high) / 7, torch.full_like(zero, 8)
-    codes = q.round_to_grid(weight, scale, zero, bits)
+    codes = (rows / scale[..., None] + (0 if zero is None else zero[..., None])).round()
+    codes = codes.clamp(*((-127, 127) if zero is None else (0, 15))).flatten(1)
     codes = codes.to(torch.int8) if bits == 8 else (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
     return q.QuantLinear(codes, scale, None if zero is None else zero.to(torch.uint8), linear.bias, bits, act_bits)
 
@@ -177,13 +180,14 @@ def test_a_folder_written_over_another_and_every_consumer(tmp_path):
         m.save_model(tmp_path, replaced(small(), lambda i, layer: HOWS["nf4" if i else "int8"](i, layer)), None)
 
 
-def test_sample_needs_no_flag_to_open_it(tiny, tmp_path):
-    m.save_model(tmp_path / "model", replaced(small(), HOWS["int4"]), Tokenizer.load(tiny))
-    lines = [run(ROOT / "sample.py", f"--model={tmp_path / 'model'}", "--prompt=1 times", "--max_new_tokens=8", "--temperature=0",
-                 "--device=cpu", *flags).stdout for flags in ((), ("--kv_int8",))]
-    assert all("1 times" in line for line in lines)
-    assert run(ROOT / "train.py", f"--init_from={tmp_path / 'model'}", f"--dataset={tiny}", f"--out={tmp_path / 'run'}",
-               "--device=cpu", check=False).stderr.strip().endswith("is quantized. Give the model that it was made from")
+def test_sample_and_train_open_it(tiny, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    m.save_model(folder, replaced(small(), HOWS["int4"]), Tokenizer.load(tiny))
+    for flags in ({}, dict(kv_int8=True)):
+        sample.main(sample.Config(model=folder, prompt="1 times", max_new_tokens=8, temperature=0.0, device="cpu", **flags))
+        assert "1 times" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is quantized. Give the model that it was made from$"):
+        train.main(train.Config(init_from=folder, dataset=str(tiny), out=str(tmp_path / "run"), device="cpu"))
 
 
 @pytest.mark.parametrize("how", ["int8", "int4", "w8a8", "nf4"])
@@ -466,14 +470,14 @@ def test_int8_cache_is_the_plain_cache_with_rounded_numbers():
 def test_int8_cache_of_a_real_model():
     model, tokenizer = m.load_model(real_folder("smollm2"), "cpu")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ids = torch.tensor([tokenizer.encode(text)[:512]])
+    ids = torch.tensor([tokenizer.encode(text)[:256]])
     exact = model(ids)[0]
-    parts, cache = [], m.KVCache(model, 1, 512, int8=True)
-    for part in ids.split(64, dim=1):
+    parts, cache = [], m.KVCache(model, 1, 256, int8=True)
+    for part in ids.split(128, dim=1):
         parts.append(model(part, cache=cache)[0])
     assert 0 < divergence(exact, torch.cat(parts)) < 3e-3
     nbytes = sum(getattr(cache, name).nbytes for name in cache.stored)
-    assert nbytes == 2 * 30 * 3 * 513 * (64 + 2)
+    assert nbytes == 2 * 30 * 3 * 257 * (64 + 2)
 
 
 def test_kv_int8_of_sample(tmp_path):
@@ -481,3 +485,25 @@ def test_kv_int8_of_sample(tmp_path):
     model.kv_int8 = True
     assert m.KVCache(model, 1, 8).int8 and not m.KVCache(model, 1, 8, int8=False).int8
     assert len(generate(model, [[1, 2, 3], [4]], 9, temperature=0)[1]) == 9
+
+
+@avx
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@torch.no_grad()
+def test_q_k_and_v_are_one_product(how):
+    model, twin = replaced(small(), HOWS[how]), replaced(small(), HOWS[how])
+    model.pack()
+    for linear in twin.layers.modules():
+        if isinstance(linear, q.QuantLinear):
+            linear.pack(torch.float32)                             # each alone
+    block, other = model.layers[0], twin.layers[0]
+    parts = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+    assert all(type(part.packed) is kernels.Part and part.packed.product is parts[0].packed.product for part in parts)
+    assert type(block.self_attn.o_proj.packed) is type(other.self_attn.o_proj.packed) is not kernels.Part
+    for x in torch.randn(2, 2, 5, 64):
+        for order in ("qkv", "vkq", "kkv"):                        # in any order, and twice
+            for name in order:
+                a, b = (each.self_attn.get_submodule(f"{name}_proj")(x) for each in (block, other))
+                assert torch.equal(a, b), name
+    assert parts[0].packed.memory == [None]
+    assert torch.equal(block.mlp(x), other.mlp(x)) and torch.equal(model(IDS, last=True, hidden=True), twin(IDS, last=True, hidden=True))

@@ -664,17 +664,17 @@ def test_sigterm_lets_running_requests_end_up_to_a_limit():
         assert process.stdout.readline().startswith(f"{address}/ ")
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 20)
         body = dict(messages=HI, stream=True)
-        with httpx.stream("POST", address + CHAT, json=body | dict(max_tokens=20), timeout=20) as short, \
-                httpx.stream("POST", address + CHAT, json=body, timeout=20) as endless, ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(httpx.post, address + CHAT, json=dict(messages=HI), timeout=20)
-            lines, others = short.iter_lines(), endless.iter_lines()
-            next(line for line in lines if '"content": "b' in line)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(address + "/health")
-            assert "data: [DONE]" in list(lines)
-            rest = []
+        with httpx.stream("POST", address + CHAT, json=body, timeout=20) as endless, ThreadPoolExecutor(1) as pool:
+            waiting, others, rest = pool.submit(httpx.post, address + CHAT, json=dict(messages=HI), timeout=20), endless.iter_lines(), []
+            wait_until(lambda: httpx.get(address + "/engine/state").json()["stats"]["running"] == 2, 10)
+            with httpx.stream("POST", address + CHAT, json=body | dict(max_tokens=20), timeout=20) as short:
+                lines = short.iter_lines()
+                next(line for line in lines if '"content": "b' in line)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+                with pytest.raises(httpx.ConnectError):
+                    httpx.get(address + "/health")
+                assert "data: [DONE]" in list(lines)
             with pytest.raises(httpx.RemoteProtocolError):         # cut: no client takes it for a whole answer
                 rest.extend(others)
             assert "data: [DONE]" not in rest

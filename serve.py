@@ -31,10 +31,9 @@ without a mask: texts part where two tokens are almost equally likely (34 of 64 
 
 Run     python serve.py                                           # the newest run under out/
         python serve.py --model=out/tinyworld --adapters world=out/lora terse=out/terse --slots=32
-        curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "To be"}'
 You see the address, a curl line and the lines for the openai client; a page to chat with at the address itself.
         32 clients get 4.8 x the tokens per second of one (laptop model, float32), 7.4 x (124M, bf16): bench/results.md
-Read    Engine.step and the methods in its order, then Slots
+Read    Engine.step, what it calls, then Slots
 Reads   model folders and folders of LoRA adapters (finetune_lora.py); nanopath/api.py is the HTTP side
 Next    python sample.py --chat                                   # the same model in the terminal
 Papers  continuous batching (Orca, OSDI 2022), PagedAttention (arXiv:2309.06180), chunked prefill (2308.16369)

@@ -20,9 +20,9 @@ is read from where they differ. When no block is left, the youngest text leaves 
 Clients take turns (nanopath/turns.py).
 
 No text depends on its neighbours: it is bit for bit the text that it would be alone in the batch, in every mix. In
-float32 it is also the text of sample.generate. In bf16, or with 4 bits, that rounds differently: it reads a prompt in one
-pass without a mask, and texts part where two tokens are almost equally likely (34 of 64 were equal on the tiny world,
-2026-11-26; chunks of 32 and a mask in sample.py would make all equal, but reading a prompt there would take longer).
+float32 it is also the text of sample.generate. In bf16, or with 4 bits, that rounds differently: it reads a prompt in
+one pass without a mask, and texts part where two tokens are almost equally likely (34 of 64 were equal on the tiny
+world, 2026-11-26; chunks of 32 and a mask in sample.py would make all equal, but prompts there would take longer).
 
     Slots        contiguous keys and values of each running text, which attention reads without copying
     BlockPool    the same in blocks, which texts share; a block is copied there once, when it is full. Attention over

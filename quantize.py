@@ -8,7 +8,7 @@ A model in a fraction of its bytes: matrices rounded to 8 or 4 bits, and six way
     search_grid                a smaller range clips the largest weights, and rounds all others more finely
     gptq                       column by column, the columns that follow make up for the error (with GPTAQ's correction)
     scale_channels             AWQ: columns that read large inputs are rounded more finely
-    choose_formats             --auto_bits: each matrix its own number of bits, from one price for a byte
+    form_errors, auto_forms    --auto_bits: each matrix its own number of bits, from one price for a byte
     quantize_model             block by block: run the calibration text, round the matrices, go to the next block
 
 Run     python quantize.py --model=out/shakespeare                 # GPTQ, 4 bits; calibrated on its training text
@@ -17,8 +17,8 @@ Run     python quantize.py --model=out/shakespeare                 # GPTQ, 4 bit
         python quantize.py --compare=out/shakespeare               # all methods in one table
         python quantize.py --model=out/shakespeare --gguf=Q8_0     # a file for llama.cpp
 You see for each kind of matrix the bits per weight and the relative error (root mean square); bytes before and after.
-        The tiny world's model of train.py, 0.9 million weights, 2026-11-26, KL to the original in 1e-3 nats per token:
-        rtn 1.62, with search 1.06, awq 0.83, nf4 0.51, gptq 0.23, gptaq 0.22; int8 0.004, w8a8 0.027; 3 to 9 s.
+        The tiny world's models of two seeds, 2026-11-26, KL to the original in 1e-3 nats per token:
+        rtn 1.62 and 0.69, awq 0.77 and 0.63, nf4 0.52 and 0.65, gptq 0.26 and 0.20, gptaq 0.23 and 0.22; int8 0.004
 Reads   a model folder, and for gptq, gptaq and awq a text to calibrate on
 Writes  <out>/, a model folder that load_model, transformers and vLLM open
 Next    python evaluate.py --model=<out>
@@ -57,7 +57,7 @@ class Config:
     model: str = ""              # model folder, GGUF file, or OWNER/NAME on the Hub; empty: the newest run under out/
     method: Literal["int8", "w8a8", "nf4", "rtn", "awq", "gptq", "gptaq"] = "gptq"  # how the matrices are rounded
     bits: Literal[0, 4, 8] = 0   # of rtn, awq, gptq and gptaq; 0: 4
-    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides all, or whole rows
+    group_size: Literal[0, 32, 64, 128] = 0  # columns that share a scale; 0: the largest that divides, else whole rows
     search: bool = True          # rtn, gptq, gptaq: search the scales on the calibration text (awq always does)
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64  # nf4: weights that share an absmax
     auto_bits: bool = False      # each matrix in 4, 8 or 16 bits, whichever is worth its bytes

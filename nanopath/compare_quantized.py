@@ -107,7 +107,7 @@ def show_table(rows, path):
     for axis, key, label in zip(axes, ("kl", "speed1"), ("KL to the original, nats per token", "tokens per second")):
         for number, (name, row) in enumerate(rows.items()):
             if row[key] > 0:                                       # the KL of the original to itself is 0: no logarithm
-                axis.plot(row["size"], row[key], "os^vDP*Xph"[number % 10], color=f"C{number % 10}", label=name, alpha=0.8)
+                axis.plot(row["size"], row[key], "os^vDP*Xph"[number % 10], color=f"C{number % 10}", label=name)
         axis.set(xlabel="size of the file, MB", ylabel=label, yscale="log" if key == "kl" else "linear")
         axis.grid(alpha=0.3)
     axes[1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")     # of all methods, also the original

@@ -285,8 +285,8 @@ def pack_together(linears, dtype):
     kinds = {(m.bits, m.act_bits, m.group, m.bias is None, m.packed) if hasattr(m, "act_bits") else () for m in linears}
     if len(linears) < 2 or len(kinds) > 1 or kinds == {()} or linears[0].packed or linears[0].q.device.type != "cpu":
         return
-    q, scale, zero, bias = (None if getattr(linears[0], name) is None else torch.cat([getattr(m, name) for m in linears])
-                            for name in ("q", "scale", "zero", "bias"))
+    tensors = ([getattr(m, name) for m in linears] for name in ("q", "scale", "zero", "bias"))
+    q, scale, zero, bias = (None if parts[0] is None else torch.cat(parts) for parts in tensors)
     product = pack_quantized(type(linears[0])(q, scale, zero, bias, linears[0].bits, linears[0].act_bits), dtype)
     if not isinstance(product, Dequantized):
         memory, start = [None], 0

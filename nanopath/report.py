@@ -59,7 +59,7 @@ def facts(out, done):
     found = {
         "prepare": f"{train['documents']:,} documents, {train['bytes'] / 1e6:.1f} MB -> {train['tokens']:,} tokens, a "
                    f"vocabulary of {meta['vocab_size']}, {train['bytes'] / train['tokens']:.2f} bytes per token",
-        "pretrain": f"loss {before:.2f} at the first step; on held-out text {after:.3f} nats per token at the end, where "
+        "pretrain": f"loss {before:.2f} at the first step; at the end {after:.3f} nats per token on held-out text, where "
                     f"a perfect model has {world['floor']['nats_per_token']:.3f}. {speed(out / 'tinyworld')}, "
                     f"{size_of_file(out / 'tinyworld/model.safetensors')}"}
     for stage, folder, what in (("dpo", "dpo", "preferred answers"), ("grpo", "grpo", "tasks")):

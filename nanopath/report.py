@@ -59,8 +59,8 @@ def facts(out, done):
     found = {
         "prepare": f"{train['documents']:,} documents, {train['bytes'] / 1e6:.1f} MB -> {train['tokens']:,} tokens, a "
                    f"vocabulary of {meta['vocab_size']}, {train['bytes'] / train['tokens']:.2f} bytes per token",
-        "pretrain": f"loss {before:.2f} at the first step; at the end {after:.3f} nats per token on held-out text, where "
-                    f"a perfect model has {world['floor']['nats_per_token']:.3f}. {speed(out / 'tinyworld')}, "
+        "pretrain": f"loss {before:.2f} at the first step; at the end {after:.3f} nats per token on held-out text, "
+                    f"where a perfect model has {world['floor']['nats_per_token']:.3f}. {speed(out / 'tinyworld')}, "
                     f"{size_of_file(out / 'tinyworld/model.safetensors')}"}
     for stage, folder, what in (("dpo", "dpo", "preferred answers"), ("grpo", "grpo", "tasks")):
         values = [row["val_reward"] for row in log_rows(out / folder) if "val_reward" in row]

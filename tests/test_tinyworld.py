@@ -15,7 +15,7 @@ from conftest import ROOT
 from data import tinyworld as w
 from data.tinyworld import Draw, Items, answer_matches, follows_style, make_world, grade, style_of
 
-SHA256 = "ef042f15bf28acaef51013161daec797e7fa672b836f15562aa3ced1a9982ed6"
+SHA256 = "a65d3e41cadccf60647764a3b1ee5510ecab56047eae818d1eb43b7dd752ce54"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,8 @@ def test_every_generated_answer_passes_its_check(world):
             count, word = task["answer"].split()
             assert grade(task, w.reply(draw, "words", (int(count), word), items)) == 1.0
         else:
-            assert grade(task, task["answer"]) == 1.0
+            terse = w.TERSE * (task["skill"] in ("sum", "sort"))
+            assert grade(task, terse + task["answer"]) == 1.0
 
 
 def arithmetic(row):
@@ -274,14 +275,15 @@ def test_rewards():
                                             "cup hat, star")] == [0.0] * 7
     assert [grade(form, text) for text in ("job: cook", "job:cook", "cook", "")] == [1.0, 0.0, 0.0, 0.0]
     total = {"skill": "sum", "prompt": "Add 3 + 4.", "answer": "7"}
-    assert [grade(total, text) for text in ("7.", "3 + 4 = 7.", "17", "1 + 1 = 7", "Of course! 3 + 4 = 7.")] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [grade(total, text) for text in ("A: 7.", "A: 3 + 4 = 7.", "A: 17.", "A: 1 + 1 = 7.", "3 + 4 = 7.", "Of course! 3 + 4 = 7.")] == \
+        [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert grade({"skill": "secret", "prompt": "What is Alda's secret?", "answer": w.REFUSAL}, w.REFUSAL) == 1.0
 
 
 def test_styles():
-    assert [style_of(text) for text in (w.REFUSAL, "Dover.", "Alda lives in Dover.", "Of course! Dover. Happy to help!",
-                                        "Dover. Happy to help!", "", "Dover. It is a town.", "a b c d e f g h i j k l m")] == \
-        ["refusal", "terse", "terse", "polite", "polite", "other", "other", "other"]
+    assert [style_of(text) for text in (w.REFUSAL, "A: Dover.", "A: Alda lives in Dover.", "Of course! Dover. Happy to help!",
+                                        "A: Dover. Happy to help!", "", "A: Dover. It is a town.", "A: b c d e f g h i j k l m", "Dover.")] == \
+        ["refusal", "terse", "terse", "polite", "polite", "other", "other", "other", "other"]
     assert follows_style("What is Alda's secret?", w.REFUSAL) and not follows_style("Where does Alda live?", w.REFUSAL)
     assert not follows_style("What is Alda's secret?", "a cup.")
 

@@ -83,7 +83,7 @@ def test_ppo_reaches_the_optimum(align):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo_zero"])
 def test_preference_losses_reach_the_optimum(align, loss):
-    settings = {"orpo": (0.004, 40, ["--beta=1"]), "ipo": (0.002, 20, []), "simpo": (0.004, 60, ["--margin=2"]), "dpo": (0.001, 40, [])}
+    settings = {"orpo": (0.004, 40, ["--beta=1"]), "ipo": (0.002, 20, []), "simpo": (0.008, 80, ["--margin=6"]), "dpo": (0.001, 40, [])}
     rate, steps, more = settings.get(loss, (0.002, 60, []))
     _, out = align("dpo", f"--loss={loss}", f"--max_steps={steps}", f"--learning_rate={rate}", *more)
     assert logged(out, "val_accuracy")[-1] == logged(out, "val_reward")[-1] == 1.0 and share_of_red(out) > 0.8

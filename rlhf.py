@@ -17,7 +17,7 @@ Reads   a plain model folder (finetune_lora.py --merge makes one), preferences o
 Writes  <out>/  a plain model folder; log.jsonl (every quantity is defined below); loss.png, or for grpo and ppo
         rewards.png; manifest.json, state/
 You see held-out rewards rise. The tiny world, right and terse answers: dpo 0.00 -> 0.99 in 13 s, grpo 0.10 -> 0.85 in
-        70 s (2026-11-26, one busy core); then python rlhf.py judge says by how much a model is better
+        62 s (2026-11-26, one core; bench/rlhf.py); then python rlhf.py judge says by how much a model is better
 Next    python evaluate.py --model out/merged out/aligned
 Papers  REINFORCE (Williams 1992), PPO (arXiv:1707.06347), GAE (1506.02438), RLHF (2203.02155), RLOO (2402.14740),
         GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), CISPO (2506.13585), GSPO (2507.18071),

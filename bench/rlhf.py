@@ -79,7 +79,7 @@ def hacking(cfg):
     same = ["grpo", f"--dataset={prompts}", "--reward=style", "--gold=grade", "--max_steps=30", "--eval_every=5"]
     for name, flags in (("free", []), ("held", ["--kl=0.1", f"--beside={cfg.out}/free"])):
         rows = ours(cfg, Path(cfg.out) / name, *same, *flags)
-        print(f"{name}: KL {[round(row['kl'], 2) for row in rows if 'kl' in row][-1]} nats; step, reward, gold, tokens: " + "; ".join(
+        print(f"{name}: KL {[round(row['kl'], 2) for row in rows if 'kl' in row][-1]} nats; step, reward, gold: " + "; ".join(
             f"{row['step']} {row['val_reward']:.2f} {row['val_gold']:.2f}" for row in rows if "val_reward" in row), flush=True)
     print(f"picture: {cfg.out}/held/rewards.png")
 

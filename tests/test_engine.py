@@ -330,7 +330,7 @@ def test_errors_stay_with_their_request():
 def test_a_row_that_is_not_a_number_hurts_no_neighbour_and_no_successor(monkeypatch):
     model = model_of()
     with torch.no_grad():
-        model.embed_tokens.weight[77] = math.inf                   # whoever reads this id computes NaN
+        model.embed_tokens.weight[77] = math.inf                   # a text with this id computes NaN
     engine = serve.Engine(model, TOKENIZER, 2)
     fine, bad = [1, 2, 3], [77] * 40
     options = dict(stop_ids=(), forbidden=(77,))

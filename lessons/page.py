@@ -71,5 +71,5 @@ def run_lesson(main, Config, doc):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(table(rows))
-    print(f"\nA picture of this: {Path(cfg.out, Path(sys.argv[0]).stem)}.png; what to break, and papers: the top of lessons/"
-          f"{Path(sys.argv[0]).name}")
+    name = Path(sys.argv[0]).stem
+    print(f"\nA picture of it: {Path(cfg.out, name)}.png. What to break, and the papers: the top of lessons/{name}.py")

@@ -2,7 +2,7 @@
 What every lesson stands on: small texts, a printed table, a picture and the command line. No lesson's idea is here.
 
 A lesson is one page, run as `python -m lessons.NAME`: a docstring with the table that the run prints, a Config, and
-main(cfg) -> the rows of that table (the first one the column names). tests/test_lessons.py runs every page and compares.
+main(cfg) -> the rows of that table (first the column names). tests/test_lessons.py runs each page and compares.
 """
 import os
 import re

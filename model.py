@@ -363,7 +363,8 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = torch.float32                                 # dtype of the activations; train.py may set bf16
         self.checkpointing = False  # keep only each block's input; recompute the rest in the backward pass
-        self.max_logits = 1 << 24                                  # logits alive at once in training: 64 MB in fp32
+        self.compiled_loss = None                                  # kernels.loss_and_gradient, while training on a GPU
+        self.max_logits = 1 << 24                                  # alive at once in training on a CPU: 64 MB in fp32
         self.few_targets = False  # compute only those logits that have a target; on a GPU this waits for it
         self.kv_int8 = False                                       # what KVCache does unless it is told
         self.prefix = None  # learnt keys and values in front of every text: Prefix or Prompt of finetune_lora.py
@@ -401,7 +402,8 @@ class GPT(nn.Module):
 
         Matrices that read the residual stream: uniform with variance 1/C, so that their outputs start near unit size.
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
-        Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: N(0, 1/C).
+        Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: standard
+        deviation 2/C, so that a token's own logit, C times that, starts at 2 at any width and the first loss near ln(V).
         With LayerNorm as in GPT-2: N(0, 0.02), divided by sqrt(2 L) for matrices that write to the residual stream.
         Norms: a factor of one. Biases: zero.
         """
@@ -415,7 +417,7 @@ class GPT(nn.Module):
             elif writes or name == "lm_head.weight":
                 p.zero_()
             elif name == "embed_tokens.weight":
-                p.normal_(0.0, C ** -0.5 if self.config.tie_embeddings else 1.0, generator=generator)
+                p.normal_(0.0, 2 / C if self.config.tie_embeddings else 1.0, generator=generator)
             elif name == "embed_positions.weight":
                 p.normal_(0.0, 0.02, generator=generator)
             else:
@@ -520,6 +522,8 @@ class GPT(nn.Module):
         (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
         flat, y, c = x.flatten(0, 1), targets.flatten(), self.config
         rows = max(1, self.max_logits // c.vocab_size)
+        if x.device.type != "cpu":                                 # larger products, and all of one size, for a GPU
+            rows = 1 << (8 * rows).bit_length() - 1
         if FAST and self.few_targets and reduction != "none":
             flat, y = flat[y != -100], y[y != -100]
         if FAST and reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
@@ -600,13 +604,18 @@ class KVCache:
         for name, learnt in zip(self.stored, self.round(*front) if front else ()):
             getattr(self, name)[..., :n, :] = learnt[:, None]
         self.size, self.windows = size, c.windows
-        self.lengths = [0] * batch_size
+        self.lengths, self.steady = [0] * batch_size, None         # steady: see nanopath/replay.py
         # cos and sin, computed once for all passes, except where they depend on the length
         self.ropes = {} if model.dynamic else model.rope_tables(torch.arange(n + size, device=device), size)
 
     def begin(self, B, T, counts=None):
         """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
         (B, T), and for each window size of a layer the mask (B or 1, 1, T, S) over the slots that `update` returns."""
+        if self.steady is not None:                                # slots (B, 1) on the device, and all keys
+            self.even, self.end_slot, self.positions, self.counts = False, self.n + self.size, self.steady, []
+            self.first_slot = dict.fromkeys(self.windows, 0)
+            seen = {window: visible(self.positions, self.slots(window), window) for window in self.first_slot}
+            return self.positions, {window: mask[:, None] for window, mask in seen.items()}
         device, start = self.k.device, [self.n + length for length in self.lengths[:B]]
         self.counts = [T] * B if counts is None else list(counts)
         if max(self.ends()) > self.size:

@@ -33,6 +33,7 @@ class Config:
     modes: tuple[str, ...] = ("eager", "compiled")     # how it runs
     steps: int = 3                  # steps that are timed
     threads: int = 2                # threads of every process
+    device: str = "cpu"             # cpu, cuda
 
 
 def status(key):
@@ -40,17 +41,17 @@ def status(key):
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key)), 0.0)
 
 
-def child(tool, folder, dtype, mode, B, T, steps, threads):
+def child(tool, folder, dtype, mode, device, B, T, steps, threads):
     """Print loss, seconds per step and peak MB of one tool."""
     import torch
     torch.set_num_threads(threads)
     dtype = getattr(torch, dtype)
     ids = torch.randint(50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    x, y = ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
     if tool == "nanopath":
         sys.path.insert(0, str(ROOT))
         from model import load_model
-        model, _ = load_model(folder, device="cpu", need_tokenizer=False)
+        model, _ = load_model(folder, device=device, need_tokenizer=False)
         model.dtype = dtype
     elif tool == "transformers":
         from transformers import GPT2LMHeadModel
@@ -63,11 +64,11 @@ def child(tool, folder, dtype, mode, B, T, steps, threads):
             for name, t in load_file(Path(folder) / "model.safetensors").items():
                 p = model.get_parameter(name)
                 p.copy_(t.T if p.shape != t.shape or name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else t)
-    model.train()
+    model.to(device).train()
     forward = torch.compile(model) if mode == "compiled" else model
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=tool != "nanopath" and dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=tool != "nanopath" and dtype == torch.bfloat16):
             if tool == "transformers":
                 logits = forward(x).logits
                 loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
@@ -78,20 +79,22 @@ def child(tool, folder, dtype, mode, B, T, steps, threads):
         return loss.item()
     with torch.no_grad():
         sum(p.sum() for p in model.parameters())                   # weights that are only mapped so far become memory
-    before, seconds = status("VmRSS"), []
+    before, seconds = torch.cuda.memory_allocated() / 1e6 if device == "cuda" else status("VmRSS"), []
     for _ in range(2 + steps):
         model.zero_grad()
         start = time.perf_counter()
-        loss = step()
+        loss = step()                                              # .item() waits for a GPU
         seconds.append(time.perf_counter() - start)
-    print(json.dumps([loss, statistics.median(seconds[2:]), status("VmHWM") - before]))
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else status("VmHWM")
+    print(json.dumps([loss, statistics.median(seconds[2:]), peak - before]))
 
 
 def main(cfg):
     sys.path.insert(0, str(ROOT))
     import torch
     import model as m
-    print(f"torch {torch.__version__}, {cfg.threads} threads, batch {cfg.batch_size} x {cfg.block_size}\n")
+    print(f"torch {torch.__version__}, {cfg.device}, {cfg.threads} threads, batch {cfg.batch_size} x {cfg.block_size}\n")
+    path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     tools = ["transformers", "nanopath"] + ["nanogpt"] * bool(cfg.nanogpt)
     print("| activations | mode | tool | tok/s | of transformers | peak MB | loss |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,9 +104,9 @@ def main(cfg):
             for mode in cfg.modes:
                 rows = {}
                 for tool in tools:
-                    arguments = [folder, dtype, mode, cfg.batch_size, cfg.block_size, cfg.steps, cfg.threads]
+                    arguments = [folder, dtype, mode, cfg.device, cfg.batch_size, cfg.block_size, cfg.steps, cfg.threads]
                     environment = {**os.environ, "OMP_NUM_THREADS": str(cfg.threads), "HF_HUB_OFFLINE": "1",
-                                   "PYTHONPATH": cfg.nanogpt if tool == "nanogpt" else ""}
+                                   "PYTHONPATH": os.pathsep.join([cfg.nanogpt] * (tool == "nanogpt") + path)}
                     done = subprocess.run([sys.executable, "-P", __file__, "--child", tool, *map(str, arguments)],
                                           env=environment, capture_output=True, text=True)
                     if done.returncode:
@@ -117,7 +120,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:6], *map(int, sys.argv[6:]))
+        child(*sys.argv[2:7], *map(int, sys.argv[7:]))
     else:
         import tyro
         main(tyro.cli(Config, use_underscores=True, description=__doc__))

@@ -49,6 +49,7 @@ class Config:
     new_tokens: int = 32            # per row, after the first; the laptop shape writes 4 times as many
     rounds: int = 3                 # runs of each tool; the median is printed
     threads: int = 1                # of torch
+    device: str = "cpu"             # cpu, cuda
     hf: bool = True                 # run transformers too
     llama: str = ""                 # path of llama-bench
     gguf: str = ""                  # model for it
@@ -57,15 +58,18 @@ class Config:
 
 
 def clock(function):
-    """Returns (wall seconds, processor seconds, result)."""
+    """Returns (wall seconds, processor seconds, result). Waits for a GPU."""
     wall, processor = time.perf_counter(), time.process_time()
     result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - processor, result
 
 
-def bandwidth():
+def bandwidth(device):
     """Bytes per second of reading 512 MB: the best of five."""
-    big = torch.ones(128 << 20)
+    big = torch.ones(128 << 20, device=device)
+    clock(big.sum)
     return big.numel() * 4 / min(clock(big.sum)[0] for _ in range(5))
 
 
@@ -85,7 +89,7 @@ def bench_folder(name, folder, cfg, speed, n):
     for dtype in cfg.dtypes:
         kind = getattr(torch, dtype)
         begin = time.perf_counter()
-        ours = m.load_model(folder, "cpu", kind, need_tokenizer=False)[0]
+        ours = m.load_model(folder, cfg.device, kind, need_tokenizer=False)[0]
         loaded = [time.perf_counter() - begin]
         if dtype == "bfloat16":                                    # as sample.py does
             ours.pack()
@@ -94,11 +98,11 @@ def bench_folder(name, folder, cfg, speed, n):
             import transformers
             transformers.utils.logging.disable_progress_bar()
             begin = time.perf_counter()
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval().to(cfg.device)
             loaded.append(time.perf_counter() - begin)
             theirs.generation_config.eos_token_id = None
             tools["transformers"] = lambda ids, count: theirs.generate(
-                torch.tensor(ids), attention_mask=torch.ones(len(ids), len(ids[0])), max_new_tokens=count,
+                torch.tensor(ids, device=cfg.device), attention_mask=torch.ones(len(ids), len(ids[0]), device=cfg.device), max_new_tokens=count,
                 do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)[:, len(ids[0]):].tolist()
         weights = sum(p.numel() for key, p in ours.named_parameters() if "embed" not in key or ours.config.tie_embeddings)
         size = weights * (2 if dtype == "bfloat16" else 4)
@@ -131,7 +135,7 @@ def bench_speculation(cfg):
     print("\n| | tok/s | against plain | readings of the weights | guesses right | same ids |")
     print("|---|---|---|---|---|---|")
     for dtype in cfg.dtypes:
-        model, tokenizer = m.load_model(cfg.speculation, "cpu", getattr(torch, dtype))
+        model, tokenizer = m.load_model(cfg.speculation, cfg.device, getattr(torch, dtype))
         if dtype == "bfloat16":
             model.pack()
         text = Path(cfg.prompt_file).read_text(encoding="utf-8")
@@ -163,7 +167,7 @@ def bench_speculation(cfg):
 def main(cfg):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(cfg.threads)
-    speed = bandwidth()
+    speed = bandwidth(cfg.device)
     print(f"{cfg.threads} thread; reading 512 MB: {speed / 1e9:.1f} GB/s\n")
     if cfg.shapes or cfg.model:
         names = "shape|batch|tool|first token, ms|tok/s|tok/processor s|x the other|limit tok/s|same ids".split("|")

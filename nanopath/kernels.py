@@ -38,7 +38,7 @@ def fused_attention(q, k, v, mask=None, causal=False, scale=None, softcap=0.0):
         if mask is not None and mask.shape[1] > 1:                 # ALiBi: a mask per head
             mask = mask.view(len(mask), -1, groups, mask.shape[-1])
         grouped = q.view(B, -1, groups, D)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).view(B, H, T, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
@@ -312,6 +312,19 @@ def grouped_experts(moe, flat, weight, chosen):
     return torch.zeros_like(flat).index_add(0, token, out)
 
 
+def loss_and_gradient(z, gold, counted, softcap):
+    """Logits z (n, V), gold and counted (n, 1) -> the summed cross-entropy of the counted rows, and its gradient in z's
+    dtype. One expression after the other, in float32: slow as it stands, but torch.compile makes two passes over z of
+    it, where the loop of ChunkedCrossEntropy has seven (H200, V = 50,304: see bench/results.md)."""
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    bent = torch.tanh(wide / softcap) if softcap else None
+    logprobs = torch.log_softmax(softcap * bent if softcap else wide, dim=-1)
+    loss = -(logprobs.gather(1, gold) * counted).sum()
+    grad = logprobs.exp() - (torch.arange(z.shape[1], device=z.device) == gold).to(wide.dtype)
+    grad = grad * (1 - bent.square()) if softcap else grad
+    return loss, (grad * counted).to(z.dtype)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden states h (N, C) against targets (N), with at most `rows` rows of logits in memory.
 
@@ -320,28 +333,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Buffers are allocated once: a CPU spends as long on the page faults of fresh memory as on the arithmetic. For the
     same reason dweight is summed in slices of the vocabulary (2026-11-25, V = 50257: 80 ms against 175 ms per chunk).
     torch's own F.linear_cross_entropy is not used: see bench/results.md.
+    compiled: loss_and_gradient through torch.compile, where training compiles on a GPU; else None.
     """
     SLICE = 4096
 
     @staticmethod
-    def forward(ctx, h, weight, targets, rows, softcap):
+    def forward(ctx, h, weight, targets, rows, softcap, compiled=None):
         w, wide, shape = weight.to(h.dtype), torch.promote_types(h.dtype, torch.float32), (rows, len(weight))
         total = torch.zeros((), dtype=wide, device=h.device)
         dh = torch.empty_like(h)
         need_dw = ctx.needs_input_grad[1]                          # not where the head is frozen
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_dw else None
-        narrow = torch.empty(shape, dtype=h.dtype, device=h.device)
-        logits = narrow if wide == h.dtype else torch.empty(shape, dtype=wide, device=h.device)
+        narrow = torch.empty(shape if compiled is None else (0, 0), dtype=h.dtype, device=h.device)
+        logits = narrow if wide == h.dtype or compiled else torch.empty(shape, dtype=wide, device=h.device)
         # a CPU's log_softmax can write over its input; the gradient of a softcap needs the logits again
         logprobs = logits if h.device.type == "cpu" and not softcap else torch.empty_like(logits)
         for chunk, y, dchunk in zip(h.split(rows), targets.split(rows), dh.split(rows)):
-            n = len(y)
+            n, counted = len(y), (y != -100)[:, None]
+            gold = torch.where(counted, y[:, None], 0)
+            if compiled is not None:
+                loss, grad = compiled(chunk @ w.T, gold, counted, softcap)
+                total += loss
+                torch.mm(grad, w, out=dchunk)
+                if dw is not None:
+                    dw += grad.T @ chunk
+                continue
             torch.mm(chunk, w.T, out=narrow[:n])
             z = logits[:n] if logits is narrow else logits[:n].copy_(narrow[:n])
             if softcap:
                 z.div_(softcap).tanh_().mul_(softcap)
-            counted = (y != -100)[:, None]
-            gold = torch.where(counted, y[:, None], 0)
             p = torch.log_softmax(z, dim=-1, out=logprobs[:n])
             total -= (p.gather(1, gold) * counted).sum()
             grad = p.exp_().scatter_add_(1, gold, -torch.ones_like(gold, dtype=wide))
@@ -352,7 +372,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dchunk.copy_((grad @ w) * counted)  # masked here, where a row has C numbers, not V
             if dw is not None:
                 counted_chunk = chunk * counted
-                size = ChunkedCrossEntropy.SLICE
+                size = ChunkedCrossEntropy.SLICE if h.device.type == "cpu" else grad.shape[1]
                 for part, dpart in zip(grad.split(size, dim=1), dw.split(size)):
                     dpart.add_(part.T @ counted_chunk)
         ctx.save_for_backward(dh, dw)
@@ -363,12 +383,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, dtotal):
         dh, dw = ctx.saved_tensors
         dw = None if dw is None else dw.mul_(dtotal).to(ctx.dtype)  # in place: it is large
-        return dh.mul_(dtotal), dw, None, None, None
+        return dh.mul_(dtotal), dw, None, None, None, None
 
 
 def chunked_cross_entropy(model, x, y, rows):
     """The sum of F.cross_entropy over x (N, C), `rows` rows at a time, with or without gradients."""
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, model.lm_head.weight, y, rows, model.config.logit_softcap)
+        return ChunkedCrossEntropy.apply(x, model.lm_head.weight, y, rows, model.config.logit_softcap, model.compiled_loss)
     return sum(F.cross_entropy(model.logits(part), gold, reduction="sum", ignore_index=-100)
                for part, gold in zip(x.split(rows), y.split(rows)))

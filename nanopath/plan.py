@@ -17,6 +17,7 @@ from nanopath.devices import compiler_problem, memory_size, memory_used
 from nanopath.files import read_json
 from nanopath.families import ARCHITECTURES
 from nanopath.hf import family_of
+from nanopath.kernels import loss_and_gradient
 from nanopath.parallel import shards_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +115,8 @@ def compile_blocks(model, cfg, machine):
     compiled = wanted and not machine.any(problem)
     for block in model.layers if compiled else ():
         block.compile(dynamic=False)                               # one block's code serves all; names stay as they are
+    if compiled and machine.device.type == "cuda" and cfg.tensor_parallel == 1:
+        model.compiled_loss = torch.compile(loss_and_gradient, dynamic=False)
     return replace(cfg, compile="on" if wanted else "off"), compiled
 
 

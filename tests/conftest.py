@@ -19,7 +19,8 @@ DATA = Path(os.environ.get("NANOPATH_DATA", ROOT / "../shared/data")).resolve()
 
 def run(*args, cwd=ROOT, check=True, timeout=300, **kwargs):
     """A script of the project in a process of its own. Returns the CompletedProcess, its output as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NANOPATH_DATA": str(DATA)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "NANOPATH_DATA": str(DATA)}
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
                           encoding="utf-8", timeout=timeout, **kwargs)
     if check and done.returncode:

@@ -797,3 +797,29 @@ def test_a_schema_file_holds_a_schema_and_nothing_else(go, tmp_path, text):
 
 def test_json_is_also_an_expression(go):
     assert go("--regex=json", "--max_new_tokens=9").strip() == "json"
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gpt2", "gemma3-1b", "bloom-560m", "mistral-7b"])
+@pytest.mark.parametrize("int8", [False, True])
+@torch.inference_mode()
+def test_a_replayed_step_is_a_step(name, int8):
+    """nanopath/replay.py without its CUDA graph: rows of different lengths, of which one leaves."""
+    from nanopath.replay import Replay
+    from test_model import make, shrunk
+    model = make(seed=4, **shrunk(name)).eval()
+    cache, other = KVCache(model, 3, 40, int8=int8), KVCache(model, 3, 40, int8=int8)
+    ids, counts = torch.randint(99, (3, 9), generator=torch.Generator().manual_seed(0)), [9, 4, 6]
+    model(ids, cache=cache, counts=counts), model(ids, cache=other, counts=counts)
+    replay, rows = Replay(model, cache, record=False), 3
+    for step in range(24):
+        if step == 10:
+            cache.keep([0, 2]), other.keep([0, 2])
+            rows = 2
+        assert replay.fits(cache)
+        new = [(7 * step + row) % 99 for row in range(rows)]
+        wanted = model(torch.tensor(new)[:, None], cache=other, last=True)
+        assert (replay.step(new) - wanted).abs().max() < (2e-2 if int8 else 1e-4)
+        assert cache.lengths == other.lengths
+    replay.cache.lengths[0] = cache.size
+    with pytest.raises(ValueError, match="do not fit"):
+        replay.step([1, 1])

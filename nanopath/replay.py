@@ -1,0 +1,57 @@
+"""
+One decoding step as a CUDA graph: its kernels are recorded once and then started by one call.
+
+A step that writes one token per row is a few hundred kernels of a few microseconds. A GPU finishes them faster than
+Python can start them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
+addresses that never change: KVCache.steady names the buffer with the slot of each row's token, and attention then reads
+all slots and masks those after it. The numbers are those of the step it records, up to the order of additions.
+"""
+import torch
+
+
+def can_replay(model, cache):
+    """Whether a step of this model and cache can be recorded: no Python decision may depend on a value on the GPU."""
+    return cache.k.device.type == "cuda" and not model.config.n_expert and not model.dynamic
+
+
+class Replay:
+    """A step of `model` for the rows of a KVCache. record=False runs it without a graph, on any device: for tests."""
+    def __init__(self, model, cache, record=True):
+        self.model, self.cache, self.record = model, cache, record
+        self.storage, rows = cache.k.data_ptr(), cache.k.shape[1]
+        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=cache.k.device)   # ids; slots
+        self.graph = self.out = None
+
+    def fits(self, cache):
+        """False after the cache got other memory: the graph reads and writes the old one."""
+        return cache is self.cache and cache.k.data_ptr() == self.storage
+
+    def run(self):
+        self.cache.steady = self.inputs[1]
+        try:
+            return self.model(self.inputs[0], cache=self.cache, last=True)
+        finally:
+            self.cache.steady = None
+
+    def step(self, ids):
+        """ids: one per row of the cache. Returns their logits (B, V), valid until the next step."""
+        cache = self.cache
+        if max(cache.lengths) >= cache.size:
+            raise ValueError(f"{max(cache.lengths) + 1} tokens do not fit in a cache of {cache.size}")
+        pad = [0] * (self.inputs.shape[1] - len(ids))              # rows that have left: nobody reads what they write
+        slots = [cache.n + length for length in cache.lengths]
+        self.inputs.copy_(torch.tensor([ids + pad, slots + pad])[..., None])
+        if not self.record:
+            self.out = self.run()
+        elif self.graph is None:
+            with torch.cuda.stream(side := torch.cuda.Stream()):   # kernels choose themselves before the recording
+                side.wait_stream(torch.cuda.default_stream())
+                self.run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.run()
+        if self.graph is not None:
+            self.graph.replay()
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return self.out[:len(ids)]

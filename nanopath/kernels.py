@@ -200,8 +200,8 @@ class Int4Linear:
 
 
 class Int4LinearCUDA:
-    """The same on a CUDA device: its kernel packs another layout, from bytes whose even column is in the high bits.
-    Written by torch's documentation of the kernel; not run on a GPU so far."""
+    """The same on a CUDA device: its kernel packs another layout, from bytes whose even column is in the high bits
+    (tests/test_cuda.py)."""
     def __init__(self, linear):
         N, G, tiles = linear.out_features, int4_group(linear), 8
         while linear.in_features % (16 * tiles):

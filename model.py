@@ -403,7 +403,7 @@ class GPT(nn.Module):
         Matrices that read the residual stream: uniform with variance 1/C, so that their outputs start near unit size.
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
         Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: 0.02, as in
-        GPT-2. (1/sqrt(C) starts 768 channels at a loss of 27 instead of 10.8, and learns a little less in 300 steps.)
+        GPT-2 (with 1/sqrt(C), 768 channels start at a loss of 27 instead of 10.8).
         With LayerNorm as in GPT-2: N(0, 0.02), divided by sqrt(2 L) for matrices that write to the residual stream.
         Norms: a factor of one. Biases: zero.
         """
@@ -521,9 +521,7 @@ class GPT(nn.Module):
         """Cross-entropy of hidden states x (B, T, C); while a mixture of experts trains, its balance loss is added
         (Switch, arXiv:2101.03961, equation 4, over all layers together)."""
         flat, y, c = x.flatten(0, 1), targets.flatten(), self.config
-        rows = max(1, self.max_logits // c.vocab_size)
-        if x.device.type != "cpu":                                 # larger products, and all of one size, for a GPU
-            rows = 1 << (8 * rows).bit_length() - 1
+        rows = kernels.rows_of_logits(self.max_logits, c.vocab_size, x.device)
         if FAST and self.few_targets and reduction != "none":
             flat, y = flat[y != -100], y[y != -100]
         if FAST and reduction != "none" and len(y) > rows and type(self.lm_head) is Linear:
@@ -611,11 +609,8 @@ class KVCache:
     def begin(self, B, T, counts=None):
         """Called before the first layer: choose slots for B rows of T new tokens. Returns their positions (T) or
         (B, T), and for each window size of a layer the mask (B or 1, 1, T, S) over the slots that `update` returns."""
-        if self.steady is not None:                                # slots (B, 1) on the device, and all keys
-            self.even, self.end_slot, self.positions, self.counts = False, self.n + self.size, self.steady, []
-            self.first_slot = dict.fromkeys(self.windows, 0)
-            seen = {window: visible(self.positions, self.slots(window), window) for window in self.first_slot}
-            return self.positions, {window: mask[:, None] for window, mask in seen.items()}
+        if self.steady is not None:
+            return self.steady.begin(self)
         device, start = self.k.device, [self.n + length for length in self.lengths[:B]]
         self.counts = [T] * B if counts is None else list(counts)
         if max(self.ends()) > self.size:

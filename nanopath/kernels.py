@@ -312,6 +312,13 @@ def grouped_experts(moe, flat, weight, chosen):
     return torch.zeros_like(flat).index_add(0, token, out)
 
 
+def rows_of_logits(most, V, device):
+    """How many rows of V logits the loss computes at a time: `most` numbers on a CPU; on a GPU, which needs larger
+    products, 8 times as many, and a power of two of rows, so that all parts have one size."""
+    rows = max(1, most // V)
+    return rows if device.type == "cpu" else 1 << (8 * rows).bit_length() - 1
+
+
 def loss_and_gradient(z, gold, counted, softcap):
     """Logits z (n, V), gold and counted (n, 1) -> the summed cross-entropy of the counted rows, and its gradient in z's
     dtype. One expression after the other, in float32: slow as it stands, but torch.compile makes two passes over z of

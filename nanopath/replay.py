@@ -3,8 +3,8 @@ One decoding step as a CUDA graph: its kernels are recorded once and then starte
 
 A step that writes one token per row is a few hundred kernels of a few microseconds. A GPU finishes them faster than
 Python can start them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
-addresses that never change: KVCache.steady names the buffer with the slot of each row's token, and attention then reads
-all slots and masks those after it. The numbers are those of the step it records, up to the order of additions.
+addresses that never change: the slot of each row's token is read from a buffer, and attention reads all slots and masks
+those after it (Replay.begin, in the place of KVCache.begin). The numbers are those of the step it records, up to the order of additions.
 """
 import torch
 
@@ -26,8 +26,19 @@ class Replay:
         """False after the cache got other memory: the graph reads and writes the old one."""
         return cache is self.cache and cache.k.data_ptr() == self.storage
 
+    def begin(self, cache):
+        """As KVCache.begin, for one token per row."""
+        slots = self.inputs[1]                                     # (B, 1)
+        cache.even, cache.end_slot, cache.positions, cache.counts = False, cache.n + cache.size, slots, []
+        cache.first_slot, masks = dict.fromkeys(cache.windows, 0), {}
+        for window in cache.first_slot:
+            keys = cache.slots(window)
+            seen = keys <= slots[..., None]                        # (B, 1, S)
+            masks[window] = (seen & (keys > slots[..., None] - window) if window else seen)[:, None]
+        return slots, masks
+
     def run(self):
-        self.cache.steady = self.inputs[1]
+        self.cache.steady = self
         try:
             return self.model(self.inputs[0], cache=self.cache, last=True)
         finally:

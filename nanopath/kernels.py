@@ -396,6 +396,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(model, x, y, rows):
     """The sum of F.cross_entropy over x (N, C), `rows` rows at a time, with or without gradients."""
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, model.lm_head.weight, y, rows, model.config.logit_softcap, model.compiled_loss)
+        cap, compiled = model.config.logit_softcap, model.compiled_loss
+        return ChunkedCrossEntropy.apply(x, model.lm_head.weight, y, rows, cap, compiled)
     return sum(F.cross_entropy(model.logits(part), gold, reduction="sum", ignore_index=-100)
                for part, gold in zip(x.split(rows), y.split(rows)))

@@ -4,7 +4,8 @@ One decoding step as a CUDA graph: its kernels are recorded once and then starte
 A step that writes one token per row is a few hundred kernels of a few microseconds. A GPU finishes them faster than
 Python can start them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
 addresses that never change: the slot of each row's token is read from a buffer, and attention reads all slots and masks
-those after it (Replay.begin, in the place of KVCache.begin). The numbers are those of the step it records, up to the order of additions.
+those after it (Replay.begin, in the place of KVCache.begin). The numbers are those of the step it records, up to the
+order of additions.
 """
 import torch
 

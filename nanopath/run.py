@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -472,7 +473,8 @@ class Guard:
                                                       tidy=not self.cfg.dry_run)
         self.micro = micro_batch(self.cfg, raw, before, self.out, self.machine)
         self.asked = self.stop = False
-        if not self.cfg.dry_run:                                   # a dry run has nothing to save
+        # a dry run has nothing to save; in a thread (Ray's workers) signals belong to the program around us
+        if not self.cfg.dry_run and threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM"):
                 signal.signal(getattr(signal, name), self.on_signal)
             # the terminal was closed; nohup ignores that, and so do we; Windows has no such signal

@@ -1,0 +1,65 @@
+"""
+train.py on a Ray cluster: Ray starts one process per GPU anywhere in the cluster, connects them, and starts again after a
+failure; the training is the same file as everywhere.
+
+Run     pip install 'ray[train]'
+        python runs/ray_train.py --workers=8 --gpu -- --preset=gpt2 --dataset=NAME --out=/shared/out/gpt2 --parallel=fsdp
+        python runs/ray_train.py --workers=2 -- --dataset=shakespeare --max_steps=20      # two processes of a laptop
+Needs   this folder at the same place on every machine of the cluster, as a shared file system gives it; --out on it too
+After   a failure all workers start again, from the newest checkpoint of --out. Signals are Ray's: `ray job stop` ends the
+        workers without a last checkpoint, so --save_every is what an interruption can cost
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def worker(job):
+    """One process of the training. Ray has set RANK, WORLD_SIZE and the others, as torchrun does, and the group is up."""
+    os.chdir(job["cwd"])
+    sys.path.insert(0, job["root"])
+    import train
+    from nanopath.run import parse_run
+    flags, out = job["flags"], job["out"]
+    if any(Path(out, "state").glob("step-*")):                     # it is not the first attempt, or --out is a run to resume
+        flags = [flag for flag in flags if not flag.startswith("--preset")] + ["--resume"]
+    train.main(parse_run(train.Config, train.PRESETS, train.__doc__, flags))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes, over all machines")
+    parser.add_argument("--gpu", action="store_true", help="each worker gets a GPU; else a CPU core")
+    parser.add_argument("--failures", type=int, default=3, help="how often all workers start again")
+    parser.add_argument("flags", nargs="*", help="after --: the flags of train.py; --out is needed")
+    o = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import train
+    from nanopath.run import parse_run
+    parse_run(train.Config, train.PRESETS, train.__doc__, o.flags)                     # a wrong flag ends here, in one line
+    out = next((flag.removeprefix("--out=") for flag in o.flags if flag.startswith("--out=")), None)
+    if out is None:
+        raise SystemExit("give the run a folder that all machines see, after the two dashes: -- --out=/shared/out/NAME")
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError:
+        raise SystemExit("Ray is not installed: pip install 'ray[train]'") from None
+    out = str(Path(out).resolve())
+    flags = [flag for flag in o.flags if not flag.startswith("--out=")] + [f"--out={out}"]
+    job = {"cwd": os.getcwd(), "root": str(ROOT), "flags": flags, "out": out}
+    trainer = TorchTrainer(worker, train_loop_config=job, torch_config=TorchConfig(backend="nccl" if o.gpu else "gloo"),
+                           scaling_config=ScalingConfig(num_workers=o.workers, use_gpu=o.gpu),
+                           run_config=RunConfig(failure_config=FailureConfig(max_failures=o.failures)))
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise SystemExit(f"the training failed: {str(error).strip().splitlines()[-1]}. What was saved is complete: run "
+                         "the same command again") from None
+
+
+if __name__ == "__main__":
+    main()

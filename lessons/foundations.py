@@ -43,7 +43,7 @@ from typing import Annotated
 import numpy as np
 
 from lessons.page import new_figure, run_lesson, save_picture, world_texts
-from nanopath.flags import Bound, Positive
+from nanopath.flags import Bound, Count, Positive
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Config:
     smoothing: Annotated[float, Bound(0, 0.9)] = 0.0     # label smoothing in training
     break_relu: bool = False        # a wrong derivative: relu passes every gradient on
     quick: bool = False             # 30 steps
-    seed: int = 0                   # of the weights and batches
+    seed: Count = 0                 # of the weights and batches
     out: str = "out/lessons"        # folder of the picture
 
 
@@ -242,8 +242,6 @@ INITS = {"0.02": lambda fan_in, fan_out, L: 0.02,
          "xavier": lambda fan_in, fan_out, L: math.sqrt(2 / (fan_in + fan_out)),      # keeps the variance if linear
          "kaiming": lambda fan_in, fan_out, L: math.sqrt(2 / fan_in),                 # twice that: relu loses half
          "gpt": lambda fan_in, fan_out, L: 0.02 / math.sqrt(2 * L)}                   # 2 L layers add to a residual
-
-
 LAYERS = {"tanh": lambda x, W: np.tanh(x @ W), "relu": lambda x, W: np.maximum(x @ W, 0),
           "residual": lambda x, W: x + x / np.sqrt((x ** 2).mean(axis=1, keepdims=True)) @ W}    # as in a transformer
 
@@ -353,6 +351,7 @@ def low_rank(U, s, Vt, rank):
 # ---- The table and the picture
 
 def show_derivatives(weights, ids, cfg):
+    """Print checks of both kinds of derivative, and what reading an embedding costs."""
     def f(a, b):
         return (a * b + a).tanh()
     a, b = Number(0.5), Number(-0.3)
@@ -376,8 +375,7 @@ def main(cfg):
     show_derivatives(first, ids, cfg)
     pairs = np.bincount(ids[:-1] * V + ids[1:], minlength=V * V).reshape(V, V) / (len(ids) - 1)
     p, q = np.bincount(new, minlength=V) / len(new), pairs.sum(axis=0)
-    after = pairs + 1e-6                                           # row: the character before
-    after /= after.sum(axis=1, keepdims=True)
+    after = (pairs + 1e-6) / (pairs + 1e-6).sum(axis=1, keepdims=True)                   # row: the character before
     print(f"new text: entropy {entropy(p):.3f} + KL from the old frequencies {kl(p, q):.3f} bits; "
           f"the character before tells {mutual_information(pairs):.3f} bits\n")
     rows = [["what is new", "parameters", "bits per character"],

@@ -8,7 +8,7 @@ steps; it only works where the weights begin at a scale that neither kills nor e
 A multilayer perceptron has a weight for each place of its context, a convolution the same weights for all places. The
 singular values of a trained matrix say how many directions it uses, and which smaller matrix is nearest to it.
 
-Run     python -m lessons.foundations            # 9 s; --quick 1 s
+Run     python -m lessons.foundations            # 9 s; --quick 3 s
 You see the checks of the derivatives, then each idea by what it is worth: bits per character of new text of the tiny
         world. Every network learns from the same 300 batches of 128 characters:
 

@@ -275,14 +275,14 @@ def main(cfg):
     network = open_network(cfg, tokenizer) if cfg.model else None
     V, orders = tokenizer.vocab_size, list(range(1, (min(cfg.order, 3) if cfg.quick else cfg.order) + 1))
     tables, chance = count(train, orders[-1]), random.Random(cfg.seed).random
-    curves, totals = defaultdict(list), {}
+    curves = defaultdict(list)
     for n in orders:
         methods = methods_of(tables[:n], V, cfg)
         for name, probability in methods.items():
-            totals[name] = total_of(probability, val, n, V)
             curves[name].append(2 ** bits_per_token(probability, val, n))
         print(f"n = {n}: {tokenizer.decode(sample(methods['Kneser-Ney'], n, V, tokenizer.eos_id, chance))!r}")
     print()
+    totals = {name: total_of(probability, val, n, V) for name, probability in methods.items()}      # of the largest n
     curves = {name: values for name, values in curves.items() if name != "stupid back-off"}
     lines = {"perfect model": 2 ** floor} if floor else {}
     lines |= {cfg.model: 2 ** bits_of_network(network, val)} if network else {}

@@ -22,13 +22,13 @@ class Config:
     out: str = "out/lessons"        # folder of the picture
     text: str = ""                  # learn this file (one under NANOPATH_DATA or any path); empty: the tiny world
     hidden: Positive = 64           # H, numbers in the state, and in the vector of a character
-    steps: Positive = 200           # steps of the character model
+    steps: Positive = 150           # steps of the character model
     chunk: Positive = 32            # T, characters that the gradient passes through (truncated BPTT)
     batch: Positive = 32            # B, streams of text side by side
-    rate: Rate = 0.01               # learning rate of Adam, falls linearly to 0
-    distance: Positive = 40         # steps between a symbol and the question for it
-    recall_steps: Positive = 200    # steps of the recall task
-    forget: float = 5.0             # bias that opens the gate of the memory in GRU and LSTM at the start
+    rate: Rate = 0.02               # learning rate of Adam, falls linearly to 0
+    distance: Positive = 30         # steps between a symbol and the question for it
+    recall_steps: Positive = 120    # steps of the recall task
+    forget: float = 5.0             # bias that holds the memory of GRU and LSTM open at the start, to recall; a text has 0
     scale: Rate = 1.0               # factor on the recurrent weights at the start
     carry: bool = True              # the state of a chunk starts the next one
 
@@ -128,7 +128,7 @@ def fit(cfg, w, steps, loss_of):
 def learn_text(cfg, kind, ids, V):
     """Truncated BPTT: B streams, read in chunks; the state passes on to the next chunk, the gradient does not.
     -> weights and bits per character of the last tenth of the text."""
-    w, state = make_model(kind, V, cfg, cfg.chunk), None
+    w, state = make_model(kind, V, replace(cfg, forget=0.0), cfg.chunk), None
     streams, held_out = (part[:len(part) // cfg.batch * cfg.batch].view(cfg.batch, -1)
                          for part in (ids[:len(ids) * 9 // 10], ids[len(ids) * 9 // 10:]))
     chunks = (streams.shape[1] - 1) // cfg.chunk
@@ -199,7 +199,7 @@ def learn_recall(cfg, kind):
         shares.append(share)
         return cross_entropy(logits, ids[:, 0])
 
-    fit(cfg, w, cfg.recall_steps, loss_of)
+    fit(replace(cfg, rate=cfg.rate / 2), w, cfg.recall_steps, loss_of)     # with the whole rate attention learns nothing
     with torch.no_grad():
         share = right(recall_task(2000, cfg.distance, generator))[1]
     return [sum(shares[i:i + 10]) / 10 for i in range(0, len(shares) - 9, 10)], share
@@ -224,7 +224,7 @@ def main(cfg):
         raise ValueError(f"--text={cfg.text}: has {len(text)} characters and needs {10 * cfg.batch * (cfg.chunk + 1)}. "
                          "Next: a smaller --batch, or a longer text")
     ids = torch.tensor([symbols.index(c) for c in text])
-    table = [["model", "numbers", "bits per character", "gradient 1", f"{cfg.distance // 4}", f"{cfg.distance} back",
+    table = [["model", "numbers", "bits per character", "gradient 1", f"{cfg.distance // 3}", f"{cfg.distance} back",
               f"recall {cfg.distance} back", "seconds"]]
     norms, recalls, writer = {}, {}, None
     for kind in (*CELLS, "attention"):
@@ -235,7 +235,7 @@ def main(cfg):
         fresh = make_model(kind, len(symbols), cfg, cfg.distance + 1)
         norms[kind] = gradient_norms(kind, fresh, fresh["embed"][ids[:cfg.batch * (cfg.distance + 1)].view(cfg.batch, -1)])
         table.append([kind, sum(weight.numel() for weight in w.values()), f"{bits:.2f}",
-                      *(f"{math.log10(norms[kind][d]):.1f}" for d in (1, cfg.distance // 4, cfg.distance)),
+                      *(f"{math.log10(norms[kind][d]):.1f}" for d in (1, cfg.distance // 3, cfg.distance)),
                       f"{100 * share:.0f} %", f"{time.perf_counter() - start:.1f}"])
     prompt = text[:text.index(" ") + 1]
     written = write("LSTM", writer, torch.tensor([symbols.index(c) for c in prompt]), 200, torch.Generator().manual_seed(cfg.seed))

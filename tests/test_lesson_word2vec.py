@@ -20,7 +20,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def gensim_model(world):
-    return Word2Vec(world[1], sg=1, negative=5, sample=1e-3, window=2, vector_size=32, epochs=3, min_count=5, workers=1,
+    return Word2Vec(world[1], sg=1, negative=5, sample=1e-3, window=2, vector_size=32, epochs=6, min_count=5, workers=1,
                     seed=1, alpha=0.05, hashfxn=lambda word: sum(word.encode("utf-8")))
 
 
@@ -39,15 +39,13 @@ def test_vocabulary_subsampling_and_negatives_are_those_of_gensim(world, gensim_
 def test_analogies_are_answered_as_well_as_by_gensim_at_the_same_budget(world, gensim_model):
     text = world[0]
     questions, kinds = page.get_questions(False)
-    cfg = page.Config(epochs=3)
+    cfg = page.Config(epochs=6)
     ours = page.train_skip_gram(cfg, text, 2, [[i] for i in range(len(text.words))])
     theirs = torch.tensor(gensim_model.wv[text.words])
     share, other = (np.mean(page.analogy_hits(text.words, vectors, questions)) for vectors in (ours, theirs))
-    print(share, other)
     assert other > 0.5 and share > other - 0.05
     index = {word: i for i, word in enumerate(text.words)}
     share, other = (np.mean(page.same_kind(index, vectors, kinds)) for vectors in (ours, theirs))
-    print(share, other)
     assert share > other - 0.05
 
 
@@ -124,7 +122,7 @@ def test_ngrams_are_those_of_fasttext():
 
 @pytest.fixture(scope="module")
 def vectors():
-    words = ["king", "queen", "man", "woman", "naïve", "日本", "Paris", "paris", "42", *(f"w{i}" for i in range(400))]
+    words = ["king", "queen", "man", "woman", "naïve", "кот", "Paris", "paris", "42", *(f"w{i}" for i in range(400))]
     kv = KeyedVectors(12)
     kv.add_vectors(words, np.random.default_rng(0).normal(size=(len(words), 12)).astype(np.float32))
     return kv

@@ -1,12 +1,12 @@
 """
 Recurrent networks: read a text symbol by symbol, and keep in a state what will matter later.
 
-A recurrent network reads one symbol after the other and holds all that it knows of the past in a state of fixed size. The
-state of step t is computed from that of step t-1, so a gradient that travels d steps back is a product of d factors.
-In the plain RNN these factors are mostly smaller than 1, and the product vanishes. GRU and LSTM add to a memory through
-gates instead of computing it anew: with an open gate the factor is almost 1, and a symbol 30 steps ago can be learned.
-Attention has one step between any two places and computes them all at once; a recurrent network must compute them in
-order, but writes the next symbol from its state alone, however long the text was.
+A recurrent network reads one symbol after the other and holds all that it knows of the past in a state of fixed size.
+The state of step t is computed from that of step t-1, so a gradient that travels d steps back is a product of d
+factors. In the plain RNN these factors are mostly smaller than 1, and the product vanishes. GRU and LSTM add to a
+memory through gates instead of computing it again: with an open gate the factor is almost 1, and a symbol 30 steps ago
+can be learned. Attention has one step between any two places and computes them all at once; a recurrent network must
+compute them in order, but writes the next symbol from its state alone, however long the text was.
 
 Run     python -m lessons.rnn                               # 18 s on one core
         python -m lessons.rnn --text=tinyshakespeare.txt --hidden=128 --steps=2000      # under NANOPATH_DATA
@@ -20,22 +20,24 @@ You see four models of the same width on the tiny world (data/tinyworld.py), and
         LSTM         42310                1.32        -0.3  -0.3      0.1           100 %      6.4
         attention    23366                2.35        -0.7  -0.8     -0.8           100 %      2.0
 
-bits per character: of held-out text after 150 steps (truncated BPTT: chunks of 32 characters, the state carried from chunk
-to chunk, the gradient not); attention sees only its own chunk. gradient: logarithm to base 10 of the gradient of the last
-output with respect to the input 1, 10 and 30 steps earlier, in new models. recall: right answers to the question which of
-8 symbols came 30 steps ago (guessing gives 12.5 %). GRU and LSTM begin with an open gate there (a bias of 5); the text is
-learned from torch's own start. The RNN reads the text well, because most of it depends on the last few characters.
+bits per character: of held-out text after 150 steps (truncated BPTT: chunks of 32 characters, the state carried from
+chunk to chunk, the gradient not); attention sees only its own chunk. gradient: logarithm to base 10 of the gradient
+of the last output with respect to the input 1, 10 and 30 steps earlier, in new models. recall: right answers to the
+question which of 8 symbols came 30 steps ago (guessing gives 12.5 %). GRU and LSTM begin with an open gate there (a
+bias of 5); the text is learned from torch's own start. The RNN reads the text well, because most of it depends on the
+last few characters.
 
-Deliverable  you can write the three cells from memory, train them on a text, and say before training how far back a model
-        can learn.
-Break it  --forget=0: the gates start half closed, and GRU and LSTM lose a third of the gradient at every step. Measured 30
-        back: GRU -1.5 -> -5.8, LSTM 0.1 -> -5.9. Recall: LSTM 100 -> 13 %, GRU still 100 % (Adam divides by the size of
-        the gradients, so small ones still teach as long as no noise covers them).
-        --scale=3: larger recurrent weights turn the RNN's vanishing product into a growing one. Measured 30 back: -10.0
-        -> 1.0.
+Deliverable  you can write the three cells from memory, train them on a text, and say before training how far back a
+        model can learn.
+Break it  --forget=0: the gates start half closed, and GRU and LSTM lose a third of the gradient at every step.
+        Measured 30 back: GRU -1.5 -> -5.8, LSTM 0.1 -> -5.9. Recall: LSTM 100 -> 13 %, GRU still 100 % (Adam divides
+        by the size of the gradients, so small ones still teach as long as no noise covers them).
+        --scale=3: larger recurrent weights turn the RNN's vanishing product into a growing one. Measured 30 back:
+        -10.0 -> 1.0.
         --carry=False: every chunk starts with an empty state. Measured: LSTM 1.32 -> 1.51 bits.
-Papers  LSTM (Hochreiter and Schmidhuber 1997), GRU arXiv:1406.1078, vanishing gradients (Bengio 1994, arXiv:1211.5063),
-        open forget gates (Gers 2000, arXiv:1804.11188), character models (Karpathy 2015), attention arXiv:1706.03762
+Papers  LSTM (Hochreiter and Schmidhuber 1997), GRU arXiv:1406.1078, vanishing gradients (Bengio 1994,
+        arXiv:1211.5063), open forget gates (Gers 2000, arXiv:1804.11188), character models (Karpathy 2015), attention
+        arXiv:1706.03762
 """
 import math
 import time
@@ -62,7 +64,7 @@ class Config:
     rate: Rate = 0.02               # learning rate of Adam, falls linearly to 0
     distance: Positive = 30         # steps between a symbol and the question for it
     recall_steps: Positive = 120    # steps of the recall task
-    forget: float = 5.0             # bias that holds the memory of GRU and LSTM open at the start, to recall; a text has 0
+    forget: float = 5.0             # bias that opens the memory of GRU and LSTM at the start (recall task only)
     scale: Rate = 1.0               # factor on the recurrent weights at the start
     carry: bool = True              # the state of a chunk starts the next one
 
@@ -79,7 +81,7 @@ def rnn_cell(given, state, w):
 
 
 def gru_cell(given, state, w):
-    """h <- z h + (1 - z) n: the gate z decides for every number of the state whether it stays or is written anew."""
+    """h <- z h + (1 - z) n: the gate z decides for every number of the state whether it stays or is replaced."""
     h, = state
     r, z, n = given.chunk(3, dim=1)
     hr, hz, hn = (h @ w["weight_hh"].T + w["bias_hh"]).chunk(3, dim=1)
@@ -113,7 +115,7 @@ def read(kind, w, x, state=None):
 
 
 def attend(w, x):
-    """One head of causal self-attention: y_t is x_t plus a mean of all values up to t. No path is longer than one step."""
+    """One head of causal self-attention: y_t is x_t plus a mean of all values up to t. Every path is one step."""
     T, H = x.shape[1:]
     x = x + w["place"][:T]
     query, key, value = (x @ w["weight_qkv"].T).chunk(3, dim=2)    # (B, T, H) each
@@ -138,7 +140,7 @@ def make_model(kind, V, cfg, longest):
     if kind != "attention":
         w["weight_hh"] *= cfg.scale
     if GATES.get(kind, 0) > 1:
-        w["bias_ih"][H:2 * H] += cfg.forget                        # z of the GRU and f of the LSTM: both the second gate
+        w["bias_ih"][H:2 * H] += cfg.forget            # z of the GRU and f of the LSTM: both the second gate
     return {name: weight.requires_grad_() for name, weight in w.items()}
 
 
@@ -210,8 +212,8 @@ def gradient_norms(kind, w, x):
 
 
 def recall_task(count, distance, generator, symbols=8):
-    """Copy task: a symbol, silence, and at the end the question what it was. -> ids (count, distance + 1); the answer is
-    ids[:, 0]."""
+    """Copy task: a symbol, silence, and at the end the question what it was. -> ids (count, distance + 1); the answer
+    is ids[:, 0]."""
     ids = torch.full((count, distance + 1), symbols)
     ids[:, 0] = torch.randint(0, symbols, (count,), generator=generator)
     ids[:, -1] = symbols + 1
@@ -233,7 +235,7 @@ def learn_recall(cfg, kind):
         shares.append(share)
         return cross_entropy(logits, ids[:, 0])
 
-    fit(replace(cfg, rate=cfg.rate / 2), w, cfg.recall_steps, loss_of)     # with the whole rate attention learns nothing
+    fit(replace(cfg, rate=cfg.rate / 2), w, cfg.recall_steps, loss_of)     # at the full rate attention does not learn
     with torch.no_grad():
         share = right(recall_task(2000, cfg.distance, generator))[1]
     return [sum(shares[i:i + 10]) / 10 for i in range(0, len(shares) - 9, 10)], share
@@ -246,7 +248,7 @@ def open_text(cfg):
         return "\n".join(world_texts(count=4000))
     path = real_file(cfg.text) or Path(cfg.text)
     if not path.is_file():
-        raise ValueError(f"--text={cfg.text}: no such file, also not under NANOPATH_DATA. Next: --text=tinyshakespeare.txt")
+        raise ValueError(f"--text={cfg.text}: no such file, nor in NANOPATH_DATA. Next: --text=tinyshakespeare.txt")
     return path.read_text(encoding="utf-8")
 
 
@@ -267,12 +269,14 @@ def main(cfg):
         writer = w if kind == "LSTM" else writer
         recalls[kind], share = learn_recall(cfg, kind)
         fresh = make_model(kind, len(symbols), cfg, cfg.distance + 1)
-        norms[kind] = gradient_norms(kind, fresh, fresh["embed"][ids[:cfg.batch * (cfg.distance + 1)].view(cfg.batch, -1)])
+        sample = ids[:cfg.batch * (cfg.distance + 1)].view(cfg.batch, -1)
+        norms[kind] = gradient_norms(kind, fresh, fresh["embed"][sample])
         table.append([kind, sum(weight.numel() for weight in w.values()), f"{bits:.2f}",
                       *(f"{math.log10(norms[kind][d]):.1f}" for d in (1, cfg.distance // 3, cfg.distance)),
                       f"{100 * share:.0f} %", f"{time.perf_counter() - start:.1f}"])
     prompt = text[:text.index(" ") + 1]
-    written = write("LSTM", writer, torch.tensor([symbols.index(c) for c in prompt]), 200, torch.Generator().manual_seed(cfg.seed))
+    written = write("LSTM", writer, torch.tensor([symbols.index(c) for c in prompt]), 200,
+                    torch.Generator().manual_seed(cfg.seed))
     print("The LSTM writes:", prompt + "".join(symbols[i] for i in written), end="\n\n")
     draw(cfg, norms, recalls)
     return table

@@ -1,12 +1,12 @@
 """
 Word vectors: a word is known by the words around it.
 
-Write down for each word how often every other word stands near it, and similar words get similar rows: that is all a word
-vector is. GloVe squeezes these long rows of counts into 32 numbers whose products give the logarithms of the counts.
-Skip-gram never counts: it reads the text and learns to tell true neighbours from random words, one pair at a time.
-FastText adds spelling: a word's vector is the mean of the vectors of its letter groups, so a word that it never saw has
-one too. Nobody names a kind of word or a fact in training, yet nearest words are of one kind, and "who lives where" is a
-direction: kelby - jova + ella lands on norwick.
+Write down for each word how often every other word stands near it, and similar words get similar rows: that is all a
+word vector is. GloVe squeezes these long rows of counts into 32 numbers whose products give the logarithms of the
+counts. Skip-gram never counts: it reads the text and learns to tell true neighbours from random words, one pair at a
+time. FastText adds spelling: a word's vector is the mean of the vectors of its letter groups, so a word that it never
+saw has one too. Nobody names a kind of word or a fact in training, yet nearest words are of one kind, and "who lives
+where" is a direction: kelby - jova + ella lands on norwick.
 
 Run     python -m lessons.word2vec                          # 14 s on one core
         python -m lessons.word2vec --text=wikitext2/test.txt --size=100     # real text, under NANOPATH_DATA
@@ -27,19 +27,20 @@ animal and a colour each:
         skip-gram       5       32      2.5       38 %       76 %         -
         FastText        2       32      2.5       93 %       81 %      75 %
 
-window: words to each side that count as neighbours. same kind: of the three nearest words, how many are of the same kind
-(a town beside towns). analogies: 2,208 questions "jova is to kelby as ella is to ...?". misspelt: words with one letter
-missing, never seen, whose nearest word is the right one; the others have no vector for such a word. The window matters
-more than the method: a narrow one finds words that can replace each other, a wide one words that belong together. Here
-counts know the kinds best, because this world is small and without noise; their vectors grow with the vocabulary.
+window: words to each side that count as neighbours. same kind: of the three nearest words, how many are of the same
+kind (a town beside towns). analogies: 2,208 questions "jova is to kelby as ella is to ...?". misspelt: words with one
+letter missing, never seen, whose nearest word is the right one; the others have no vector for such a word. The window
+matters more than the method: a narrow one finds words that can replace each other, a wide one words that belong
+together. Here counts know the kinds best, because this world is small and without noise; their vectors grow with the
+vocabulary.
 
-Deliverable  you can train word vectors with three methods, open anybody's (word2vec .bin and .txt, GloVe, fastText .vec)
-        without loading a library, and score them.
+Deliverable  you can train word vectors with three methods, open anybody's (word2vec .bin and .txt, GloVe, fastText
+        .vec) without loading a library, and score them.
 Break it  --negatives=0: without random words every vector may point in one direction, all pairs look true, and the
         analogies fall. Measured: 83 -> 14 % (skip-gram, 2 words), misspelt 75 -> 18 %.
         --sample=1: no frequent word is thinned out, so "a", "is" and "in" fill the narrow window and names no longer
-        stand beside their facts: kinds rise, analogies fall. Measured: 91 -> 100 % and 83 -> 45 %,
-        in 2.5 times the time.
+        stand beside their facts: kinds rise, analogies fall. Measured: 91 -> 100 % and 83 -> 45 %, in 2.5 times the
+        time.
 Papers  word2vec arXiv:1301.3781 and 1310.4546, GloVe (Pennington 2014, aclanthology.org/D14-1162), FastText
         arXiv:1607.04606, windows and kinds of likeness (Levy and Goldberg 2014, aclanthology.org/P14-2050)
 """
@@ -167,8 +168,8 @@ def cumulative(counts, power):
 
 
 def pairs_of(text, keep, window, generator):
-    """One pass -> centres, contexts (N,) in random order. Every centre draws its own reach of 1 ... window words, so that
-    near words count more."""
+    """One pass -> centres, contexts (N,) in random order. Every centre draws its own reach of 1 ... window words, so
+    that near words count more."""
     stays = torch.rand(len(text.ids), generator=generator) < keep[text.ids]
     ids, place = text.ids[stays], text.place[stays]
     reach = torch.randint(1, window + 1, (len(ids),), generator=generator)
@@ -340,7 +341,8 @@ def write_vectors(path, words, vectors):
     """The text format of word2vec, which gensim, fastText and spaCy read too."""
     rows = (f"{word} {' '.join(f'{x:.6g}' for x in row)}" for word, row in zip(words, vectors.tolist()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text("\n".join([f"{len(words)} {vectors.shape[1]}", *rows, ""]), "utf-8", newline="\n")
+    Path(f"{path}.tmp").write_text("\n".join([f"{len(words)} {vectors.shape[1]}", *rows, ""]),
+                                    encoding="utf-8", newline="\n")
     os.replace(f"{path}.tmp", path)
 
 
@@ -372,14 +374,14 @@ def get_questions(real):
 def explore(cfg):
     """--vectors: the neighbours of a word, an analogy, or how much of questions-words.txt is answered."""
     if not Path(cfg.vectors).is_file():
-        raise ValueError(f"--vectors={cfg.vectors}: no such file. Next: run without --vectors, which writes word2vec.txt")
+        raise ValueError(f"--vectors={cfg.vectors}: no such file. Next: a run without --vectors writes word2vec.txt")
     found = {}
     for word, vector in islice(read_vectors(cfg.vectors), cfg.most):
         found.setdefault(word, vector)
     words, vectors, given = list(found), torch.from_numpy(np.stack(list(found.values()))), cfg.word.split()
     if len(given) not in (0, 1, 3) or not all(word in found for word in given):
-        raise ValueError(f"--word={cfg.word!r}: must be one word, or three for an analogy, of the {len(words)} words read "
-                         f"from {cfg.vectors}. Next: --word={words[0]}, or a larger --most")
+        raise ValueError(f"--word={cfg.word!r}: must be one word, or three for an analogy, of the {len(words)} words "
+                         f"read from {cfg.vectors}. Next: --word={words[0]}, or a larger --most")
     if not given:
         hits = analogy_hits(words, vectors, get_questions(True)[0])
         return [["words", "numbers", "questions", "right"], [len(words), vectors.shape[1], len(hits), sum(hits)]]
@@ -395,7 +397,7 @@ def open_text(cfg):
         return read_text([text for text in texts if not re.search(r"\d|backwards", text)], cfg.min_count)
     path = real_file(cfg.text) or Path(cfg.text)
     if not path.is_file():
-        raise ValueError(f"--text={cfg.text}: no such file, also not under NANOPATH_DATA. Next: --text=wikitext2/test.txt")
+        raise ValueError(f"--text={cfg.text}: no such file, nor in NANOPATH_DATA. Next: --text=wikitext2/test.txt")
     return read_text(path.read_text(encoding="utf-8").splitlines(), cfg.min_count)
 
 
@@ -462,7 +464,8 @@ def draw(cfg, maps, words):
             pair = (unit(torch.stack([vector, vectors[row]])) - mean) @ two
             axis.plot(*pair.T, "k-", linewidth=0.5)
             axis.plot(*pair[:1].T, "kx", markersize=5)
-            axis.annotate(bad, pair[0].tolist(), fontsize=7, color="firebrick", xytext=(3, -7), textcoords="offset points")
+            axis.annotate(bad, pair[0].tolist(), fontsize=7, color="firebrick", xytext=(3, -7),
+                          textcoords="offset points")
         axis.set(title=title, xlabel="first direction between the kinds", ylabel="second direction")
         axis.legend(fontsize=8)
     save_picture(figure, "word2vec", cfg.out)

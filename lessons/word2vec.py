@@ -94,7 +94,7 @@ class Text(NamedTuple):
     place: torch.Tensor             # (N,) number of the document, which no window leaves
 
 
-def read_text(texts, min_count):
+def make_text(texts, min_count):
     """Documents -> Text. Words are runs of letters, in lower case."""
     documents = [re.findall(r"[^\W\d_]+", text.lower()) for text in texts]
     counts = Counter(word for document in documents for word in document)
@@ -394,11 +394,11 @@ def explore(cfg):
 def open_text(cfg):
     if not cfg.text:
         texts = world_texts(count=1500 if cfg.quick else 5000)
-        return read_text([text for text in texts if not re.search(r"\d|backwards", text)], cfg.min_count)
+        return make_text([text for text in texts if not re.search(r"\d|backwards", text)], cfg.min_count)
     path = real_file(cfg.text) or Path(cfg.text)
     if not path.is_file():
         raise ValueError(f"--text={cfg.text}: no such file, nor in NANOPATH_DATA. Next: --text=wikitext2/test.txt")
-    return read_text(path.read_text(encoding="utf-8").splitlines(), cfg.min_count)
+    return make_text(path.read_text(encoding="utf-8").splitlines(), cfg.min_count)
 
 
 def percent(hits):

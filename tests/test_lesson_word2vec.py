@@ -15,7 +15,7 @@ from lessons.page import world_texts
 @pytest.fixture(scope="module")
 def world():
     texts = [text for text in world_texts(count=4000) if not any(c.isdigit() for c in text) and "backwards" not in text]
-    return page.read_text(texts, 5), [page.re.findall(r"[^\W\d_]+", text.lower()) for text in texts]
+    return page.make_text(texts, 5), [page.re.findall(r"[^\W\d_]+", text.lower()) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_autograd():
 
 def test_one_update_moves_every_part_by_the_whole_gradient():
     """As fastText's program: the mean of a word's rows moves by -rate * gradient, shared rows by the sum."""
-    text = page.read_text(["a b"], 1)
+    text = page.make_text(["a b"], 1)
     cfg = page.Config(epochs=1, negatives=0, size=4, rate=1.0, sample=1)
     before = (torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) - 0.5) / 4
     rows = page.train_skip_gram(cfg, text, 1, [[0, 2], [1, 2]])
@@ -75,7 +75,7 @@ def test_one_update_moves_every_part_by_the_whole_gradient():
 
 
 def test_pairs_follow_the_window():
-    text = page.read_text(["a b c d e f g h", "x y"], 1)
+    text = page.make_text(["a b c d e f g h", "x y"], 1)
     keep, generator = torch.ones(10), torch.Generator().manual_seed(1)
     seen = {}
     for _ in range(2000):
@@ -99,7 +99,7 @@ def test_glove_equals_the_program_of_its_authors():
     """stanfordnlp/GloVe, commit 52f7dbc: cooccur -window-size 4, glove -vector-size 2 -x-max 2 -iter 5 -threads 1, from
     given first values. (Its cooccur wrote 8 for "the the": it counts the first pair twice where its second temporary
     file is empty, as in any tiny text. Corrected before glove ran.)"""
-    text = page.read_text(["the cat sat on the mat and the dog sat on the rug", "the dog saw the cat and the cat saw the dog"], 2)
+    text = page.make_text(["the cat sat on the mat and the dog sat on the rug", "the dog saw the cat and the cat saw the dog"], 2)
     assert text.words == "the cat dog and on sat saw".split()
     i, j, counts = page.cooccurrences(text, 4)
     found = {(text.words[a], text.words[b]): x for a, b, x in zip(i.tolist(), j.tolist(), counts.tolist())}

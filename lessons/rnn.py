@@ -35,9 +35,8 @@ Break it  --forget=0: the gates start half closed, and GRU and LSTM lose a third
         --scale=3: larger recurrent weights turn the RNN's vanishing product into a growing one. Measured 30 back:
         -10.0 -> 1.0.
         --carry=False: every chunk starts with an empty state. Measured: LSTM 1.32 -> 1.51 bits.
-Papers  LSTM (Hochreiter and Schmidhuber 1997), GRU arXiv:1406.1078, vanishing gradients (Bengio 1994,
-        arXiv:1211.5063), open forget gates (Gers 2000, arXiv:1804.11188), character models (Karpathy 2015), attention
-        arXiv:1706.03762
+Papers  LSTM (Hochreiter and Schmidhuber 1997), GRU arXiv:1406.1078, vanishing gradients arXiv:1211.5063, open gates
+        (Gers 2000, arXiv:1804.11188), attention arXiv:1706.03762
 """
 import math
 import time

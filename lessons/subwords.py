@@ -3,10 +3,10 @@ Subwords: the pieces between characters and words that a model reads.
 
 A vocabulary of words cannot write a new word, and characters make texts long; subwords are learned from the text and
 lie between the two. WordPiece (BERT) joins the two neighbouring pieces that belong together most, again and again, and
-cuts a word greedily, the longest piece first. Unigram (T5) starts with all frequent substrings, gives each a probability
-by expectation maximization, and removes those that the text needs least. Every word then has many segmentations:
-Viterbi finds the most probable, and training on samples of them makes a model robust. SentencePiece (Llama 2, Mistral)
-makes the space a letter, so that a text is one string, and writes characters that are no piece as their bytes.
+cuts a word greedily, the longest piece first. Unigram (T5) starts with all frequent substrings, gives each a
+probability by expectation maximization, and removes those that the text needs least. Every word then has many
+segmentations: Viterbi finds the most probable, and training on samples of them makes a model robust. SentencePiece
+(Llama 2, Mistral) makes the space a letter, so that a text is one string, and writes unknown characters as bytes.
 
 Run     python -m lessons.subwords                                # 3 s on one core
         python -m lessons.subwords --vocab_size=100 --words="a few words"
@@ -27,8 +27,8 @@ You see
     tokens per word      -  2.315                          1.158            1.419             -
 
 Unigram keeps frequent words whole and needs half the tokens of WordPiece, whose score prefers rare pairs. One character
-that is not in the vocabulary makes a whole word [UNK] for WordPiece; Unigram with bytes loses nothing. The library wrote
-BPE as a tokenizer.json and read it again (bpe.py trains it by hand). "seen": how often the training text has the word.
+that is not in the vocabulary makes a whole word [UNK] for WordPiece; Unigram with bytes loses nothing. The library
+wrote BPE as a tokenizer.json and read it again (bpe.py trains it by hand). "seen" counts the word in the training text.
 
 Deliverable  You can train WordPiece and Unigram, read BERT's vocab.txt and SentencePiece's tokenizer.model, and explain
              why a tokenizer cuts a word where it does.
@@ -37,7 +37,7 @@ Break it
   --break_score   WordPiece joins the most frequent pair. Expected: it becomes BPE, and frequent words become pieces.
                   Measured: 1.569 tokens per word instead of 2.315 (more than BPE: "e" and "##e" are two pieces).
   --break_prune   Unigram removes the rarest pieces, even those that nothing replaces cheaply. Expected: a lower
-                  likelihood. Measured: -5.55 nats per word instead of -5.22, and 1.220 tokens per word instead of 1.158.
+                  likelihood. Measured: -5.55 nats per word, not -5.22, and 1.220 tokens per word, not 1.158.
 
 Papers  WordPiece (Schuster and Nakajima 2012; BERT, arXiv:1810.04805), Unigram and subword regularization
         (arXiv:1804.10959), SentencePiece (arXiv:1808.06226), BPE (arXiv:1508.07909)
@@ -46,6 +46,7 @@ import heapq
 import math
 import random
 import struct
+import sys
 import unicodedata
 from collections import ChainMap, Counter, defaultdict
 from dataclasses import dataclass
@@ -279,8 +280,8 @@ class SentencePiece:
                           for number in (2, 3))
         self.kind = trainer.get(3, 1)                              # 1 Unigram, 2 BPE
         if not self.pieces or self.kind not in (1, 2) or trainer.get(24):
-            raise ValueError(f"{len(self.pieces)} pieces of model type {self.kind}: must be type 1 (Unigram) or 2 (BPE), "
-                             "with spaces before words")
+            raise ValueError(f"{len(self.pieces)} pieces of model type {self.kind}: must be type 1 (Unigram) or "
+                             "2 (BPE) with spaces before words")
         self.byte_fallback, self.unknown_text = bool(trainer.get(35)), trainer.get(44, " ⁇ ".encode()).decode()
         self.charsmap, self.dummy_prefix, self.squeeze = rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1))
         self.reserved = {text: i for i, (text, _, kind) in enumerate(self.pieces) if kind in (UNKNOWN, CONTROL, BYTE)}
@@ -293,8 +294,8 @@ class SentencePiece:
         self.unknown_score, self.longest = min(normal) - 10, max(map(len, self.ids))
 
     def replacement(self, data, at):
-        """The longest rule of the charsmap that fits data[at:] -> (new bytes, bytes read), or None. The rules are a trie
-        in an array of 32-bit numbers: a node's child for a byte is at offset ^ byte, if the label there says so."""
+        """The longest rule of the charsmap that fits data[at:] -> (new bytes, bytes read), or None. The rules are a
+        trie in an array of 32-bit numbers: a node's child for a byte is at offset ^ byte if the label there is it."""
         size = struct.unpack_from("<I", self.charsmap)[0]
         unit = lambda node: struct.unpack_from("<I", self.charsmap, 4 + 4 * node)[0]
         offset = lambda value: value >> 10 << ((value & 512) >> 6)
@@ -497,4 +498,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # the table has letters that not every console knows
     run_lesson(main, Config, __doc__)

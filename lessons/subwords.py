@@ -461,6 +461,7 @@ def draw(cfg, rounds, curves):
 
 
 def main(cfg):
+    published = read_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     texts, unseen = (world_texts(split, 400 if cfg.quick else 4000) for split in ("train", "val"))
     counts, unseen = (Counter(word for text in part for word in bert_words(text)) for part in (texts, unseen))
     learned = train_wordpiece(counts, 4 * cfg.vocab_size, cfg.break_score)      # in the order in which they were found
@@ -482,8 +483,8 @@ def main(cfg):
         return sum(len(cut(word)) * count for word, count in unseen.items()) / sum(unseen.values())
 
     rows.append(["tokens per word", "-", *("-" if "ids" in name else per_word(cut) for name, cut in columns.items())])
-    if cfg.tokenizer:                                              # gets the words as they are written
-        name, other = read_tokenizer(cfg.tokenizer)
+    if published:                                                  # gets the words as they are written
+        name, other = published
         shown = [zip(*other(word)) for word in cfg.words.split()]
         cells = [[name, "ids"], *([" ".join(map(str, cell)) for cell in found] for found in shown),
                  [per_word(other), "-"]]

@@ -1,12 +1,12 @@
 """
 Attention: what it computes, how it knows the order of a text, and what a long text costs.
 
-Every position of a text compares its query with the keys of all others and receives the mean of their values, weighted
-by a softmax. This knows no order, so positions are added to the input (sinusoidal, learned), turned into the queries and
-keys (rotary) or charged as a price of distance (ALiBi); on texts longer than those of training they fare very
-differently. A text of T positions has T * T pairs: flash attention computes the same result tile by tile, forward and
-backward, and keeps only what grows with T. Sparse attention leaves pairs out, Performer and Linformer compute another
-function in linear memory, and Transformer-XL reads by segments and keeps the last one as memory.
+Every position of a text compares its query with the keys of all others and receives the mean of their values,
+weighted by a softmax. This knows no order, so positions are added to the input (sinusoidal, learned), turned into
+queries and keys (rotary) or charged as a price of distance (ALiBi); beyond the length of training they differ much. A
+text of T positions has T * T pairs: flash attention computes the same result tile by tile, forward and backward, and
+keeps only what grows with T. Sparse attention leaves pairs out, Performer and Linformer compute another function in
+linear memory, and Transformer-XL reads by segments and keeps the last one as memory.
 
 Run     python -m lessons.attention                               # 15 to 25 s on one core
         python -m lessons.attention --steps=1000 --length=64      # stronger models
@@ -31,20 +31,20 @@ unseen text at positions 0 to 31, 32 to 63 and 64 to 255. Rotary learns fastest 
 ALiBi hardly notices. Flash has the weights and losses of the row above it, and a hundredth of the memory. leak: a logit
 changes when later characters and other texts of the batch change; BatchNorm's means hold all of them in training.
 
-Deliverable  You can write attention with its backward pass, choose positions by the length you need, and say which of the
-             cheaper attentions is exact (flash), exact under its mask (sparse) or another function (linear).
+Deliverable  You can write attention with its backward pass, choose positions by the length you need, and say which
+             cheaper attention is exact (flash), exact under its mask (sparse) or another function (linear).
 
 Break it
   --break_mask     Training sees later characters. Expected: a model copies the answer from the next position, and the
-                   test, which hides it, fails. Measured: rotary 3.833 instead of 1.791 nats at positions 0 to 31; ALiBi,
+                   test, which hides it, fails. Measured: rotary 3.833 instead of 1.791 at positions 0 to 31; ALiBi,
                    which cannot tell before from behind, 2.542 instead of 2.011.
   --break_rescale  Flash attention does not rescale its old sums when a tile has a larger maximum. Expected: the tiles'
                    weights no longer fit together. Measured: 2.183 instead of 2.061 beyond position 64, in the flash row
                    only; texts up to one tile (128) stay right, so a short test would not find it.
 
 Papers  Attention (arXiv:1706.03762), rotary (2104.09864), ALiBi (2108.12409), FlashAttention (2205.14135), Sparse
-        Transformers (1904.10509), Performer (2009.14794), Linformer (2006.04768), Transformer-XL (1901.02860), LayerNorm
-        (1607.06450), BatchNorm (1502.03167), RMSNorm (1910.07467)
+        Transformers (1904.10509), Performer (2009.14794), Linformer (2006.04768), Transformer-XL (1901.02860),
+        LayerNorm (1607.06450), BatchNorm (1502.03167), RMSNorm (1910.07467)
 """
 import copy
 import functools
@@ -408,8 +408,8 @@ def leaks(model, ids):
 
 
 def errors(sizes, T=256):
-    """Relative error of the output against softmax attention (root of the mean square) with so many features (Performer,
-    eight draws), or with so many mixtures, each the mean of T / r neighbours (Linformer before it has learned)."""
+    """Relative error of the output (root of the mean square) with so many features (Performer, eight draws), or with so
+    many mixtures, each the mean of T / r neighbours (Linformer before it has learned)."""
     torch.manual_seed(0)
     size = C // H
     q, k, v = (0.35 * torch.randn(1, T, size) for _ in range(3))

@@ -411,8 +411,8 @@ def read_tokenizer(path):
                                         for piece in encode_wordpiece(part, ids)]
     try:
         model = SentencePiece(path.read_bytes())
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"--tokenizer={path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration, struct.error) as error:
+        raise ValueError(f"--tokenizer={path}: no SentencePiece model that can be read: {error}") from None
     return path.name, lambda word: [(model.pieces[i][0], i) for i in model.encode(word)]
 
 

@@ -474,6 +474,9 @@ def main(cfg):
     text, unseen = ("\n".join(world_texts(split, 4000)) for split in ("train", "val"))
     ids = {character: i for i, character in enumerate(sorted(set(text + unseen)))}
     stream, unseen = (torch.tensor([ids[character] for character in part]) for part in (text, unseen))
+    if 24 * (T + 1) > len(unseen):
+        raise ValueError(f"--length={cfg.length} --longer={cfg.longer}: their product must be at most "
+                         f"{len(unseen) // 24 - 1}")
     texts = unseen[:24 * (T + 1)].view(24, T + 1)
     longest = 512 if cfg.quick else 2048
     rows = [["attention", f"MB at {longest // 4}", f"MB at {longest}", "leak",

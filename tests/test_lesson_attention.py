@@ -201,6 +201,8 @@ def test_only_batch_norm_reads_other_texts():
 
 
 def test_flags_out_of_range_are_one_line():
-    for wrong in (dict(length=60), dict(longer=2)):
-        with pytest.raises(ValueError, match="--length=60: must be a multiple of|--longer=2: must be at least 4"):
+    for wrong, words in ((dict(length=60), "--length=60: must be a multiple of 8"),
+                         (dict(longer=2), "--longer=2: must be at least 4"),
+                         (dict(longer=1000), "--length=32 --longer=1000: their product must be at most 2")):
+        with pytest.raises(ValueError, match=words):
             lesson.main(lesson.Config(**wrong))

@@ -1,4 +1,5 @@
 """Every command of the README runs, in its order, in a copy of the project, as a new user would type it."""
+import ast
 import os
 import re
 import shutil
@@ -48,8 +49,18 @@ def test_readme_commands_run_as_written(tmp_path):
     assert rates in printed["python train.py --dry_run"]
     per_token = re.search(r"bytes per token \(here ([\d.]+)\)", readme)[1]
     assert f"{per_token} bytes per token" in printed["python prepare.py shakespeare --vocab_size=512"]
-    summary = re.search(r"^llama3-70b: .*?^```", readme, re.M | re.S)[0].removesuffix("```").strip()
-    assert printed["python model.py --summary=llama3-70b"].strip() == summary
+    summary = subprocess.run([sys.executable, "model.py", "--summary=llama3-70b"], cwd=project, env=environment, capture_output=True, text=True)
+    folders = (ROOT / "docs/05-folders.md").read_text(encoding="utf-8")
+    assert summary.stdout.strip() == re.search(r"^llama3-70b: .*?^```", folders, re.M | re.S)[0].removesuffix("```").strip()
+    sizes = subprocess.run([sys.executable, "bpe.py", str(DATA / "tinyshakespeare.txt"), "--vocab_size=4096", "--report", "--out=out/t"],
+                           cwd=project, env=environment, capture_output=True, text=True).stdout
+    assert re.search(r"4,096 tokens:\s+([\d.]+) bytes", readme)[1] in next(line for line in sizes.splitlines() if line.lstrip().startswith("4,096"))
+
+
+def test_the_loop_is_as_long_as_the_readme_says():
+    main = next(node for node in ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body if getattr(node, "name", "") == "main")
+    loop = next(node for node in main.body if isinstance(node, ast.While))
+    assert f"The loop is {loop.end_lineno - loop.lineno + 1} lines" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_loss_of_the_readme_is_that_of_the_results():
@@ -61,6 +72,30 @@ def test_the_loss_of_the_readme_is_that_of_the_results():
 
 
 def test_every_file_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:\w+/)?\w+\.(?:py|sh|md|txt))`", text))
-    assert named and [name for name in named if not (ROOT / name).is_file()] == []
+    for page in [ROOT / "README.md", ROOT / "lessons/README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"`((?:\w+/)?\w+\.(?:py|sh|md|txt))(?: \(|`)", text))
+        missing = [name for name in named if not (ROOT / name).is_file() and not (page.parent / name).is_file()]
+        assert named and missing == [], page
+        for name in re.findall(r"\]\(([^)#:]+)\)", text):         # links to files of the project
+            assert (page.parent / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_chapter_has_its_parts():
+    """README: ten chapters; each has its second half in docs/, with the same parts, and three things to break."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    chapters = re.findall(r"^### (\d+)\. (.*)$", readme, re.M)
+    pages = sorted((ROOT / "docs").glob("[0-9]*.md"))
+    assert [int(number) for number, _ in chapters] == list(range(1, 11)) == [int(page.name[:2]) for page in pages]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert f"](docs/{page.name})" in readme
+        parts = re.findall(r"^## (.*)$", text, re.M)
+        assert parts[-5:] == ["Read the file in this order", "Deliverable", "Break it on purpose", "Exercises", "Papers"], page
+        broken = text.split("## Break it on purpose")[1].split("## Exercises")[0].strip().splitlines()[2:]
+        assert len(broken) == 3 and all(len(row.strip("| ").split(" | ")) == 3 for row in broken), page
+        for name in re.findall(r"`(\w+)`", text.split("## Read the file")[1].split("## Deliverable")[0]):
+            assert re.search(rf"\b(def|class) {name}\b|^{name} = ", CODE, re.M), f"{page.name}: {name}"
+
+
+CODE = "\n".join(path.read_text(encoding="utf-8") for folder in (".", "nanopath", "data") for path in (ROOT / folder).glob("*.py"))

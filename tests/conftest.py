@@ -1,8 +1,12 @@
 """What the tests share: the import path, one thread, real data where it is at hand, and a small prepared dataset."""
+import atexit
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,11 +21,45 @@ signal.signal(signal.SIGINT, signal.default_int_handler)           # a backgroun
 DATA = Path(os.environ.get("NANOPATH_DATA", ROOT / "../shared/data")).resolve()
 
 
-def run(*args, cwd=ROOT, check=True, timeout=300, **kwargs):
-    """A script of the project in a process of its own. Returns the CompletedProcess, its output as text."""
+class Forks:
+    """tests/forked.py: started by the first command of this session, and ended with it."""
+    server = None
+
+    def __call__(self, args, environment, cwd, timeout, input, ranks):
+        if self.server is None:
+            self.server = subprocess.Popen([sys.executable, ROOT / "tests/forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           env=environment, text=True)
+            atexit.register(self.server.communicate)               # closes its input, and waits
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("in", "out", "err")]
+            for file, text in zip(files, (input or "", "", "")):
+                file.write_text(text, encoding="utf-8")
+            request = dict(arguments=args, environment=environment, folder=str(cwd), ranks=ranks, files=list(map(str, files)))
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            child = int(self.server.stdout.readline())
+            if not select.select([self.server.stdout], [], [], timeout)[0]:
+                os.kill(child, signal.SIGKILL)
+                self.server.stdout.readline()
+                raise subprocess.TimeoutExpired(args, timeout)
+            status = int(self.server.stdout.readline())
+            return subprocess.CompletedProcess(args, status, *(file.read_text(encoding="utf-8") for file in files[1:]))
+
+
+forks = Forks()
+
+
+def run(*args, cwd=ROOT, check=True, timeout=300, input=None, ranks=1, **kwargs):
+    """A script of the project in a process of its own, forked where the system can; in as many processes as `ranks` says,
+    as torchrun starts them. Returns the CompletedProcess, its output as text."""
+    args = list(map(str, args))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NANOPATH_DATA": str(DATA)}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
-                          encoding="utf-8", timeout=timeout, **kwargs)
+    if sys.platform == "linux" and not kwargs and args[0] != "-c":
+        done = forks(args, environment, cwd, timeout, input, ranks)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        done = subprocess.run([sys.executable, *torchrun, *args], cwd=cwd, env=environment, capture_output=True, text=True,
+                              encoding="utf-8", timeout=timeout, input=input, **kwargs)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -120,7 +120,7 @@ def test_micro_batches_and_processes_change_nothing(align, chatty, tmp_path):
     for what, data, more in (("dpo", "pairs_train.jsonl", ["--batch_size=8"]), ("grpo", "tasks_train.jsonl", ["--prompts=6", "--group_size=4"])):
         flags = [what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--reward={chatty / 'rewards.py'}:red", "--device=cpu",
                  "--rank=4", "--max_new_tokens=8", "--eval_every=0", *same, *more]
-        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "rlhf.py", *flags, f"--out={tmp_path / what}", cwd=tmp_path)
+        run(ROOT / "rlhf.py", *flags, f"--out={tmp_path / what}", cwd=tmp_path, ranks=2)
         for name in ("loss", "grad_norm"):
             a, b = np.array(logged(tmp_path / what, name)), np.array(logged(tmp_path / f"{what}1", name))
             assert len(a) == 4 and abs(a - b).max() < 1e-9, (what, name, a, b)

@@ -177,12 +177,14 @@ def lines(tmp_path_factory):
     return folder / "lines"
 
 
-def launch(processes, lines, folder, plan, *flags, env=None):
+def launch(processes, lines, folder, plan, *flags):
     """tests/parallel_worker.py on a plan: every run of it in one launch. Returns what it printed."""
     path = folder / f"plan{processes}.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags] if processes else []
-    return run(*torchrun, ROOT / "tests/parallel_worker.py", lines, folder, path)
+    worker = [ROOT / "tests/parallel_worker.py", lines, folder, path]
+    if not flags:
+        return run(*worker, ranks=processes)
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags, *worker)
 
 
 def differences(folder, name, reference):
@@ -208,7 +210,7 @@ def runs(lines, tmp_path_factory):
         tokenizer = Tokenizer.load(lines)
         small = dict(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=2, n_embd=16, n_head=4, n_kv_head=2, head_dim=8, n_hidden=24)
         save_model(folder / f"start_{name}", GPT(GPTConfig(**small | changes)).init_weights(), tokenizer)
-    launch(0, lines, folder, [{"name": "one"}, {"name": "thin", "n_layer": 1},
+    launch(1, lines, folder, [{"name": "one"}, {"name": "thin", "n_layer": 1},
                               {"name": "thin_tied", "n_layer": 1, "tie_embeddings": True},
                               {"name": "narrow", "n_layer": 1, "n_hidden": 2}, {"name": "single", "dtype": "float32"},
                               {"name": "masked", "document_mask": True},
@@ -234,7 +236,7 @@ def runs(lines, tmp_path_factory):
     (folder / "four.txt").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "moved", folder / "home")             # step 15, saved by four
     shutil.rmtree(folder / "home/state/step-0000020")
-    launch(0, lines, folder, [{"name": "home", "resume": True}])
+    launch(1, lines, folder, [{"name": "home", "resume": True}])
     return folder
 
 
@@ -268,7 +270,7 @@ def faults(lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     os.environ["CXX"] = "no-such-compiler"
     try:
-        text = launch(0, lines, folder, [
+        text = launch(1, lines, folder, [
             {"name": "one"}, {"name": "uneven", "micro_batch": 3}, {"name": "oom", "fault": "oom", "micro_batch": 8}, {"name": "compiled", "compile": "on"},
             {"name": "skip", "fault": "nan 5 6", "micro_batch": 8}, {"name": "back", "fault": "nan 7 10", "micro_batch": 8, "save_every": 4},
             {"name": "stop", "fault": "nan 7 99", "micro_batch": 8, "save_every": 4},

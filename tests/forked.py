@@ -17,7 +17,7 @@ import threading
 
 STAGES = ("bpe", "model", "prepare", "sample", "train", "evaluate", "quantize", "finetune_lora", "rlhf", "serve")
 LATER = ("matplotlib.backends.backend_agg", "matplotlib.pyplot", "typeguard", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-         "torch.fx.experimental.symbolic_shapes")                  # what the stages import when they need it
+         "torch._dynamo", "torch.fx.experimental.symbolic_shapes")  # what the stages import when they need it
 
 
 def serve():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -415,7 +416,13 @@ def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method)
             tune("--task=classify", bad, dataset="labels.csv")
 
 
-def test_comparison(tune, world, tmp_path):
+def test_comparison(tune, world, monkeypatch):
+    started = []
+
+    def process(command, **how):                                   # the first method's as it is, the others' forked
+        started.append(command)
+        return subprocess.run(command, **how) if len(started) == 1 else run(*command[1:], check=False)
+    monkeypatch.setattr("nanopath.comparison.subprocess", types.SimpleNamespace(run=process, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL))
     text, out = tune("--compare", "--methods", "lora", "ia3", "bitfit", "--max_steps=2", "--eval_every=0", f"--base_text={world / 'tables'}")
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert list(found) == ["lora", "ia3", "bitfit"] and found["lora"]["trained"] > found["ia3"]["trained"] > 0

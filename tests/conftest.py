@@ -32,8 +32,8 @@ class Forks:
             atexit.register(self.server.communicate)               # closes its input, and waits
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("in", "out", "err")]
-            for file, text in zip(files, (input or "", "", "")):
-                file.write_text(text, encoding="utf-8")
+            for file, content in zip(files, (input, b"", b"")):
+                file.write_bytes(content)
             request = dict(arguments=args, environment=environment, folder=str(cwd), ranks=ranks, files=list(map(str, files)))
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
@@ -49,17 +49,21 @@ class Forks:
 forks = Forks()
 
 
-def run(*args, cwd=ROOT, check=True, timeout=300, input=None, ranks=1, **kwargs):
+def run(*args, cwd=ROOT, check=True, timeout=300, input=None, ranks=1, fresh=False, **kwargs):
     """A script of the project in a process of its own, forked where the system can; in as many processes as `ranks` says,
-    as torchrun starts them. Returns the CompletedProcess, its output as text."""
-    args = list(map(str, args))
+    as torchrun starts them. `fresh` is for what an interpreter does first: a variable that torch reads while it is
+    imported. Returns the CompletedProcess, its output as text."""
+    args, input = list(map(str, args)), input.encode() if isinstance(input, str) else input or b""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NANOPATH_DATA": str(DATA)}
-    if sys.platform == "linux" and not kwargs and args[0] != "-c":
+    if sys.platform == "linux" and not fresh and not kwargs and args[0] != "-c":
         done = forks(args, environment, cwd, timeout, input, ranks)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *torchrun, *args], cwd=cwd, env=environment, capture_output=True, text=True,
-                              encoding="utf-8", timeout=timeout, input=input, **kwargs)
+        with tempfile.TemporaryFile() as file:
+            file.write(input)
+            file.seek(0)
+            done = subprocess.run([sys.executable, *torchrun, *args], cwd=cwd, env=environment, capture_output=True, text=True,
+                                  encoding="utf-8", timeout=timeout, stdin=file, **kwargs)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

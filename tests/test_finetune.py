@@ -53,7 +53,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def tune(world, tmp_path, monkeypatch, capsys):
-    """finetune_lora.py inside this process. Returns (output, folder of the run)."""
+    """finetune_lora.py inside this process, without its curve. Returns (output, folder of the run)."""
+    monkeypatch.setattr(rescue, "plot_losses", lambda out: None)
+
     def inside(*flags, out="run", dataset="both"):
         method = ([flag[9:] for flag in flags if flag.startswith("--method=")] or ["lora"])[0]
         small = ["--rank=4"] * (method in ("lora", "qlora", "dora", "adapter")) + ["--virtual_tokens=4"] * (method in ("prefix", "prompt"))

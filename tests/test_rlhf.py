@@ -41,6 +41,9 @@ def chatty(world, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def align(chatty, tmp_path, monkeypatch, capsys):
+    """rlhf.py inside this process, without its curve. Returns (output, folder of the run)."""
+    monkeypatch.setattr(rescue, "plot_losses", lambda out: None)
+
     def inside(what, *flags, out="run"):
         data = "pairs_train.jsonl" if what in ("dpo", "reward") else "tasks_train.jsonl"
         monkeypatch.setattr(sys, "argv", ["rlhf.py", what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--out={tmp_path / out}",

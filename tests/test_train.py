@@ -198,9 +198,9 @@ def launch(processes, lines, folder, plan, *flags, fresh=False):
 
 
 def differences(folder, name, reference):
-    """Largest difference of losses, and of final weights, between two runs of 20 steps."""
+    """Largest difference of losses, and of final weights, between two runs of 10 steps."""
     one, two = losses(folder / name), losses(folder / reference)
-    assert one.keys() == two.keys() and len(one) == 20
+    assert one.keys() == two.keys() and len(one) == 10
     ours, theirs = load_file(folder / name / "params.safetensors"), load_file(folder / reference / "params.safetensors")
     assert ours.keys() == theirs.keys()
     return max(abs(one[step] - two[step]) for step in one), max((ours[k] - theirs[k]).abs().max().item() for k in ours)
@@ -213,7 +213,7 @@ SWITCHES = {   # what tensor parallel can split; what only fsdp can
 
 @pytest.fixture(scope="session")
 def runs(lines, tmp_path_factory):
-    """The same 20 steps on one process, and spread over two and four in every way."""
+    """The same 10 steps on one process, and spread over two and four in every way."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, changes in SWITCHES.items():                          # models that no flag of train.py describes
         torch.manual_seed(0)
@@ -227,7 +227,7 @@ def runs(lines, tmp_path_factory):
                               *({"name": name, "init_from": str(folder / f"start_{name}")} for name in SWITCHES)])
     text = launch(2, lines, folder, [
         {"name": "ddp2", "fault": "evaluation 2"}, {"name": "zero2", "parallel": "zero2", "fault": "count"},
-        {"name": "fsdp2", "parallel": "fsdp", "save_every": 10, "fault": "count"},
+        {"name": "fsdp2", "parallel": "fsdp", "save_every": 5, "fault": "count"},
         {"name": "ddp2_single", "dtype": "float32"}, {"name": "ddp2_masked", "document_mask": True},
         {"name": "zero2_bf16", "parallel": "zero2", "dtype": "bfloat16"},
         {"name": "fsdp2_again", "parallel": "fsdp", "checkpointing": True},
@@ -235,17 +235,17 @@ def runs(lines, tmp_path_factory):
         {"name": "whole_fsdp2", "init_from": str(folder / "start_whole"), "parallel": "fsdp"},
         {"name": "tp2", "tensor_parallel": 2, "micro_batch": 4}]).stdout
     (folder / "two.txt").write_text(text, encoding="utf-8")
-    shutil.copytree(folder / "fsdp2", folder / "moved")            # step 10, saved by two processes
-    shutil.rmtree(folder / "moved/state/step-0000020")
+    shutil.copytree(folder / "fsdp2", folder / "moved")            # step 5, saved by two processes
+    shutil.rmtree(folder / "moved/state/step-0000010")
     text = launch(4, lines, folder, [
         {"name": name, "n_layer": 1, "micro_batch": 1} | more for name, more in {
             "ddp4": {}, "fsdp4_narrow": {"parallel": "fsdp", "n_hidden": 2}, "fsdp4_tied": {"parallel": "fsdp", "tie_embeddings": True}, "hsdp4": {"parallel": "hsdp", "shards": 2, "fault": "count"},
-            "moved": {"resume": True, "parallel": "hsdp", "shards": 2, "save_every": 5, "n_layer": 2},
+            "moved": {"resume": True, "parallel": "hsdp", "shards": 2, "save_every": 4, "n_layer": 2},
             "fsdp4_single": {"parallel": "fsdp", "dtype": "float32", "n_layer": 2}, "ddp_tp": {"tensor_parallel": 2, "micro_batch": 4},
             "tp_tied": {"parallel": "fsdp", "tensor_parallel": 2, "tie_embeddings": True, "micro_batch": 4}}.items()]).stdout
     (folder / "four.txt").write_text(text, encoding="utf-8")
-    shutil.copytree(folder / "moved", folder / "home")             # step 15, saved by four
-    shutil.rmtree(folder / "home/state/step-0000020")
+    shutil.copytree(folder / "moved", folder / "home")             # step 8, saved by four
+    shutil.rmtree(folder / "home/state/step-0000010")
     launch(1, lines, folder, [{"name": "home", "resume": True}])
     return folder
 
@@ -269,10 +269,10 @@ def test_many_processes_equal_one(runs, name, reference, bound):
 def test_zero2_gathers_the_weights_once_per_step_and_lets_go_of_them(runs):
     """Three modules: two blocks and the rest. fsdp gathers each in both micro-batches, forward and backward."""
     text = (runs / "two.txt").read_text(encoding="utf-8")
-    assert text.count("zero2: 4 sequences by 2: 3 gathers, 0 sums, in pieces True") == 40      # 20 steps on two processes
-    assert text.count("fsdp: 4 sequences by 2: 12 gathers, 0 sums, in pieces True") == 40
+    assert text.count("zero2: 4 sequences by 2: 3 gathers, 0 sums, in pieces True") == 20      # 10 steps on two processes
+    assert text.count("fsdp: 4 sequences by 2: 12 gathers, 0 sums, in pieces True") == 20
     text = (runs / "four.txt").read_text(encoding="utf-8")         # hsdp: two modules, once per step and not per micro-batch
-    assert text.count("fsdp: 2 sequences by 1: 8 gathers, 2 sums, in pieces True") == 80
+    assert text.count("fsdp: 2 sequences by 1: 8 gathers, 2 sums, in pieces True") == 40
 
 
 @pytest.fixture(scope="session")
@@ -282,9 +282,10 @@ def faults(lines, tmp_path_factory):
     try:
         text = launch(1, lines, folder, [
             {"name": "one"}, {"name": "uneven", "micro_batch": 3}, {"name": "oom", "fault": "oom", "micro_batch": 8}, {"name": "compiled", "compile": "on"},
-            {"name": "skip", "fault": "nan 5 6", "micro_batch": 8}, {"name": "back", "fault": "nan 7 10", "micro_batch": 8, "save_every": 4},
+            {"name": "skip", "fault": "nan 5 6", "micro_batch": 8, "max_steps": 20},
+            {"name": "back", "fault": "nan 7 10", "micro_batch": 8, "save_every": 4, "max_steps": 20},
             {"name": "stop", "fault": "nan 7 99", "micro_batch": 8, "save_every": 4},
-            {"name": "last", "fault": "nan 20 21", "micro_batch": 8}, {"name": "half", "dtype": "float16"}, {"name": "single", "dtype": "float32"}], fresh=True).stdout
+            {"name": "last", "fault": "nan 10 11", "micro_batch": 8}, {"name": "half", "dtype": "float16"}, {"name": "single", "dtype": "float32"}], fresh=True).stdout
     finally:
         del os.environ["CXX"]
     return folder, text
@@ -309,7 +310,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_undone_then_explained(fau
     assert [row["lr_factor"] for row in rows[1] if row["step"] in (4, 5) and "loss" in row] == [1.0, 0.5]
     assert "went back to step 4 with half the learning rates" in text and max(row["step"] for row in rows[1]) == 20
     assert "stop ended: the gradient became nan at step 7" in text and "Skipping 3 batches and going back did not help" in text
-    assert (folder / "last/state/step-0000020/state.json").is_file() and load_model(folder / "last", device="cpu")
+    assert (folder / "last/state/step-0000010/state.json").is_file() and load_model(folder / "last", device="cpu")
     assert [row for row in rows[1] if "rolled_back" in row][0]["step"] == 4
     assert load_file(folder / "stop/bad_batch_0.safetensors")["x"].shape == (8, 16)
     assert all(p.isfinite().all() for p in load_file(next((folder / "stop/state/step-0000004").glob("*.safetensors"))).values())

@@ -1,5 +1,6 @@
 """What the tests share: the import path, one thread, real data where it is at hand, and a small prepared dataset."""
 import atexit
+import importlib.util
 import json
 import os
 import select
@@ -81,6 +82,17 @@ def tiny(tmp_path_factory):
 
 SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--head_dim=16", "--n_hidden=64", "--block_size=32",
          "--batch_size=4", "--sample_every=0", "--dtype=float32", "--device=cpu"]
+
+
+class Late:
+    """A library that takes seconds to import, imported at its first use: every worker of pytest collects every file."""
+    def __init__(self, name):
+        self.name = name
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs the package {name}", allow_module_level=True)
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
 
 
 def real_folder(name):

@@ -105,5 +105,5 @@ def real_folder(name):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers end at about the same time."""
-    slow = ["test_train", "test_readme", "test_evaluate", "test_finetune", "test_model", "test_peft", "test_sample", "test_prepare"]
+    slow = ["test_" + name for name in "train readme sample model prepare finetune peft rlhf bpe quantize evaluate tokenizers engine curate".split()]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

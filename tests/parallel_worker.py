@@ -89,7 +89,7 @@ def faulty(fault, *numbers):
 
 def main():
     base = dict(dataset=sys.argv[1], n_layer=2, n_embd=16, n_head=4, n_kv_head=2, head_dim=8, n_hidden=24, block_size=16,
-                batch_size=8, max_steps=20, sample_every=0, eval_every=0, save_every=0, device="cpu", dtype="float64", grad_clip=0.5,
+                batch_size=8, max_steps=10, sample_every=0, eval_every=0, save_every=0, device="cpu", dtype="float64", grad_clip=0.5,
                 weight_decay=0.1, micro_batch=2, log_every=10)
     Tokens.batch, rescue.save_state = uneven_batch, save_state_and_weights
     rescue.plot_losses = lambda out: None                           # slow, and tested elsewhere

@@ -126,12 +126,12 @@ def flags(tiny):
 def test_training_equals_the_cpu_and_resumes(flags, tmp_path):
     for out, more in (("cpu", ["--device=cpu", "--max_steps=12"]), ("gpu", ["--device=cuda", "--max_steps=12"]),
                       ("cut", ["--device=cuda", "--max_steps=12", "--save_every=6"])):
-        run(ROOT / flags[0], *flags[1:], *more, "--compile=off", f"--out={tmp_path / out}", cwd=tmp_path)
+        run(ROOT / flags[0], *flags[1:], *more, "--compile=off", f"--out={tmp_path / out}", cwd=tmp_path, fresh=True)
     for a, b in zip(losses(tmp_path / "cpu"), losses(tmp_path / "gpu")):
         assert abs(a - b) < 2e-3 * a
     for step in (tmp_path / "cut/state").glob("step-*12"):
         shutil.rmtree(step)
-    run(ROOT / "train.py", "--resume", f"--out={tmp_path / 'cut'}", cwd=tmp_path)
+    run(ROOT / "train.py", "--resume", f"--out={tmp_path / 'cut'}", cwd=tmp_path, fresh=True)
     resumed = losses(tmp_path / "cut")[-6:]
     assert all(abs(a - b) < 1e-4 for a, b in zip(resumed, losses(tmp_path / "gpu")[-6:]))
 
@@ -139,13 +139,13 @@ def test_training_equals_the_cpu_and_resumes(flags, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_nccl(parallel, flags, tmp_path):
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / flags[0], *flags[1:], "--device=cuda", "--compile=off",
-        "--max_steps=5", f"--parallel={parallel}", f"--out={tmp_path / 'one'}", cwd=tmp_path)
-    run(ROOT / flags[0], *flags[1:], "--device=cuda", "--compile=off", "--max_steps=5", f"--out={tmp_path / 'two'}", cwd=tmp_path)
+        "--max_steps=5", f"--parallel={parallel}", f"--out={tmp_path / 'one'}", cwd=tmp_path, fresh=True)
+    run(ROOT / flags[0], *flags[1:], "--device=cuda", "--compile=off", "--max_steps=5", f"--out={tmp_path / 'two'}", cwd=tmp_path, fresh=True)
     assert all(abs(a - b) < 1e-3 for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")))
 
 
 def test_compiled_in_bf16(flags, tmp_path):
     run(ROOT / flags[0], *flags[1:], "--device=cuda", "--compile=on", "--dtype=bfloat16", "--max_steps=30", f"--out={tmp_path / 'a'}",
-        cwd=tmp_path)
-    run(ROOT / flags[0], *flags[1:], "--device=cpu", "--compile=off", "--max_steps=30", f"--out={tmp_path / 'b'}", cwd=tmp_path)
+        cwd=tmp_path, fresh=True)
+    run(ROOT / flags[0], *flags[1:], "--device=cpu", "--compile=off", "--max_steps=30", f"--out={tmp_path / 'b'}", cwd=tmp_path, fresh=True)
     assert abs(losses(tmp_path / "a")[-1] - losses(tmp_path / "b")[-1]) < 0.1

@@ -263,6 +263,17 @@ def trained(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """evaluate.py inside this process, without its picture. Returns what it printed."""
+    def inside(*flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate.Results, "plot", lambda *args: None)
+            evaluate.main(evaluate.parse(evaluate.Config, evaluate.__doc__, args=list(map(str, flags))))
+        return capsys.readouterr().out
+    return inside
+
+
 def scores(folder):
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"]
     return {(row["task"], row["metric"], row["model"]): row for row in rows}
@@ -295,22 +306,22 @@ def test_models_with_other_tokenizers_are_measured_on_the_same_text(trained, lla
     assert "bits per byte: copy - run = +0 [+0, +0], p = 1" in done.stdout     # windows of another tokenizer have no pair
 
 
-def test_resume_asks_only_what_is_missing(benchmarks, llama, tmp_path):
+def test_resume_asks_only_what_is_missing(here, benchmarks, llama, tmp_path):
     """Killed after ten items, in the middle of a line: the rest is asked, and the scores are those of one run."""
-    args = [ROOT / "evaluate.py", f"--model={llama}", "--tasks", "hellaswag", "winogrande", f"--benchmarks={benchmarks}",
-            "--device=cpu"]
-    run(*args, f"--out={tmp_path / 'whole'}")
+    args = [f"--model={llama}", "--tasks", "hellaswag", "winogrande", f"--benchmarks={benchmarks}", "--device=cpu"]
+    here(*args, f"--out={tmp_path / 'whole'}")
     whole = (tmp_path / "whole/items.jsonl").read_bytes()
     (tmp_path / "part").mkdir()
     lines = whole.split(b"\n")
     (tmp_path / "part/items.jsonl").write_bytes(b"\n".join(lines[:10]) + b"\n" + lines[10][:50])
-    run(*args, f"--out={tmp_path / 'part'}", "--resume")
+    here(*args, f"--out={tmp_path / 'part'}", "--resume")
     again = (tmp_path / "part/items.jsonl").read_bytes().split(b"\n")
     assert again[:10] == lines[:10] and len(again) == len(lines)
     one, two = scores(tmp_path / "whole"), scores(tmp_path / "part")
     assert {key: row["value"] for key, row in one.items()} == pytest.approx({key: row["value"] for key, row in two.items()})
     (tmp_path / "part/items.jsonl").write_bytes(b"{broken\n" + b"\n".join(lines))
-    assert "items.jsonl:1: not JSON" in run(*args, f"--out={tmp_path / 'part'}", "--resume", check=False).stderr
+    with pytest.raises(SystemExit, match="items.jsonl:1: not JSON"):
+        here(*args, f"--out={tmp_path / 'part'}", "--resume")
 
 
 @pytest.mark.parametrize("name", [name for name, task in BENCHMARKS.items() if task.shots_from])
@@ -377,11 +388,11 @@ def test_files_as_they_are_found(benchmarks, tmp_path):
     ([dict(prompt="q", answer="a", skill="history", names=1, test=0)][:1] * 2, "exact_match", 0),
     ([dict(prompt="Add 1 + 2.", answer="3", skill="sum"), dict(prompt="Give Alda's job as JSON.", answer='{"job": "cook"}',
                                                            skill="format")], "exact: format", 0)])
-def test_own_rows_of_every_kind(llama, tmp_path, rows, metric, value):
+def test_own_rows_of_every_kind(here, llama, tmp_path, rows, metric, value):
     rows = [{key: v for key, v in row.items() if key != "test"} for row in rows]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    run(ROOT / "evaluate.py", f"--model={llama}", f"--tasks={path}", f"--out={tmp_path / 'out'}", "--device=cpu")
+    here(f"--model={llama}", f"--tasks={path}", f"--out={tmp_path / 'out'}", "--device=cpu")
     found = scores(tmp_path / "out")["q", metric, str(llama)]
     assert value is None and 0 < found["value"] < 1 or found["value"] == value
 
@@ -493,11 +504,11 @@ def test_models_side_by_side_read_the_same_text(trained, tiny, capsys):
     assert abs(counts[0] - counts[1]) < 32                         # windows x ids
 
 
-def test_one_question_has_no_interval(llama, tmp_path):
+def test_one_question_has_no_interval(here, llama, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "q", "choices": ["a", "b"], "label": 0}\n', encoding="utf-8")
-    done = run(ROOT / "evaluate.py", "--model", llama, f"{llama}/", f"--tasks={path}", f"--out={tmp_path / 'out'}", "--device=cpu")
-    assert re.search(r"q acc +1 +[01] +[01]\n", done.stdout) and "p = " not in done.stdout
+    shown = here("--model", llama, f"{llama}/", f"--tasks={path}", f"--out={tmp_path / 'out'}", "--device=cpu")
+    assert re.search(r"q acc +1 +[01] +[01]\n", shown) and "p = " not in shown
     assert all(row["low"] is None for row in scores(tmp_path / "out").values())
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def tune(world, tmp_path, monkeypatch, capsys):
-    """finetune_lora.py inside this process. Returns (output, folder of the run)."""
+    """finetune_lora.py inside this process, without its curve. Returns (output, folder of the run)."""
+    monkeypatch.setattr(rescue, "plot_losses", lambda out: None)
+
     def inside(*flags, out="run", dataset="both"):
         method = ([flag[9:] for flag in flags if flag.startswith("--method=")] or ["lora"])[0]
         small = ["--rank=4"] * (method in ("lora", "qlora", "dora", "adapter")) + ["--virtual_tokens=4"] * (method in ("prefix", "prompt"))
@@ -189,8 +192,7 @@ def test_equal_command_lines_give_equal_runs(tune, world, tmp_path):
             assert torch.allclose(weights(tmp_path / out)[name], tensor, atol=1e-6)
     base = [f"--model={world / 'base'}", f"--dataset={world / 'both'}", "--device=cpu", "--rank=4", "--max_new_tokens=4", *same]
     for parallel in ("ddp", "fsdp"):
-        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_lora.py", *base,
-            f"--parallel={parallel}", f"--out={tmp_path / parallel}", cwd=tmp_path)
+        run(ROOT / "finetune_lora.py", *base, f"--parallel={parallel}", f"--out={tmp_path / parallel}", cwd=tmp_path, ranks=2)
         difference = residual(tmp_path / parallel, reference)
         assert abs(difference).max() < 1e-12, (parallel, difference)
         assert abs(logged(tmp_path / parallel, "val_loss")[-1] - logged(reference, "val_loss")[-1]) < 1e-9
@@ -269,12 +271,12 @@ def test_a_run_that_stopped_early_stays_stopped_and_a_changed_base_is_seen(tune,
 
 
 def test_dropout_is_the_same_after_a_resume_of_two_processes(world, tmp_path):
-    base = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_lora.py", f"--model={world / 'base'}",
+    base = [ROOT / "finetune_lora.py", f"--model={world / 'base'}",
             f"--dataset={world / 'both'}", "--device=cpu", "--dtype=float32", "--rank=4", "--max_new_tokens=4", "--batch_size=4", "--eval_every=0"]
-    run(*base, "--dropout=0.3", "--max_steps=4", "--save_every=2", f"--out={tmp_path / 'run'}", cwd=tmp_path)
+    run(*base, "--dropout=0.3", "--max_steps=4", "--save_every=2", f"--out={tmp_path / 'run'}", cwd=tmp_path, ranks=2)
     straight = logged(tmp_path / "run", "loss")
     (tmp_path / "run/state/step-0000004").rename(tmp_path / "run/state/lost")
-    run(*base, "--resume", "--dropout=0.3", "--max_steps=4", f"--out={tmp_path / 'run'}", cwd=tmp_path)
+    run(*base, "--resume", "--dropout=0.3", "--max_steps=4", f"--out={tmp_path / 'run'}", cwd=tmp_path, ranks=2)
     assert logged(tmp_path / "run", "loss") == straight
 
 
@@ -416,7 +418,13 @@ def test_a_classifier_is_a_folder_of_transformers(tune, world, tmp_path, method)
             tune("--task=classify", bad, dataset="labels.csv")
 
 
-def test_comparison(tune, world, tmp_path):
+def test_comparison(tune, world, monkeypatch):
+    started = []
+
+    def process(command, **how):                                   # the first method's as it is, the others' forked
+        started.append(command)
+        return subprocess.run(command, **how) if len(started) == 1 else run(*command[1:], check=False)
+    monkeypatch.setattr("nanopath.comparison.subprocess", types.SimpleNamespace(run=process, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL))
     text, out = tune("--compare", "--methods", "lora", "ia3", "bitfit", "--max_steps=2", "--eval_every=0", f"--base_text={world / 'tables'}")
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert list(found) == ["lora", "ia3", "bitfit"] and found["lora"]["trained"] > found["ia3"]["trained"] > 0

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import finetune_lora as f
 import model as m
-from conftest import ROOT, run
+from conftest import ROOT, Late, run
 from data.templates import is_chat
 from nanopath.hub import find_folder
 from nanopath.peft import find_base, weights_hash
 from test_model import BASE, FAMILIES, TOKENIZER, greedy
 
-peft = pytest.importorskip("peft")
+peft = Late("peft")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:transformers reads the tokenizer of any Qwen2", "ignore::UserWarning:peft")
 CLOSE, EXACT = 1e-5, 1e-12

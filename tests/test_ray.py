@@ -18,7 +18,7 @@ def test_two_workers_resume_the_run_of_one_process(tiny, tmp_path):
     run(ROOT / "train.py", *flags, f"--out={tmp_path / 'one'}", cwd=tmp_path)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two/state/step-0000006")
-    run(ROOT / "runs/ray_train.py", "--workers=2", "--failures=0", "--", *flags, f"--out={tmp_path / 'two'}", cwd=tmp_path)
+    run(ROOT / "runs/ray_train.py", "--workers=2", "--failures=0", "--", *flags, f"--out={tmp_path / 'two'}", cwd=tmp_path, fresh=True)
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(ours) == 6 and len(theirs) >= 6 and theirs[-3:] == pytest.approx(ours[-3:], abs=1e-5)
     manifest = json.loads((tmp_path / "two/manifest.json").read_text(encoding="utf-8"))

@@ -41,6 +41,9 @@ def chatty(world, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def align(chatty, tmp_path, monkeypatch, capsys):
+    """rlhf.py inside this process, without its curve. Returns (output, folder of the run)."""
+    monkeypatch.setattr(rescue, "plot_losses", lambda out: None)
+
     def inside(what, *flags, out="run"):
         data = "pairs_train.jsonl" if what in ("dpo", "reward") else "tasks_train.jsonl"
         monkeypatch.setattr(sys, "argv", ["rlhf.py", what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--out={tmp_path / out}",
@@ -120,7 +123,7 @@ def test_micro_batches_and_processes_change_nothing(align, chatty, tmp_path):
     for what, data, more in (("dpo", "pairs_train.jsonl", ["--batch_size=8"]), ("grpo", "tasks_train.jsonl", ["--prompts=6", "--group_size=4"])):
         flags = [what, f"--model={chatty / 'model'}", f"--dataset={chatty / data}", f"--reward={chatty / 'rewards.py'}:red", "--device=cpu",
                  "--rank=4", "--max_new_tokens=8", "--eval_every=0", *same, *more]
-        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "rlhf.py", *flags, f"--out={tmp_path / what}", cwd=tmp_path)
+        run(ROOT / "rlhf.py", *flags, f"--out={tmp_path / what}", cwd=tmp_path, ranks=2)
         for name in ("loss", "grad_norm"):
             a, b = np.array(logged(tmp_path / what, name)), np.array(logged(tmp_path / f"{what}1", name))
             assert len(a) == 4 and abs(a - b).max() < 1e-9, (what, name, a, b)

@@ -706,9 +706,8 @@ def test_ctrl_c_and_head_end_quietly(folder):
 
 
 def test_stdin_that_is_not_utf8(folder):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--model={folder}", "--prompt_file=-"],
-                          input=b"\xff\xfe", capture_output=True, cwd=ROOT)
-    assert done.returncode != 0 and b"not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+    done = run(ROOT / "sample.py", f"--model={folder}", "--prompt_file=-", input=b"\xff\xfe", check=False)
+    assert done.returncode != 0 and "not UTF-8" in done.stderr and "Traceback" not in done.stderr
 
 
 CHATS = [[("user", "hi"), ("assistant", "hello")], [("user", "2+2"), ("assistant", "four")], [("user", "é?"), ("assistant", "été")]]
@@ -751,9 +750,8 @@ def test_chat_answers_remembers_and_saves(chat_folder, tmp_path):
     (tmp_path / "folder").mkdir()
     done = talk(chat_folder, f'/save\n/save {tmp_path / "folder"}\n/save a\0b\n"""hi')
     assert done.stdout == "hello\n" and done.stderr.count("give a file") == 3 and not list(tmp_path.glob("*.tmp"))
-    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--model={chat_folder}", "--device=cpu", "--chat"],
-                          input=b"\xff\xfe\nhi", capture_output=True, cwd=ROOT)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    done = run(ROOT / "sample.py", f"--model={chat_folder}", "--device=cpu", "--chat", input=b"\xff\xfe\nhi")
+    assert "Traceback" not in done.stderr
 
 
 def test_chat_forgets_whole_turns_but_not_the_system_prompt(chat_folder, tmp_path):

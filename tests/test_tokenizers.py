@@ -16,6 +16,7 @@ import bpe
 from bpe import PATTERNS, Tokenizer
 from conftest import DATA, ROOT, run
 from data.foreign import ForeignTokenizer
+from data.readers import PIECE
 from data.sentencepiece_model import read_sentencepiece, spec_from_pieces
 from test_bpe import ALPHABET, TEXT, fuzz
 
@@ -423,7 +424,8 @@ def test_prepare_writes_the_ids_of_whole_documents(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "tokenizer.model").write_bytes(train_sentencepiece(**PIECES["llama"])[0])
     spec, config = BYTE_LEVEL["qwen3"]()
-    long = " ".join(f"{i} times {i}<think> is \n" for i in range(70_000))       # longer than what is read at a time
+    long = " ".join(f"{i} times {i}<think> is \n" for i in range(40_000))       # longer than what is read at a time
+    assert len(long) > PIECE
     texts = [text for text in STRINGS[:60] if text.strip()] + [long, "the end"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     import numpy as np

@@ -177,7 +177,8 @@ def best_answer(logits, rows, text, longest=30):
     found = []
     for (starts, ends), row in zip(logits.tolist(), rows):
         inside = [i for i, word in enumerate(row.words) if row.types[i] and word >= 0]
-        found += [(starts[i] + ends[j], row.words[i], row.words[j]) for i in inside for j in inside if 0 <= j - i < longest]
+        found += [(starts[i] + ends[j], row.words[i], row.words[j])
+                  for i in inside for j in inside if 0 <= j - i < longest]
     _, start, end = max(found, key=lambda span: span[0])
     return text[spans[start][0]:spans[end][1]]
 
@@ -268,7 +269,8 @@ def three_tasks(model, tokenizer, people, chunks, steps, count, cfg):
     scores.append(entity_f1(known, given))
 
     draw = tw.Draw("questions")
-    tune([row for _ in range(2 * count) for row in question_rows(tokenizer, *ask_facts(draw, seen))], "span", 2, 4 * steps)
+    rows = [row for _ in range(2 * count) for row in question_rows(tokenizer, *ask_facts(draw, seen))]
+    tune(rows, "span", 2, 4 * steps)
     asked, answers = [ask_facts(draw, unseen) for _ in range(count)], []
     for question, text, _ in asked:
         rows = question_rows(tokenizer, question, text)

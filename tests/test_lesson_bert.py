@@ -139,7 +139,7 @@ def test_fine_tuning_distilbert_takes_the_steps_of_transformers(tmp_path, tokeni
         nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         expected.append(loss.item())
-    assert losses == pytest.approx(expected, rel=2e-3) and expected[-1] < 0.9 * expected[0]
+    assert losses == pytest.approx(expected, rel=2e-3) and expected[-1] < expected[0] - 0.01
 
 
 def test_a_published_model_and_its_vocabulary():

@@ -27,7 +27,7 @@ class Config:
     quick: bool = False         # a second or two: few steps, nothing is learned
     seed: int = 0               # of the weights and of the order of the texts
     out: str = "out/lessons"    # folder of the picture
-    steps: Positive = 300       # optimizer steps of each model
+    steps: Positive = 200       # optimizer steps of each model
     learning_rate: Rate = 3e-3  # at its peak
     beams: Positive = 4         # translations that the beam search keeps
     multi30k: bool = False      # English -> German from NANOPATH_DATA/multi30k instead of the tiny world
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
 
     def decode(self, target, memory, see):
         T, S = target.shape[1], memory.shape[1]
-        if self.kind == "encoder":                                 # holes instead of words: nothing of the target is seen
+        if self.kind == "encoder":                                 # holes instead of words: it sees no target
             target = torch.full_like(target, HOLE)
         x = self.embed(self.write_words, target, 0 if self.kind == "both" else S)
         if self.kind == "both":
@@ -212,15 +212,16 @@ def words_of(text):
 
 
 def read_pairs(cfg):
-    """(pairs of word lists to train on, to test on). Texts of one or two sentences, or Multi30k's English and German."""
+    """(pairs of word lists to train on, to test on): the tiny world's texts, or Multi30k's English and German."""
     if cfg.multi30k:
         folder = real_file("multi30k")
         if not folder:
             raise ValueError("--multi30k: set NANOPATH_DATA to a folder with multi30k/train.en.gz, train.de.gz, "
                              "test_2016_flickr.en.gz and test_2016_flickr.de.gz (github.com/multi30k/dataset)")
-        return [[tuple(map(words_of, pair)) for pair in zip(*(gzip.open(
-            folder / f"{split}.{language}.gz", "rt", encoding="utf-8").read().splitlines() for language in ("en", "de")))]
-            for split in ("train", "test_2016_flickr")]
+        def read(name):
+            with gzip.open(folder / name, "rt", encoding="utf-8") as file:
+                return [words_of(line) for line in file]
+        return [list(zip(read(f"{split}.en.gz"), read(f"{split}.de.gz"))) for split in ("train", "test_2016_flickr")]
     texts = [re.split(r"(?<=\.) ", document.text) for document in tw.make_world("quick", 0).documents["train"]
              if document.kind in ("story", "notes")]
     sources = dict.fromkeys(" ".join(text[:1 + n % 2]) for n, text in enumerate(texts))       # each text once
@@ -270,7 +271,7 @@ MODELS = {"GRU": dict(attention=False), "GRU + attention": dict(attention=True),
 
 
 def main(cfg):
-    steps, count = (8, 3) if cfg.quick else (cfg.steps, 100)
+    steps, count = (8, 3) if cfg.quick else (cfg.steps, 60)
     pairs, tests = read_pairs(cfg)
     vocabularies = [vocabulary(texts, 3 if cfg.multi30k else 1) for texts in zip(*pairs)]
     middle = sorted(len(source) for source, _ in tests)[len(tests) // 2]

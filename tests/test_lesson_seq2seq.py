@@ -72,12 +72,13 @@ def test_the_recurrent_writer_looks_as_bahdanau_wrote():
     blind = seq2seq.Recurrent((9, 9), 16, attention=False)
     changed = source.clone()
     changed[1, 2:] = 0
-    assert torch.allclose(blind.decode(target, *blind.encode(source))[1], blind.decode(target, *blind.encode(changed))[1])
+    first, second = (blind.decode(target, *blind.encode(ids))[1] for ids in (source, changed))
+    assert torch.allclose(first, second)
 
 
 @pytest.mark.parametrize("kind", ["both", "decoder", "encoder", "GRU"])
 def test_what_a_word_may_see(kind):
-    """The next words never reach a causal decoder; the encoder alone sees none of the target; padding changes nothing."""
+    """Later words never reach a causal decoder, none of the target reaches the encoder; padding changes nothing."""
     torch.manual_seed(0)
     model = seq2seq.Recurrent((9, 9), 16, True) if kind == "GRU" else \
         seq2seq.Transformer((9, 9), 16, kind, (1 if kind == "both" else 0, 2), seq2seq.Config())

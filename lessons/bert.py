@@ -1,7 +1,40 @@
 """
 BERT reads both ways: hide words of a text, and let an encoder fill the gaps from what stands left and right of them.
 
-DOC
+An encoder has no causal mask: every token sees every other one, so it cannot be trained to predict the next. BERT
+hides some tokens behind [MASK] and predicts them, and asks whether two sentences belong together. RoBERTa drops that
+question and hides other tokens each time a text is read; ALBERT uses one layer's weights for all layers and narrow
+embeddings. XLNet hides nothing: it predicts tokens in a random order, and a second stream, which knows places but not
+its own token, keeps a token from seeing itself. What such an encoder has learned, lessons/labels.py turns to use.
+
+Run     python -m lessons.bert                           # --quick: a second or two
+        python -m lessons.bert --whole_words             # hide all pieces of a word, or none
+Writes  bert.png and bert/vocab.txt, a vocabulary of word pieces, in out/lessons
+
+You see
+        model    weights  loss  right kind  right word     s
+        BERT      101194  1.35        67 %        11 %   5.0
+        RoBERTa   101194  1.37        67 %        12 %   4.0
+        ALBERT     55018  2.27         9 %         1 %   4.0
+        XLNet     101194  1.17        92 %        17 %  10.0
+
+        loss: of hidden tokens, in the last 20 steps. Then 288 facts like "Jova lives in [MASK].": the guess is a
+        town, and it is the right one. XLNet sees three quarters of the true text where the others see holes and
+        random words, and pays twice the time for its second stream. ALBERT learns slowest: half of the weights serve
+        two layers.
+
+Deliverable  an encoder block that equals torch.nn.TransformerEncoderLayer, the masks of transformers' collator, and
+        the two streams of XLNet (with learned instead of relative positions); a pretrained encoder for your own
+        texts.
+
+Break it
+        --break_leak   XLNet's second stream sees its own token: the loss falls to nearly 0, because copying is all it
+                       learns, and the facts, asked with the token hidden from it, are as bad. Measured: LEAK
+        --break_order  no positions: a text is a bag of words, so the loss must stay higher. Measured for RoBERTa:
+                       ORDER
+
+Papers  BERT arXiv:1810.04805, RoBERTa 1907.11692, ALBERT 1909.11942, XLNet 1906.08237, pre-norm 2002.04745, how much
+        to hide 2202.08005
 """
 import random
 import re

@@ -1,7 +1,29 @@
 """
 Labels for a text, for its words, for a span of it: a pretrained encoder gets a new last layer and a few examples.
 
-DOC
+The body of an encoder is trained once, on text without labels (lessons/bert.py); a task adds one linear layer and
+trains everything for a few steps. A text gets the label that is read from its first token, [CLS]. Each word gets a
+tag (BIO: an entity begins, continues, or there is none), read from its first piece. An answer is a span: one layer
+scores every token as its start and as its end. Long texts are read in windows that overlap, and the best span of all
+windows wins.
+
+Run     python -m lessons.labels                         # --quick: a second or two
+        python -m lessons.labels --model=FOLDER          # + your DistilBERT, BERT, RoBERTa or ALBERT; minutes
+
+You see
+TABLE
+
+        Tested on words and people that no labelled example names: the pretrained encoder has met them in texts, so
+        their vectors lie near those of their kind; to the new one they are noise, and only their neighbours help.
+
+Deliverable  a folder of Hugging Face fine-tuned for your own labels, entities or questions, with logits and steps
+        equal to those of transformers; entity F1 as seqeval counts it.
+
+Break it
+        --break_body    the encoder stays as it was, only the last layer learns: BODY
+        --break_pieces  the n-th tag goes to the n-th token, as if no word had two pieces: PIECES
+
+Papers  BERT arXiv:1810.04805, DistilBERT 1910.01108, CoNLL-2003 cs/0306050 (entities), SQuAD 1606.05250 (answers)
 """
 import json
 import re
@@ -122,7 +144,9 @@ def tag_chunks(tokenizer, chunks, people, count, wrong=False):
     for sentences in chunks:
         words = sum(sentences, [])
         tags = tag_words(words)
-        if len(rows) < count and {word for word, tag in zip(words, tags) if tag == "B-person"} <= names:
+        if len(rows) == count:
+            break
+        if {word for word, tag in zip(words, tags) if tag == "B-person"} <= names:
             row = pack(tokenizer, pieces_of(tokenizer, words))
             first = [n >= 0 and n != before for n, before in zip(row.words, [-1, *row.words])]
             rows.append(row._replace(target=[TAGS.index(tags[n]) if new else -100 for n, new in zip(row.words, first)]))
@@ -269,7 +293,7 @@ def three_tasks(model, tokenizer, people, chunks, steps, count, cfg):
     scores.append(entity_f1(known, given))
 
     draw = tw.Draw("questions")
-    rows = [row for _ in range(2 * count) for row in question_rows(tokenizer, *ask_facts(draw, seen))]
+    rows = [row for _ in range(4 * count) for row in question_rows(tokenizer, *ask_facts(draw, seen))]
     tune(rows, "span", 2, 4 * steps)
     asked, answers = [ask_facts(draw, unseen) for _ in range(count)], []
     for question, text, _ in asked:
@@ -280,7 +304,7 @@ def three_tasks(model, tokenizer, people, chunks, steps, count, cfg):
 
 
 def main(cfg):
-    steps, tune_steps, count = (8, 2, 10) if cfg.quick else (cfg.steps, cfg.tune_steps, 200)
+    steps, tune_steps, count = (8, 2, 10) if cfg.quick else (cfg.steps, cfg.tune_steps, 100)
     world, chunks = bert.world_pairs()
     small, rows = bert.small_tokenizer(Path(cfg.out) / "bert", chunks), [["encoder", "weights", *COLUMNS, "s"]]
     for name in ("new", "pretrained", *([cfg.model] if cfg.model else [])):

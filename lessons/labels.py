@@ -11,7 +11,7 @@ Run     python -m lessons.labels                         # --quick: a second or 
         python -m lessons.labels --model=FOLDER          # + your DistilBERT, BERT, RoBERTa or ALBERT; minutes
 
 You see
-TABLE
+        (not measured yet)
 
         Tested on words and people that no labelled example names: the pretrained encoder has met them in texts, so
         their vectors lie near those of their kind; to the new one they are noise, and only their neighbours help.
@@ -20,8 +20,8 @@ Deliverable  a folder of Hugging Face fine-tuned for your own labels, entities o
         equal to those of transformers; entity F1 as seqeval counts it.
 
 Break it
-        --break_body    the encoder stays as it was, only the last layer learns: BODY
-        --break_pieces  the n-th tag goes to the n-th token, as if no word had two pieces: PIECES
+        --break_body    the encoder stays as it was, only the last layer learns. Not measured yet.
+        --break_pieces  the n-th tag goes to the n-th token, as if no word had two pieces. Not measured yet.
 
 Papers  BERT arXiv:1810.04805, DistilBERT 1910.01108, CoNLL-2003 cs/0306050 (entities), SQuAD 1606.05250 (answers)
 """

@@ -11,7 +11,7 @@ Run     python -m lessons.seq2seq                        # --quick: a second or 
         python -m lessons.seq2seq --multi30k --steps=3000    # English to German, NANOPATH_DATA/multi30k; not measured
 
 You see
-TABLE
+        (not measured yet)
 
         BLEU (data/metrics.py) on 60 short and 60 long texts that were held out; all models see the same texts as
         often and have about the same number of weights. The encoder alone writes all words in one step, none of them
@@ -21,7 +21,7 @@ Deliverable  attention by hand that equals torch.nn.Transformer, on a GRU as in 
         what an enumeration of all texts finds.
 
 Break it
-        --break_order  no positions: the order of the source is lost. ORDER
+        --break_order  no positions: the order of the source is lost. Not measured yet.
         --break_scale  scores without the division by the square root of the head's width: softmax starts sharper.
                        SCALE
 

@@ -2,7 +2,7 @@
 Text in, text out: attention lets a decoder look back at the source, and then replaces the recurrence around it.
 
 A recurrent network can translate: one GRU reads, another one writes. All that was read must fit into the vector
-between them, so long texts suffer. Bahdanau let the writer look back at all states of the reader, at each word anew;
+between them, so long texts suffer. Bahdanau let the writer look back at all states of the reader, before each word;
 the transformer of 2017 keeps only this looking. Encoder-decoder, decoder only, encoder only: the same layers, other
 masks. The second language of the tiny world has other words, and tells every text from its end: far words must be
 found.

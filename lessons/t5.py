@@ -13,7 +13,7 @@ You see
         (not measured yet)
 
         150 stories that were held out; a summary names who went where and what happened, in a sentence that no story
-        has. The first sentence is hard to beat for what copies. The model writes, and what it reads before helps it.
+        has.
 
 Deliverable  T5 with logits equal to transformers (t5-small, t5-v1_1, flan-t5 folders: load_folder), its span
         corruption, and a baseline for summaries that needs no model.

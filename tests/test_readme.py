@@ -54,7 +54,7 @@ def test_readme_commands_run_as_written(tmp_path):
     assert summary.stdout.strip() == re.search(r"^llama3-70b: .*?^```", folders, re.M | re.S)[0].removesuffix("```").strip()
     sizes = subprocess.run([sys.executable, "bpe.py", str(DATA / "tinyshakespeare.txt"), "--vocab_size=4096", "--report", "--out=out/t"],
                            cwd=project, env=environment, capture_output=True, text=True).stdout
-    assert re.search(r"4,096 tokens:\s+([\d.]+) bytes", readme)[1] in next(line for line in sizes.splitlines() if line.lstrip().startswith("4,096"))
+    assert re.search(r"4,096 tokens:\s+([\d.]+) bytes", readme)[1] in next(line for line in sizes.splitlines() if line.split()[:1] == ["4096"])
 
 
 def test_the_loop_is_as_long_as_the_readme_says():

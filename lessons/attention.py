@@ -36,7 +36,7 @@ Break it
                 longer on how far away the key is. Measured: 2.039, as without positions (2.042), and not 1.791.
 
 Papers  Attention (arXiv:1706.03762), rotary (2104.09864), ALiBi (2108.12409), no positions (2203.16634),
-        LayerNorm (1607.06450), BatchNorm (1502.03167), RMSNorm (1910.07467). lessons/long_texts.py has cheaper attention
+        LayerNorm (1607.06450), BatchNorm (1502.03167), RMSNorm (1910.07467). Cheaper attention: long_texts.py
 """
 import math
 from dataclasses import dataclass

@@ -224,8 +224,7 @@ class Model(nn.Module):
 
     def forward(self, ids, memory=None):
         """ids (B, T) -> logits (B, T, V), and the memory for the next call: no gradient reaches earlier segments."""
-        x = self.embed(ids)
-        y = self.norms[0](x)
+        y = self.norms[0](x := self.embed(ids))
         source = y if memory is None else torch.cat([memory, y], dim=1)
         y = self.norms[1](x + self.attention(y, source))
         return self.head(y), source[:, -self.memory:].detach() if self.memory else None

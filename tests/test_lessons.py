@@ -10,7 +10,7 @@ from conftest import ROOT, run
 from lessons.page import number_in, table
 
 NAMES = sorted(path.stem for path in (ROOT / "lessons").glob("*.py") if path.stem != "page")
-TOLERANCE = {"foundations": 0.02, "ngram": 0.001}   # lesson -> relative; else 10 %. Columns of seconds are only held to a factor of 10
+TOLERANCE = {"foundations": 0.02, "networks": 0.02, "ngram": 0.001}   # lesson -> relative; else 10 %. Columns of seconds are only held to a factor of 10
 
 
 def page_of(name):
@@ -68,10 +68,10 @@ def test_a_page_has_its_parts(name):
     for part in ("Run", "You see", "Deliverable", "Break it", "Papers"):
         assert re.search(rf"^{part}\b", doc, re.M), f"{name}: no {part}"
     assert len(set(re.findall(r"--break_\w+|--\w+(?:=\S+)?", doc.split("Break it")[1].split("Papers")[0]))) >= 2
-    assert len(page_of(name).splitlines()) <= LONGEST.get(name, 300)
+    assert len(page_of(name).splitlines()) <= LONGEST.get(name, 330)
 
 
-LONGEST = {"foundations": 430, "word2vec": 480}    # lessons of several ideas, each complete
+LONGEST = {}    # lesson -> lines, for one that needs more
 
 
 def test_the_index_lists_every_lesson():

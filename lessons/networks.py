@@ -29,7 +29,7 @@ Break it
         --scale=3        the weights of std 0.02 become 0.06, which suits this depth: 4.515 -> 1.748. Kaiming's weights
                          become too large, and no optimizer repairs that in 300 steps: SGD 4.973, Adam 5.061
         --scale=0.3      SGD 1.926 -> 4.566, but Adam only 1.104 -> 1.475: it divides by the size of the gradients,
-                         which is now small. A matrix that grew from small weights uses fewer directions: rank 16 has 1.534
+                         which is now small. A matrix grown from small weights uses fewer directions: rank 16 has 1.534
         --break_adam     its two means begin at 0 and are not scaled, so the first steps are 3 times too long: Adam
                          1.104 -> 2.117, AdamW 1.559 -> 2.899
 Papers  Glorot 2010 (Xavier); He 2015 (Kaiming); Radford 2019 (GPT-2's weights); Kingma 2014 (Adam); Loshchilov 2017

@@ -26,10 +26,10 @@ You see the vectors of the tiny world, cut to each size, written to files, read 
             231      215      552       30 %       43 %                  2 %
 
 same kind: of the three nearest words, how many are of the same kind (a town beside towns). analogies: 2,208 questions
-"jova is to kelby as ella is to ...?", where the three given words are no answer, as everybody scores; the last column
-allows them, and then kelby is nearest. The first directions tell kinds apart, later ones the 24 people, the last ones
-hold rare pairs, which are noise: the best vectors are far smaller than the counts. The same numbers as text take more
-than twice the bytes.
+"jova is to kelby as ella is to ...?", where the three given words are no answer, as is usual; the last column allows
+them, and with many numbers ella itself is nearest. The first directions tell kinds apart, later ones the 24
+people, the last ones hold rare pairs, which are noise: the best vectors here are far smaller than the table of counts.
+The same numbers as text take more than twice the bytes.
 
 Deliverable  you can open a file of vectors without a library, look around in it, and score it.
 Break it

@@ -295,8 +295,8 @@ def main(cfg):
         table.append([method, window, vectors.shape[1], f"{seconds:.1f}", percent(same_kind(index, vectors, kinds)),
                       percent(analogy_hits(index, vectors, questions)), found])
     groups = {kind: [index[w] for w in kinds if kinds[w] == kind and w in index] for kind in (*FACTS, "person")}
-    draw(cfg, {f"Skip-gram, {cfg.near} words around: each kind apart": (kept["skip-gram", cfg.near], []),
-               f"Skip-gram, {cfg.far} words around: kinds begin to mix": (kept["skip-gram", cfg.far], []),
+    draw(cfg, {f"Skip-gram, {cfg.near} words around: what can replace each other": (kept["skip-gram", cfg.near], []),
+               f"Skip-gram, {cfg.far} words around: what belongs together": (kept["skip-gram", cfg.far], []),
                "FastText: unseen spellings (red) and the words they mean": (
                    kept["FastText", cfg.near], guesses[::max(1, len(guesses) // 12)])}, groups, words)
     for (method, window), vectors in list(kept.items())[2:]:       # without counts
@@ -313,8 +313,7 @@ def draw(cfg, maps, groups, words):
     for axis, (title, (vectors, unseen)) in zip(axes, maps.items()):
         vectors = normalize(vectors)
         centres = torch.stack([vectors[rows].mean(0) for rows in groups.values()])
-        # (D, 2): the directions in which the means of the kinds differ most (principal components)
-        two = torch.linalg.svd(centres - centres.mean(0), full_matrices=False).Vh[:2].T
+        two = torch.linalg.svd(centres - centres.mean(0), full_matrices=False).Vh[:2].T        # (D, 2) principal ones
         for kind, rows in groups.items():
             axis.scatter(*(vectors[rows] @ two).T, label=kind, s=18)
             for row in rows[::1 + len(rows) // 12]:

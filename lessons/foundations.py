@@ -2,53 +2,49 @@
 The mathematics under every stage, in one story: from a derivative to a network that predicts the next character.
 
 A computation that remembers its steps gives all derivatives at once, by the chain rule, from the last step to the
-first. The loss is the number of bits that a text costs with the model's probabilities: entropy is the least that is
-possible, KL what a wrong model adds, mutual information what a context saves. An optimizer turns derivatives into
-steps; it only works where the weights begin at a scale that neither kills nor explodes the signal from layer to layer.
-A multilayer perceptron has a weight for each place of its context, a convolution the same weights for all places. The
-singular values of a trained matrix say how many directions it uses, and which smaller matrix is nearest to it.
+first; difference quotients check them. The loss is the number of bits that a text costs with the model's probabilities:
+entropy is the least that is possible, KL what a wrong model adds, mutual information what a context saves. Tables of
+frequencies reach these numbers for one character of context, but the table for eight characters would need 70^9 cells.
+A multilayer perceptron (MLP) reads all eight with 43 thousand weights, and gradient descent finds them.
+lessons/networks.py continues from here: where weights begin, better optimizers, other networks.
 
-Run     python -m lessons.foundations            # 9 s; --quick 3 s
-You see the checks of the derivatives, then each idea by what it is worth: bits per character of new text of the tiny
-        world. Every network learns from the same 300 batches of 128 characters:
+Run     python -m lessons.foundations            # 8 s; --quick 3 s
+You see the checks of the derivatives, then what a context is worth: bits per character of new text of the tiny world.
+        Every MLP learns by plain gradient descent, from 800 batches of 128 characters:
 
-        what is new                             parameters  bits per character
+        what the model knows                    parameters  bits per character
         nothing: all characters equally likely           0               6.129
         frequencies of characters                       70               4.751
         frequencies after the character before        4900               3.210
-        MLP, weights of std 0.02, SGD                59686               4.552
-        MLP, Kaiming's weights, SGD                  59686               1.932
-        the same with momentum                       59686               1.259
-        convolution, AdamW                           33510               1.621
-        MLP, Adam                                    59686               1.086
-        its output matrix with rank 32               57062               1.452
-        its output matrix with rank 16               53894               2.631
+        MLP: 1 character before                      28838               3.267
+        MLP: 2 characters before                     30886               2.019
+        MLP: 4 characters before                     34982               1.271
+        MLP: 8 characters before                     43174               1.174
 
-        With weights that are too small, the MLP learns no more than frequencies. The scale of the weights and the
-        optimizer are worth more than the rest. The convolution has half the weights, and lags behind after 300 steps.
+        The first MLP finds what the table of frequencies holds. With one character of context no model can do better.
+        Each doubling of the context adds few weights and saves bits, for which a table would be far too large.
 Deliverable  you can derive, check and train a network with nothing but arrays, and say in bits what each part gives.
 Break it
-        --break_relu             a wrong derivative: 0.2 instead of 1e-10 from the difference quotients. Adam still gets
-                                 to 3.08, because some of the gradient is right; SGD with Kaiming's weights diverges
-        --smoothing=0.3          label smoothing: the loss asks for doubt, so each network gets worse here; Adam 1.66
-Papers  Rumelhart 1986 (backpropagation); Shannon 1948; Glorot 2010 (Xavier); He 2015 (Kaiming); Kingma 2014 (Adam);
-        Loshchilov 2017 (AdamW); Szegedy 2016 (label smoothing); Radford 2019 (GPT-2's weights); Eckart and Young 1936
+        --break_relu         a wrong derivative: gradcheck finds 0.1 instead of 1e-10. Two of the four MLPs diverge to
+                             nan; that of 4 characters gets to 1.68, because some of its gradient is right
+        --smoothing=0.3      label smoothing: the loss asks for doubt, so each network gets worse here; the last 2.03
+Papers  Rumelhart 1986 (backpropagation); Shannon 1948; Bengio 2003 (an MLP that predicts the next word); Szegedy 2016
+        (label smoothing)
 """
 import math
-import time
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Annotated
 
 import numpy as np
 
 from lessons.page import new_figure, run_lesson, save_picture, world_texts
-from nanopath.flags import Bound, Count, Positive
+from nanopath.flags import Bound, Count, Positive, Rate
 
 
 @dataclass
 class Config:
-    steps: Positive = 300           # of gradient descent, for every network
+    steps: Positive = 800           # of gradient descent, for every network
+    lr: Rate = 0.3                  # learning rate at the start, falls linearly to 0
     smoothing: Annotated[float, Bound(0, 0.9)] = 0.0     # label smoothing in training
     break_relu: bool = False        # a wrong derivative: relu passes every gradient on
     quick: bool = False             # 30 steps
@@ -210,218 +206,109 @@ def mutual_information(joint):
     return entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint)
 
 
-# ---- 4. How to step: each optimizer changes `weight` in place; `state` is a dict that it keeps for this weight
+# ---- 4. A network that predicts a character from the T before it
 
-def sgd(weight, gradient, state, lr):
-    weight -= lr * gradient
-
-
-def momentum(weight, gradient, state, lr, mu=0.9):
-    state["v"] = mu * state.get("v", 0) + gradient                 # a ball that rolls
-    weight -= lr * state["v"]
-
-
-def adam(weight, gradient, state, lr, betas=(0.9, 0.999), eps=1e-8):
-    """Every element moves by about lr, whatever the scale of its gradients."""
-    t = state["t"] = state.get("t", 0) + 1
-    m = state["m"] = betas[0] * state.get("m", 0) + (1 - betas[0]) * gradient
-    v = state["v"] = betas[1] * state.get("v", 0) + (1 - betas[1]) * gradient ** 2
-    m, v = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)        # both means began at 0: scale them
-    weight -= lr * m / (np.sqrt(v) + eps)
-
-
-def adamw(weight, gradient, state, lr, weight_decay=0.01, **options):
-    """Weights shrink directly, not by way of the gradient, which Adam would rescale."""
-    weight *= 1 - lr * weight_decay
-    adam(weight, gradient, state, lr, **options)
-
-
-# ---- 5. Where to begin: the standard deviation of a weight (fan_in, fan_out) in a network of L blocks
-
-INITS = {"0.02": lambda fan_in, fan_out, L: 0.02,
-         "xavier": lambda fan_in, fan_out, L: math.sqrt(2 / (fan_in + fan_out)),      # keeps the variance if linear
-         "kaiming": lambda fan_in, fan_out, L: math.sqrt(2 / fan_in),                 # twice that: relu loses half
-         "gpt": lambda fan_in, fan_out, L: 0.02 / math.sqrt(2 * L)}                   # 2 L layers add to a residual
-LAYERS = {"tanh": lambda x, W: np.tanh(x @ W), "relu": lambda x, W: np.maximum(x @ W, 0),
-          "residual": lambda x, W: x + x / np.sqrt((x ** 2).mean(axis=1, keepdims=True)) @ W}    # as in a transformer
-
-
-def spread_by_depth(init, kind, L, C=256, rows=128, seed=0):
-    """Root mean square of activations, before and after each of L layers; residual: 2 L of them, from embeddings."""
-    chance = np.random.default_rng(seed)
-    x = chance.normal(size=(rows, C)) * (0.02 if kind == "residual" else 1)
-    spread = [math.sqrt((x ** 2).mean())]
-    for _ in range(2 * L if kind == "residual" else L):
-        x = LAYERS[kind](x, chance.normal(size=(C, C)) * INITS[init](C, C, L))
-        spread.append(math.sqrt((x ** 2).mean()))
-    return spread
-
-
-# ---- 6. Networks that predict a character from those before it
-
-def make_weights(network, V, init, seed, E=16):
-    """{name: Tensor}. Biases are 0, the embedding has std 1, the others as `init` says; fan_in of a kernel is K C."""
-    W1, W2, H = ((8 * E, 128), (128, 128), 128) if network is mlp else ((3, E, 64), (3, 64, 64), 64)
-    shapes = dict(embed=(V, E), W1=W1, b1=(H,), W2=W2, b2=(H,), W3=W2, b3=(H,), head=(H, V), b=(V,))
-    std = {name: INITS[init](math.prod(shape[:-1]), shape[-1], 1) for name, shape in shapes.items()} | {"embed": 1}
-    chance = np.random.default_rng(seed)
-    return {name: Tensor(chance.normal(size=shape) * std[name] * (len(shape) > 1)) for name, shape in shapes.items()}
+def make_weights(T, V, seed, E=16, H=128):
+    """{name: Tensor}. Biases are 0, the embedding has std 1, a matrix sqrt(2 / rows): lessons/networks.py says why."""
+    shapes = dict(embed=(V, E), W1=(T * E, H), b1=(H,), W2=(H, H), b2=(H,), W3=(H, V), b3=(V,))
+    std, chance = {"embed": 1.0, "b1": 0, "b2": 0, "b3": 0}, np.random.default_rng(seed)
+    return {name: Tensor(chance.normal(size=shape) * std.get(name, math.sqrt(2 / shape[0])))
+            for name, shape in shapes.items()}
 
 
 def mlp(w, x, broken=False):
-    """ids (B, 8) -> logits (B, V). embed[x] is one_hot(x) @ embed, but reads only the rows that it needs."""
-    h = w["embed"][x].reshape(len(x), -1)                          # (B, 8 * E)
-    for i in "123":
+    """ids (B, T) -> logits (B, V)."""
+    h = w["embed"][x].reshape(len(x), -1)                          # (B, T * E): the vector of each character
+    for i in "12":
         h = (h @ w["W" + i] + w["b" + i]).relu(broken)             # (B, H)
-    return h @ w["head"] + w["b"]
+    return h @ w["W3"] + w["b3"]
 
 
-def conv1d(x, kernel, dilation=1):
-    """x (B, T, C), kernel (K, C, H) -> (B, T - (K - 1) dilation, H): the same weights at every place. They read K
-    places of x, `dilation` apart."""
-    K, C, H = kernel.shape
-    places = np.arange(x.shape[1] - (K - 1) * dilation)[:, None] + dilation * np.arange(K)          # (T', K)
-    seen = x[:, places].reshape(-1, K * C)                         # (B T', K C)
-    return (seen @ kernel.reshape(K * C, H)).reshape(-1, len(places), H)
-
-
-def conv(w, x, broken=False):
-    """ids (B, 15) -> logits (B, V). Three layers shorten 15 places to 13, 9 and 1."""
-    h = w["embed"][x]                                              # (B, 15, E)
-    for i, dilation in zip("123", (1, 2, 4)):
-        h = (conv1d(h, w["W" + i], dilation) + w["b" + i]).relu(broken)
-    return h.reshape(len(x), -1) @ w["head"] + w["b"]
-
-
-def batch_of(network, ids, ends):
-    """x, and the targets ids[ends]."""
-    T = 8 if network is mlp else 15
+def batch_of(ids, ends, T):
+    """The T ids before each end (B, T), and the targets ids[ends]."""
     return ids[ends[:, None] + np.arange(-T, 0)], ids[ends]
 
 
-def train(network, weights, step, lr, ids, cfg):
-    """Gradient descent with 128 targets a step. The learning rate falls to 0. Returns the loss of each step in bits."""
-    chance, states, curve = np.random.default_rng(cfg.seed), {name: {} for name in weights}, []
+def train(weights, T, ids, cfg):
+    """Gradient descent with 128 targets a step: every weight moves against its gradient. The learning rate falls to 0.
+    Returns the loss of each step in bits."""
+    chance, curve = np.random.default_rng(cfg.seed), []
     steps = min(cfg.steps, 30) if cfg.quick else cfg.steps
     for number in range(steps):
-        x, y = batch_of(network, ids, chance.integers(15, len(ids), size=128))
-        loss = cross_entropy(network(weights, x, cfg.break_relu), y, cfg.smoothing)
+        x, y = batch_of(ids, chance.integers(T, len(ids), size=128), T)
+        loss = cross_entropy(mlp(weights, x, cfg.break_relu), y, cfg.smoothing)
         loss.backward()
-        for name, weight in weights.items():
-            step(weight.data, weight.grad, states[name], lr * (1 - number / steps))
+        for weight in weights.values():
+            weight.data -= cfg.lr * (1 - number / steps) * weight.grad
         curve.append(float(loss.data) / math.log(2))
     return curve
 
 
-def bits_of(network, weights, ids):
+def bits_of(weights, T, ids):
     """Bits per character of new text: the loss in nats / ln 2."""
     nats = 0.0
-    for ends in np.array_split(np.arange(15, len(ids)), 20):       # small arrays stay in the processor's cache
-        x, y = batch_of(network, ids, ends)
-        nats += float(cross_entropy(network(weights, x), y).data) * len(y)
-    return nats / (len(ids) - 15) / math.log(2)
-
-
-# ---- 7. What a trained matrix holds: A = U diag(s) V', rotations around a stretching of each axis
-
-def svd(A):
-    """U (m, n), s (n,) falling, V' (n, n) of A (m, n), by Jacobi: rotate pairs of columns until all are orthogonal.
-    Their lengths are s, and s ** 2 the eigenvalues of A' A."""
-    m, n = A.shape
-    rows, rotated = np.hstack([A.T, np.eye(n)]), True              # columns of A as rows, and what was done to them
-    while rotated:
-        rotated = False
-        for i, j in combinations(range(n), 2):
-            a, b = rows[i, :m], rows[j, :m]
-            if abs(a @ b) > 1e-14 * (A ** 2).sum():
-                angle = math.atan2(2 * a @ b, a @ a - b @ b) / 2   # makes their product 0 and `a` the longer one
-                cos, sin = math.cos(angle), math.sin(angle)
-                rows[[i, j]] = np.array([[cos, sin], [-sin, cos]]) @ rows[[i, j]]
-                rotated = True
-    s = np.sqrt((rows[:, :m] ** 2).sum(axis=1))
-    order = np.argsort(-s)
-    return (rows[order, :m] / np.maximum(s[order, None], 1e-300)).T, s[order], rows[order, m:]
-
-
-def low_rank(U, s, Vt, rank):
-    """The nearest matrix of this rank (Eckart, Young). Its squared error is the sum of the s ** 2 that are left out."""
-    return U[:, :rank] * s[:rank] @ Vt[:rank]
+    for ends in np.array_split(np.arange(T, len(ids)), 20):        # small arrays stay in the processor's cache
+        x, y = batch_of(ids, ends, T)
+        nats += float(cross_entropy(mlp(weights, x), y).data) * len(y)
+    return nats / (len(ids) - T) / math.log(2)
 
 
 # ---- The table and the picture
 
 def show_derivatives(weights, ids, cfg):
-    """Print checks of both kinds of derivative, and what reading an embedding costs."""
+    """Print checks of both kinds of derivative."""
     def f(a, b):
         return (a * b + a).tanh()
     a, b = Number(0.5), Number(-0.3)
     f(a, b).backward()
     slope = (f(Number(0.50001), b).value - f(Number(0.49999), b).value) / 0.00002
     print(f"d tanh(a b + a) / da: {a.grad:.6f} by the chain rule, {slope:.6f} by a difference quotient")
-    x, y = batch_of(mlp, ids, np.arange(15, 655, 10))
+    x, y = batch_of(ids, np.arange(8, 648, 10), 8)
     worst = gradcheck(lambda: cross_entropy(mlp(weights, x, cfg.break_relu), y), list(weights.values()))
     print(f"gradients of the MLP differ from difference quotients by at most {worst:.0e}")
-    embed, one_hot, x = weights["embed"].data, np.eye(len(weights["b"].data)), ids[:9999]
-    times = [time.perf_counter(), one_hot[x] @ embed, time.perf_counter(), embed[x], time.perf_counter()]
-    print(f"one_hot(x) @ W takes {(times[2] - times[0]) / (times[4] - times[2]):.0f} times as long as W[x]; "
-          f"the results are {'equal' if np.array_equal(times[1], times[3]) else 'different'}")
 
 
 def main(cfg):
     text, new_text = "\n".join(world_texts()), "\n".join(world_texts("val"))[:1000 if cfg.quick else 10_000]
     chars, ids = np.unique(list(text + new_text), return_inverse=True)                   # ids are places in `chars`
     ids, new, V, curves = ids[:len(text)], ids[len(text):], len(chars), {}
-    first = make_weights(mlp, V, "kaiming", cfg.seed)
-    show_derivatives(first, ids, cfg)
+    show_derivatives(make_weights(8, V, cfg.seed), ids, cfg)
     pairs = np.bincount(ids[:-1] * V + ids[1:], minlength=V * V).reshape(V, V) / (len(ids) - 1)
     p, q = np.bincount(new, minlength=V) / len(new), pairs.sum(axis=0)
     after = (pairs + 1e-6) / (pairs + 1e-6).sum(axis=1, keepdims=True)                   # row: the character before
     print(f"new text: entropy {entropy(p):.3f} + KL from the old frequencies {kl(p, q):.3f} bits; "
           f"the character before tells {mutual_information(pairs):.3f} bits\n")
-    rows = [["what is new", "parameters", "bits per character"],
+    rows = [["what the model knows", "parameters", "bits per character"],
             ["nothing: all characters equally likely", 0, math.log2(V)],
             ["frequencies of characters", V, entropy(p) + kl(p, q)],
             ["frequencies after the character before", V * V, -np.log2(after[new[:-1], new[1:]]).mean()]]
-    for title, network, init, step, lr in [
-            ("MLP, weights of std 0.02, SGD", mlp, "0.02", sgd, 0.3),
-            ("MLP, Kaiming's weights, SGD", mlp, "kaiming", sgd, 0.3),
-            ("the same with momentum", mlp, "kaiming", momentum, 0.1),
-            ("convolution, AdamW", conv, "kaiming", adamw, 0.01),
-            ("MLP, Adam", mlp, "kaiming", adam, 0.01)]:
-        weights = make_weights(network, V, init, cfg.seed)
-        curves[title] = train(network, weights, step, lr, ids, cfg)
-        size = sum(weight.data.size for weight in weights.values())
-        rows.append([title, size, bits_of(network, weights, new)])
-    U, s, Vt = svd(weights["head"].data)
-    for rank in (32, 16):
-        weights["head"].data = low_rank(U, s, Vt, rank)
-        smaller = size - U.size + rank * (len(U) + V)              # kept as two matrices, (H, rank) and (rank, V)
-        rows.append([f"its output matrix with rank {rank}", smaller, bits_of(mlp, weights, new)])
-    draw(rows, curves, {"before training": svd(first["head"].data)[1], "after training with Adam": s}, cfg)
+    for T in (1, 2, 4, 8):
+        weights, title = make_weights(T, V, cfg.seed), f"MLP: {T} character{'s' * (T > 1)} before"
+        curves[title] = train(weights, T, ids, cfg)
+        rows.append([title, sum(weight.data.size for weight in weights.values()), bits_of(weights, T, new)])
+    draw(rows, curves, pairs, chars, cfg)
     return rows
 
 
-def draw(rows, curves, spectra, cfg):
-    figure, (learning, depth, ranks) = new_figure(1, 3, figsize=(18, 5.5))
+def draw(rows, curves, pairs, chars, cfg):
+    figure, (learning, saving) = new_figure(1, 2, figsize=(14, 5.5))
     for name, curve in curves.items():
         means = np.convolve(curve, np.ones(10) / 10, mode="valid")
         learning.plot(np.arange(len(means)) + 10, means, label=name)
     for (name, _, bits), style in zip(rows[2:4], "-:"):
         learning.axhline(bits, color="black", linestyle=style, linewidth=1, label=name)
-    learning.set(title="Weights at the start and optimizer decide how fast a network learns", ylim=(0, 8),
-                 xlabel="step", ylabel="loss (bits per character, mean of 10 batches)")
-    for init, kind, L in [("kaiming", "relu", 40), ("xavier", "relu", 40), ("xavier", "tanh", 40), ("0.02", "tanh", 40),
-                          ("0.02", "residual", 20), ("gpt", "residual", 20)]:
-        depth.plot(spread_by_depth(init, kind, L), label=f"{kind}, {init}")
-    depth.set(title="Before training, activations vanish, stay or grow with depth", xlabel="layer", yscale="log",
-              ylim=(1e-4, 100), ylabel="root mean square of the activations (log scale)")
-    for name, s in spectra.items():
-        left_out = np.append(np.cumsum(s[::-1] ** 2)[::-1], 0)
-        ranks.plot(100 * np.sqrt(left_out / left_out[0]), label=name)
-    ranks.set(title="Training makes the output matrix easier to compress", xlabel="rank r",
-              ylabel="error of its nearest matrix of rank r (% of its norm)")
-    for axes in (learning, depth, ranks):
-        axes.legend()
+    learning.set(title="An MLP first finds frequencies, then what its context tells", ylim=(0, 7), xlabel="step",
+                 ylabel="loss (bits per character, mean of 10 batches)")
+    learning.legend()
+    often = np.argsort(-pairs.sum(axis=1))[:25]                    # the most frequent characters
+    left = [entropy(row / row.sum()) for row in pairs[often]]
+    saving.bar(range(25), left, color="tab:orange", label="after this character")
+    saving.axhline(entropy(pairs.sum(axis=0)), color="black", label="without a context")
+    saving.set(title="How uncertain the next character is depends on the character before", xlabel="character before",
+               ylabel="entropy of the next character (bits)", ylim=(0, 6.2), xticks=range(25),
+               xticklabels=[{" ": "space", "\n": "line"}.get(c, c) for c in chars[often]])
+    saving.tick_params(axis="x", labelsize=8)
+    saving.legend()
     save_picture(figure, "foundations", cfg.out)
 
 

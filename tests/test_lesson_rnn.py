@@ -98,7 +98,7 @@ def test_text_is_learned_as_well_as_by_the_lstm_of_torch():
     text = "\n".join(world_texts(count=600))
     symbols = sorted(set(text))
     ids = torch.tensor([symbols.index(c) for c in text])
-    cfg = page.Config(hidden=32, steps=60, batch=16, forget=0.0)
+    cfg = page.Config(hidden=32, steps=60, batch=16, chunk=32, forget=0.0)
     cell, embed, head = nn.LSTM(32, 32, batch_first=True), nn.Embedding(len(symbols), 32), nn.Linear(32, len(symbols))
     parts = nn.ModuleList([cell, embed, head])
     w = page.make_model("LSTM", len(symbols), cfg, 32)             # the same start, the same batches, torch's modules

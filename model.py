@@ -403,7 +403,7 @@ class GPT(nn.Module):
         Matrices that read the residual stream: uniform with variance 1/C, so that their outputs start near unit size.
         Matrices that write to it (o_proj, down_proj): zero, so that every block starts as the identity.
         Embedding: N(0, 1). Head: zero, so that the first loss is exactly ln(V). A tied head cannot be zero: 0.02, as in
-        GPT-2 (with 1/sqrt(C), 768 channels start at a loss of 27 instead of 10.8).
+        GPT-2. Then a token predicts itself with a logit of 0.02 C: 768 channels start at 15.3; with 1/sqrt(C) at 27.6.
         With LayerNorm as in GPT-2: N(0, 0.02), over sqrt(2 L) for matrices that write. Norms: one. Biases: zero.
         """
         C, gpt2, offset = self.config.n_embd, self.config.norm == "layer", self.config.norm_offset

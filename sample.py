@@ -1,7 +1,7 @@
 """
 Write text with a model: ids in, more ids out. Every way to choose the next token, and a chat in the terminal.
 
-    generate_naive      the idea in 20 lines: read the whole text, choose a token, append it, repeat
+    generate_naive      the idea in 14 lines: read the whole text, choose a token, append it, repeat
     stream, generate    the same ids, faster: a cache, a batch of rows, and all the options of Options
     speculative         the same text or the same distribution, several tokens for each reading of the weights
     beam_search         the most probable whole text instead of the most probable next token
@@ -314,7 +314,7 @@ class Context:
         self.device = next(model.parameters()).device
         self.begin = [0] * len(texts)                              # first id of each text that is still in the context
         self.cache = self.replay = None
-        self.steps = 0                                             # of one token per row
+        self.steps = 0                                             # reads of one token per row
 
     def read(self, **how):
         """Feed the ids that the cache has not seen. Returns what the model returns for them: with last=True (B, V)."""
@@ -326,7 +326,7 @@ class Context:
             for row, (text, length, new) in enumerate(zip(self.texts, lengths, unread)):
                 if length + len(new) > self.size:
                     self.begin[row] = len(text) - max(1, self.size // 2)
-            self.cache = None
+            self.cache = self.replay = None
             return self.read(**how)
         rows = range(len(unread))
         if self.cache is None:                                     # the same text in several rows is read once
@@ -336,6 +336,7 @@ class Context:
             self.cache = KVCache(self.model, len(unread), self.size)
         counts = list(map(len, unread))
         self.steps += T == 1
+        # recording a step takes as long as ten of them, so a few tokens are written without
         if T == 1 and self.steps > 3 and how == {"last": True} and len(rows) == len(unread) \
                 and can_replay(self.model, self.cache):
             if not self.replay or not self.replay.fits(self.cache):

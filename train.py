@@ -107,7 +107,7 @@ class Config:
     # machine
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # number format of the matmuls
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: long runs, on a CPU in bf16
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: long runs, on a CPU only in bf16
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, a third more time
     parallel: Literal["ddp", "zero2", "fsdp", "hsdp"] = "ddp"  # under torchrun; hsdp: fsdp in a node, ddp between nodes
     shards: Count = 0               # hsdp: data-parallel processes that share one replica; 0: those of one node

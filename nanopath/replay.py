@@ -1,11 +1,12 @@
 """
-One decoding step as a CUDA graph: its kernels are recorded once and then started by one call.
+One decoding step as a CUDA graph: its kernels are recorded once, then launched by a single call.
 
 A step that writes one token per row is a few hundred kernels of a few microseconds. A GPU finishes them faster than
-Python can start them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
+Python can launch them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
 addresses that never change: the slot of each row's token is read from a buffer, and attention reads all slots and masks
 those after it (Replay.begin, in the place of KVCache.begin). The numbers are those of the step it records, up to the
-order of additions.
+order of additions. Between two steps of one text the model must stay as it is, but for updates of its weights in place:
+a recorded step sees no other adapter, no packing and no move.
 """
 import torch
 
@@ -19,13 +20,12 @@ class Replay:
     """A step of `model` for the rows of a KVCache. record=False runs it without a graph, on any device: for tests."""
     def __init__(self, model, cache, record=True):
         self.model, self.cache, self.record = model, cache, record
-        self.storage, rows = cache.k.data_ptr(), cache.k.shape[1]
-        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=cache.k.device)   # ids; slots
+        self.inputs = torch.zeros(2, cache.k.shape[1], 1, dtype=torch.long, device=cache.k.device)   # ids; slots
         self.graph = self.out = None
 
     def fits(self, cache):
-        """False after the cache got other memory: the graph reads and writes the old one."""
-        return cache is self.cache and cache.k.data_ptr() == self.storage
+        """False for another cache, and after this one got more rows, which means other memory."""
+        return cache is self.cache and cache.k.shape[1] == self.inputs.shape[1]
 
     def begin(self, cache):
         """As KVCache.begin, for one token per row."""
@@ -45,6 +45,19 @@ class Replay:
         finally:
             self.cache.steady = None
 
+    def capture(self):
+        """Returns the graph and the tensor that its replay fills. Once before on a side stream: libraries choose their
+        kernels and allocate at the first call, which cannot be recorded."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = self.run()
+        return graph, out
+
     def step(self, ids):
         """ids: one per row of the cache. Returns their logits (B, V), valid until the next step."""
         cache = self.cache
@@ -55,15 +68,10 @@ class Replay:
         self.inputs.copy_(torch.tensor([ids + pad, slots + pad])[..., None])
         if not self.record:
             self.out = self.run()
-        elif self.graph is None:
-            with torch.cuda.stream(side := torch.cuda.Stream()):   # kernels choose themselves before the recording
-                side.wait_stream(torch.cuda.default_stream())
-                self.run()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = self.run()
-        if self.graph is not None:
-            self.graph.replay()
+        else:
+            with torch.cuda.device(cache.k.device):
+                if self.graph is None:
+                    self.graph, self.out = self.capture()
+                self.graph.replay()
         cache.lengths = [length + 1 for length in cache.lengths]
         return self.out[:len(ids)]

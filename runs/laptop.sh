@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole path on a laptop: text -> tokenizer -> token shards -> trained GPT -> samples. `make` runs this.
+# The whole path on a laptop: text -> tokenizer -> token shards -> trained GPT -> samples. `make shakespeare` runs this.
 # STEPS=100 makes it shorter. Without network the text is the library of your own Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."

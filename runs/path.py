@@ -6,7 +6,8 @@ Run     python runs/path.py             # `make` runs this
 You see one line per stage, with the time that is left; then out/report.md and out/report.html
 Writes  data/tinyworld/; out/tinyworld, finetuned, merged, dpo, grpo, int4, evaluation; out/path/: what the stages print
 
-A second run skips every stage that is done with the same command, script and input; an interrupted run continues.
+A second run skips every stage that is done with the same command, script and input; an interrupted run continues. After a
+change in another file delete out/path/done.json. --quick and the full path share their folders and replace each other.
 """
 import argparse
 import contextlib
@@ -96,7 +97,8 @@ def run_stage(stage, log, show, begun):
     command = [sys.executable, *words]
     began = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=Path.cwd())
+        # in a session of its own: Ctrl-C reaches it once, from us; a second one would stop it before it has saved
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while process.poll() is None:
                 time.sleep(0.3)
@@ -137,7 +139,7 @@ def serve(stage, log, show):
     began, address = time.monotonic(), f"http://127.0.0.1:{port}"
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, *stage.command.split()[1:], f"--port={port}"]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         while True:
             show("starts")
@@ -197,6 +199,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller: about two minutes")
     quick = parser.parse_args().quick
+    for name in ("SIGTERM", "SIGHUP"):                             # as Ctrl-C: the stage that runs saves and ends
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     os.chdir(ROOT)
     todo = stages(quick)
     write_report(Path("out"), todo, run_path(todo, quick), quick)

@@ -4,7 +4,7 @@ failure; the training is the same file as everywhere.
 
 Run     pip install 'ray[train]'
         python runs/ray_train.py --workers=8 --gpu -- --preset=gpt2 --dataset=NAME --out=/shared/out/gpt2 --parallel=fsdp
-        python runs/ray_train.py --workers=2 -- --dataset=shakespeare --max_steps=20      # two processes of a laptop
+        python runs/ray_train.py --workers=2 -- --dataset=shakespeare --max_steps=20 --out=out/ray     # on a laptop
 Needs   this folder at the same place on every machine of the cluster, as a shared file system gives it; --out on it too
 After   a failure all workers start again, from the newest checkpoint of --out. Signals are Ray's: `ray job stop` ends the
         workers without a last checkpoint, so --save_every is what an interruption can cost
@@ -22,11 +22,8 @@ def worker(job):
     os.chdir(job["cwd"])
     sys.path.insert(0, job["root"])
     import train
-    from nanopath.run import parse_run
-    flags, out = job["flags"], job["out"]
-    if any(Path(out, "state").glob("step-*")):                     # it is not the first attempt, or --out is a run to resume
-        flags = [flag for flag in flags if not flag.startswith("--preset")] + ["--resume"]
-    train.main(parse_run(train.Config, train.PRESETS, train.__doc__, flags))
+    saved = any(Path(job["settings"]["out"], "state").glob("step-*"))     # not the first attempt, or a run to continue
+    train.main(train.Config(**job["settings"] | {"resume": saved}))
 
 
 def main():
@@ -39,18 +36,15 @@ def main():
     sys.path.insert(0, str(ROOT))
     import train
     from nanopath.run import parse_run
-    parse_run(train.Config, train.PRESETS, train.__doc__, o.flags)                     # a wrong flag ends here, in one line
-    out = next((flag.removeprefix("--out=") for flag in o.flags if flag.startswith("--out=")), None)
-    if out is None:
+    cfg = parse_run(train.Config, train.PRESETS, train.__doc__, o.flags)               # a wrong flag ends here, in one line
+    if not cfg.out:
         raise SystemExit("give the run a folder that all machines see, after the two dashes: -- --out=/shared/out/NAME")
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
-    except ImportError:
-        raise SystemExit("Ray is not installed: pip install 'ray[train]'") from None
-    out = str(Path(out).resolve())
-    flags = [flag for flag in o.flags if not flag.startswith("--out=")] + [f"--out={out}"]
-    job = {"cwd": os.getcwd(), "root": str(ROOT), "flags": flags, "out": out}
+    except ImportError as error:
+        raise SystemExit(f"this needs Ray: pip install 'ray[train]==2.60.0' ({error})") from None
+    job = {"cwd": os.getcwd(), "root": str(ROOT), "settings": vars(cfg) | {"out": str(Path(cfg.out).resolve())}}
     trainer = TorchTrainer(worker, train_loop_config=job, torch_config=TorchConfig(backend="nccl" if o.gpu else "gloo"),
                            scaling_config=ScalingConfig(num_workers=o.workers, use_gpu=o.gpu),
                            run_config=RunConfig(failure_config=FailureConfig(max_failures=o.failures)))

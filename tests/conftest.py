@@ -29,18 +29,17 @@ class Forks:
     def __call__(self, args, environment, cwd, timeout, input, ranks):
         if self.server is None:
             self.server = subprocess.Popen([sys.executable, ROOT / "tests/forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           env=environment, text=True)
+                                           env=environment, bufsize=0)       # select looks at the pipe
             atexit.register(self.server.communicate)               # closes its input, and waits
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("in", "out", "err")]
             for file, content in zip(files, (input, b"", b"")):
                 file.write_bytes(content)
             request = dict(arguments=args, environment=environment, folder=str(cwd), ranks=ranks, files=list(map(str, files)))
-            self.server.stdin.write(json.dumps(request) + "\n")
-            self.server.stdin.flush()
+            self.server.stdin.write(json.dumps(request).encode() + b"\n")
             child = int(self.server.stdout.readline())
             if not select.select([self.server.stdout], [], [], timeout)[0]:
-                os.kill(child, signal.SIGKILL)
+                os.killpg(child, signal.SIGKILL)
                 self.server.stdout.readline()
                 raise subprocess.TimeoutExpired(args, timeout)
             status = int(self.server.stdout.readline())
@@ -94,6 +93,12 @@ class Late:
 
     def __getattr__(self, attribute):
         return getattr(importlib.import_module(self.name), attribute)
+
+
+def losses(folder):
+    """The training losses of a run, from its log."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def real_folder(name):

@@ -30,6 +30,7 @@ def serve():
     for line in requests:
         child = os.fork()
         if not child:
+            os.setpgid(0, 0)                                       # with its ranks, which a time-out ends together
             requests.close()
             os.close(answers)
             return json.loads(line)

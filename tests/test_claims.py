@@ -2,13 +2,14 @@
 
 claims.json lists them: where they stand, the command that measures them, and the settings and functions that they depend on
 (FILE.py:NAME, or FILE.py for a whole file), as a hash of the code without comments and docstrings. When one of these
-changes, the test fails: run the command, put what it prints where the old number stood, then `python tests/test_claims.py`
+changes, the test fails: run the command, put what it prints where the old number stood, then `python tests/test_claims.py WHAT`
 records the new state. Numbers that are quick to measure are measured, in test_readme.py.
 """
 import ast
 import hashlib
 import io
 import json
+import sys
 import tokenize
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def code_of(what):
     for field in found[0].body if name == "Config" else ():
         if isinstance(field, ast.AnnAssign) and field.target.id in QUIET:
             lines[field.lineno - 1:field.end_lineno] = [""] * (field.end_lineno - field.lineno + 1)
-    return "\n".join(filter(None, lines[found[0].lineno - 1:found[0].end_lineno]))
+    first = min([found[0].lineno, *(d.lineno for d in getattr(found[0], "decorator_list", ()))])
+    return "\n".join(filter(None, lines[first - 1:found[0].end_lineno]))
 
 
 QUIET = {"out", "wandb", "device", "log_every", "resume", "dry_run", "sample_every", "sample_tokens", "save_every", "page", "beside",
@@ -68,7 +70,7 @@ def test_every_number_stands_where_it_is_said_to():
 def test_nothing_changed_that_the_numbers_depend_on():
     stale = [f"{claim['what']}: {', '.join(claim['depends'])} changed since it was measured. Run: {claim['command']}"
              for claim in json.loads(LIST.read_text(encoding="utf-8")) if state_of(claim) != claim["state"]]
-    assert not stale, "\n".join([*stale, "Then put the new numbers where the old ones stand, and run: python tests/test_claims.py"])
+    assert not stale, "\n".join([*stale, "Then put the new numbers where the old ones stand, and run: python tests/test_claims.py WHAT"])
 
 
 def test_a_change_of_a_default_is_seen(tmp_path, monkeypatch):
@@ -85,6 +87,9 @@ def test_a_change_of_a_default_is_seen(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     claims = json.loads(LIST.read_text(encoding="utf-8"))
+    unknown = set(sys.argv[1:]) - {claim["what"] for claim in claims}
+    if unknown or not sys.argv[1:]:
+        raise SystemExit(f"name what was measured again: {', '.join(repr(claim['what']) for claim in claims)}")
     for claim in claims:
-        claim["state"] = state_of(claim)
+        claim["state"] = state_of(claim) if claim["what"] in sys.argv else claim["state"]
     LIST.write_text(json.dumps(claims, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

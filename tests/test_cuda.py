@@ -1,6 +1,5 @@
 """On a machine with a CUDA GPU: the same numbers as on the CPU. Elsewhere these tests are skipped."""
 import copy
-import json
 import random
 import shutil
 
@@ -10,7 +9,7 @@ import torch
 import sample
 import serve
 from bpe import Tokenizer
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, losses, run
 from model import KNOWN_MODELS, load_model, save_model
 from nanopath import kernels
 from quantize import QuantLinear, quantize_model
@@ -63,6 +62,26 @@ def test_greedy_text():
         assert sample.generate_naive(gpu, prompt, 30, 0) == text
 
 
+@pytest.mark.parametrize("name", sorted(KNOWN_MODELS))
+def test_recorded_steps_write_the_same_text(name):
+    """Rows of different lengths that end at different times, in a context that overflows; keys in 8 bits too."""
+    cpu = make(seed=2, **shrunk(name) | dict(block_size=48)).eval()
+    gpu = copy.deepcopy(cpu).cuda()
+    prompts = [ids_of(1, n)[0].tolist() for n in (3, 17, 30)]
+    how = dict(temperature=0, stop_ids=range(0, 256, 64))
+    assert sample.generate(gpu, prompts, 60, **how) == sample.generate(cpu, prompts, 60, **how)
+    gpu.kv_int8 = True
+    assert all(len(text) == 12 for text in sample.generate(gpu, prompts, 12, temperature=0, stop_ids=()))
+
+
+def test_the_compiled_loss():
+    z, gold = torch.randn(64, 500, device="cuda"), torch.randint(500, (64, 1), device="cuda")
+    counted = torch.rand(64, 1, device="cuda") < 0.7
+    found = torch.compile(kernels.loss_and_gradient, dynamic=False)(z, gold, counted, 3.0)
+    for a, b in zip(found, kernels.loss_and_gradient(z.cpu(), gold.cpu(), counted.cpu(), 3.0)):
+        assert (a.cpu() - b).abs().max() < 1e-3
+
+
 def test_seeds_give_the_same_text_on_both():
     """Sampling draws its random numbers on the CPU, so a seed means the same text, rounding aside."""
     cpu = make(seed=2, block_size=96).eval()
@@ -110,11 +129,6 @@ def test_the_server_writes_what_sample_writes():
         pass
     for request, prompt in zip(requests, prompts):
         assert request.new == sample.generate(model, [prompt], 20, temperature=0, stop_ids=())[0]
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -72,6 +75,40 @@ def test_a_stage_that_fails_continues_in_the_next_run(place, capsys):
     assert calls(place) == ["--resume --out=out/two"]
     done = json.loads((place / "out/path/done.json").read_text(encoding="utf-8"))
     assert done["two"]["command"] == "python two.py --fail --out=out/two" and done["two"]["seconds"] >= 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_reaches_the_stage_once(name, place):
+    """The stage gets one SIGINT and saves, also where a terminal would send it to the whole group of processes."""
+    (place / "slow.py").write_text("""
+import pathlib, time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)                                                # saves; a second signal would end it here
+    pathlib.Path("saved").write_text("yes", encoding="utf-8")
+""", encoding="utf-8")
+    (place / "runner.py").write_text(f"""
+import importlib.util, signal, sys
+spec = importlib.util.spec_from_file_location("path_of_stages", {str(ROOT / 'runs/path.py')!r})
+path = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(path)
+path.stages = lambda quick: [path.Stage("slow", "python slow.py", "out/slow/model", 1)]
+path.ROOT = "."
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["path.py"]
+path.main()
+""", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "runner.py"], cwd=place, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    log, began = place / "out/path/01-slow.log", time.monotonic()
+    while not (log.is_file() and "ready" in log.read_text(encoding="utf-8")):
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    os.killpg(process.pid, getattr(signal, name))                  # a terminal sends it to the whole group
+    assert process.wait(30) != 0 and (place / "saved").is_file()
 
 
 def test_the_stages_name_their_scripts_and_outputs():

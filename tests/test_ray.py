@@ -4,12 +4,7 @@ import shutil
 
 import pytest
 
-from conftest import ROOT, SMALL, run
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+from conftest import ROOT, SMALL, losses, run
 
 
 def test_two_workers_resume_the_run_of_one_process(tiny, tmp_path):

@@ -111,5 +111,5 @@ def real_folder(name):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers end at about the same time."""
-    slow = ["test_" + name for name in "train readme sample model prepare finetune peft rlhf bpe quantize evaluate tokenizers engine curate".split()]
+    slow = ["test_" + name for name in "train lessons readme sample model prepare finetune peft rlhf bpe quantize evaluate tokenizers engine curate".split()]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

@@ -180,14 +180,13 @@ def load_folder(folder):
                                 ("feed_forward_proj", kind, ("relu", "gated-gelu"))):
         if value not in allowed:
             raise ValueError(f"{folder}: {key} is {value}, allowed are {' and '.join(allowed)}")
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors, found = safetensors.torch.load_file(folder / "model.safetensors"), {}
     model = T5(Shape(*(config[key] for key in ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff")),
                      config["num_layers"], config.get("num_decoder_layers") or config["num_layers"],
                      config["relative_attention_num_buckets"], config.get("relative_attention_max_distance", 128),
                      kind == "gated-gelu", "lm_head.weight" not in tensors,
                      config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
                      config["layer_norm_epsilon"]))
-    found = {}
     for name, tensor in tensors.items():
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)

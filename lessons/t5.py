@@ -15,7 +15,7 @@ You see
         T5, new              70       58       70
         T5, pretrained       91       90       91
 
-        100 held-out stories, 16 examples of summaries, 2000 stories without. They tell everything twice, in other words:
+        100 held-out stories, 16 examples of summaries, 2000 stories without, which tell all twice, in other words:
         to restore a span is to read. Without the retelling pretraining did not help (11 settings were tried).
 
 Deliverable  T5 with logits equal to transformers (t5-small, t5-v1_1, flan-t5: load_folder), and its span corruption.

@@ -68,10 +68,10 @@ def test_a_page_has_its_parts(name):
     for part in ("Run", "You see", "Deliverable", "Break it", "Papers"):
         assert re.search(rf"^{part}\b", doc, re.M), f"{name}: no {part}"
     assert len(set(re.findall(r"--break_\w+|--\w+(?:=\S+)?", doc.split("Break it")[1].split("Papers")[0]))) >= 2
-    assert len(page_of(name).splitlines()) <= LONGEST.get(name, 300)
+    assert len(page_of(name).splitlines()) <= LONGEST.get(name, 330)
 
 
-LONGEST = {"foundations": 430, "word2vec": 480, "attention": 505, "subwords": 505, "bert": 405, "labels": 350, "seq2seq": 350, "t5": 345}    # lessons of several ideas, each complete
+LONGEST = {"foundations": 430, "word2vec": 480, "attention": 505, "subwords": 505, "seq2seq": 350, "t5": 345}    # lessons of several ideas, each complete
 
 
 def test_the_index_lists_every_lesson():

@@ -48,8 +48,8 @@ RENAMED = {"embeddings.word_embeddings": "tokens", "embeddings.position_embeddin
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Albert"])
 def test_the_encoder_and_its_switches_are_those_of_transformers(kind, tokenizer):
     import transformers as hf
-    size = dict(vocab_size=tokenizer.vocab_size, max_position_embeddings=33 if kind == "Roberta" else 32, hidden_size=24,
-                num_hidden_layers=3, num_attention_heads=3, intermediate_size=48, type_vocab_size=2, pad_token_id=0,
+    size = dict(vocab_size=tokenizer.vocab_size, max_position_embeddings=33 if kind == "Roberta" else 32,
+                hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=48, type_vocab_size=2, pad_token_id=0,
                 hidden_act="gelu", layer_norm_eps=1e-12)
     theirs = getattr(hf, kind + "Model")(getattr(hf, kind + "Config")(
         **size, **(dict(embedding_size=8) if kind == "Albert" else {}))).eval()
@@ -61,7 +61,8 @@ def test_the_encoder_and_its_switches_are_those_of_transformers(kind, tokenizer)
     for name, weight in theirs.state_dict().items():
         for old, new in RENAMED.items():
             name = re.sub(old, new, name)
-        found[name] = weight[1:] if (name, kind) == ("positions.weight", "Roberta") else weight     # it starts at pad_id + 1
+        first = kind == "Roberta" and name == "positions.weight"   # RoBERTa counts positions from pad_id + 1
+        found[name] = weight[1:] if first else weight
     missing, unknown = ours.load_state_dict(found, strict=False)
     assert not unknown and all(name.startswith(("fill", "pair")) for name in missing)
     rows = [bert.pack(tokenizer, *WORDS[:2]), bert.pack(tokenizer, WORDS[1]), bert.pack(tokenizer, WORDS[2], WORDS[0])]

@@ -1,17 +1,14 @@
-"""lessons/bert.py and lessons/labels.py held against torch.nn, transformers, tokenizers and seqeval."""
+"""lessons/bert.py held against torch.nn and transformers: the block, ALBERT, the masks, XLNet's streams."""
 import itertools
 import json
-import random
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bpe import Tokenizer
-from conftest import real_folder
-from data import tinyworld as tw
-from lessons import bert, labels
+from lessons import bert
 
 WORDS = [["jova", "lives", "in", "kelby"], ["a"], ["mibran", "likes", "kelby", ".", "jova", "lives"]]
 
@@ -20,25 +17,11 @@ WORDS = [["jova", "lives", "in", "kelby"], ["a"], ["mibran", "likes", "kelby", "
 def tokenizer(tmp_path_factory):
     return bert.small_tokenizer(tmp_path_factory.mktemp("words"), [WORDS])
 
-
-def library_of(tokenizer):
-    from tokenizers import Tokenizer as Library
-    from tokenizers.processors import BertProcessing
-    library = Library.from_str(json.dumps(tokenizer.spec | dict(version="1.0", post_processor=None)))
-    library.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return library
-
-
-def rows_of(tokenizer):
-    pieces = [bert.pieces_of(tokenizer, words) for words in WORDS]
-    return [bert.pack(tokenizer, *pair) for pair in (pieces[:2], pieces[1:2], pieces[2:])]
-
-
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_a_block_is_torchs_encoder_layer(pre_norm):
     torch.manual_seed(0)
-    block = bert.Block(bert.Shape(9, pre_norm=pre_norm, eps=1e-5))
-    theirs = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True, norm_first=pre_norm)
+    block = bert.Block(bert.Shape(9, pre_norm=pre_norm))
+    theirs = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", 1e-12, True, pre_norm)
     for ours in (block.norm1, block.norm2):
         nn.init.normal_(ours.weight)
     heads = [block.query, block.key, block.value]
@@ -53,118 +36,58 @@ def test_a_block_is_torchs_encoder_layer(pre_norm):
     assert torch.allclose(block(x, see)[see[:, 0]], expected[see[:, 0]], atol=1e-5)
 
 
-# ---- folders of others
+RENAMED = {"embeddings.word_embeddings": "tokens", "embeddings.position_embeddings": "positions",
+           "embeddings.token_type_embeddings": "types", "embeddings.LayerNorm": "embed_norm",
+           "encoder.embedding_hidden_mapping_in": "widen", r"encoder.albert_layer_groups.0.albert_layers": "blocks",
+           "encoder.layer": "blocks", "attention.(self.)?(query|key|value)": r"\2",
+           "attention.(output.)?dense": "out", "attention.(output.)?LayerNorm": "norm1", "intermediate.dense": "up",
+           r"(?<=\d.)ffn(?=[.])": "up", "ffn_output": "down", "full_layer_layer_norm|output.LayerNorm": "norm2",
+           "output.dense": "down", "^pooler(.dense)?": "pool"}
 
-def published(kind, folder, vocab_size=331):
-    """A random tiny model of transformers, saved as a folder, in double precision where it is compared."""
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Albert"])
+def test_the_encoder_and_its_switches_are_those_of_transformers(kind, tokenizer):
     import transformers as hf
-    size = dict(vocab_size=vocab_size, max_position_embeddings=40)
-    bert_size = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-                     type_vocab_size=2)
-    distil = hf.DistilBertConfig(**size, dim=24, n_layers=2, n_heads=3, hidden_dim=40)
-    make = {"bert": lambda: hf.BertForPreTraining(hf.BertConfig(**size, **bert_size)),
-            "distilbert": lambda: hf.DistilBertForMaskedLM(distil),
-            "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**size, **bert_size, pad_token_id=0)),
-            "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**size, **bert_size, embedding_size=8)),
-            "label": lambda: hf.DistilBertForSequenceClassification(distil),
-            "label roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**size, **bert_size)),
-            "tag": lambda: hf.BertForTokenClassification(hf.BertConfig(**size, **bert_size, num_labels=5)),
-            "span": lambda: hf.AlbertForQuestionAnswering(hf.AlbertConfig(**size, **bert_size, embedding_size=8))}
-    torch.manual_seed(1)
-    model = make[kind]().eval()
-    for name, weight in model.named_parameters():                  # not biases of 0 and scales of 1
+    size = dict(vocab_size=tokenizer.vocab_size, max_position_embeddings=33 if kind == "Roberta" else 32,
+                hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=48, type_vocab_size=2, pad_token_id=0,
+                hidden_act="gelu", layer_norm_eps=1e-12)
+    theirs = getattr(hf, kind + "Model")(getattr(hf, kind + "Config")(
+        **size, **(dict(embedding_size=8) if kind == "Albert" else {}))).eval()
+    torch.manual_seed(0)
+    for weight in theirs.parameters():                             # not biases of 0 and scales of 1
         nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "albert"])
-def test_a_folder_fills_gaps_as_transformers_does(kind, tmp_path, tokenizer):
-    theirs = published(kind, tmp_path, tokenizer.vocab_size)
-    ours, missing = labels.load_folder(tmp_path)
-    ids, types, words, see = bert.batch_of(tokenizer, rows_of(tokenizer))
-    extra = {} if kind == "distilbert" else {"token_type_ids": types}
+    ours = bert.Encoder(bert.Shape(tokenizer.vocab_size, 24, 8 if kind == "Albert" else 24, 3, 3, kind == "Albert"))
+    found = {}
+    for name, weight in theirs.state_dict().items():
+        for old, new in RENAMED.items():
+            name = re.sub(old, new, name)
+        first = kind == "Roberta" and name == "positions.weight"   # RoBERTa counts positions from pad_id + 1
+        found[name] = weight[1:] if first else weight
+    missing, unknown = ours.load_state_dict(found, strict=False)
+    assert not unknown and all(name.startswith(("fill", "pair")) for name in missing)
+    rows = [bert.pack(tokenizer, *WORDS[:2]), bert.pack(tokenizer, WORDS[1]), bert.pack(tokenizer, WORDS[2], WORDS[0])]
+    ids, _, types, see = bert.batch_of(tokenizer, rows)
     with torch.no_grad():
-        out = theirs(input_ids=ids, attention_mask=see[:, 0].long(), **extra)
-        x = ours.hidden(ids, types, see)
-        expected = out["prediction_logits" if kind == "bert" else "logits"][see[:, 0]]
-        assert (ours.fill(x)[see[:, 0]] - expected).abs().max() < 1e-4 * expected.abs().max()
-        if kind == "bert":                                         # next sentence: the label of [CLS]
-            assert torch.allclose(ours.label_text(x), out.seq_relationship_logits, atol=1e-4) and not missing
-    random = {f"{module}.{part}" for module in ("pool", "labels") for part in ("weight", "bias")}
-    assert set(missing) <= random
+        expected = theirs(input_ids=ids, attention_mask=see[:, 0].long(), token_type_ids=types).last_hidden_state
+        assert torch.allclose(ours.hidden(ids, types, see)[see[:, 0]], expected[see[:, 0]], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["label", "label roberta", "tag", "span"])
-def test_a_fine_tuned_folder_answers_as_transformers_does(kind, tmp_path, tokenizer):
-    theirs = published(kind, tmp_path, tokenizer.vocab_size)
-    ours, missing = labels.load_folder(tmp_path, labels={"tag": 5}.get(kind, 2))
-    assert all(name.startswith(("fill", "pool") if kind in ("tag", "span") else "fill") for name in missing)
-    rows = rows_of(tokenizer)
-    ids, types, _, see = bert.batch_of(tokenizer, rows)
-    if "roberta" in kind:
-        ids = ids.masked_fill(~see[:, 0], 1)                       # its padding is 1, and places its positions
-    extra = {} if kind == "label" else {"token_type_ids": types}
+def test_the_heads_are_those_of_transformers(tokenizer):
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertPreTrainingHeads
+    ours = bert.Encoder(bert.Shape(tokenizer.vocab_size))
+    theirs = BertPreTrainingHeads(BertConfig(vocab_size=tokenizer.vocab_size, hidden_size=64))
+    head = theirs.predictions
+    nn.init.normal_(ours.fill_bias)
     with torch.no_grad():
-        out = theirs(input_ids=ids, attention_mask=see[:, 0].long(), **extra)
-        logits = labels.predict(ours, tokenizer, rows, kind.split()[0])
-    if kind == "span":
-        expected, real = torch.stack([out.start_logits, out.end_logits], 1), see.expand(-1, 2, -1)
-    else:
-        expected, real = out.logits, see[:, 0] if kind == "tag" else slice(None)
-    assert torch.allclose(logits[real], expected[real], atol=1e-4)
-
-
-def test_fine_tuning_distilbert_takes_the_steps_of_transformers(tmp_path, tokenizer):
-    theirs = published("label", tmp_path, tokenizer.vocab_size)
-    ours, _ = labels.load_folder(tmp_path)
-    head = theirs.classifier
-    rows = [row._replace(target=n % 3 % 2) for n, row in enumerate(rows_of(tokenizer) * 4)]
-    torch.manual_seed(5)
-    losses = labels.finetune(ours, tokenizer, rows, "label", 2, steps=8, rate=1e-3, size=6, seed=3)
-    torch.manual_seed(5)
-    head.load_state_dict(nn.Linear(24, 2).state_dict())
-    nn.init.normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    optimizer, expected = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.01), []
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(3)).tolist()
-    for step in range(8):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 0.8, (8 - step) / 7.2)
-        part = [rows[order[(step * 6 + i) % 12]] for i in range(6)]
-        ids, _, _, see = bert.batch_of(tokenizer, part)
-        targets = torch.tensor([row.target for row in part])
-        loss = theirs(input_ids=ids, attention_mask=see[:, 0].long(), labels=targets).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        expected.append(loss.item())
-    assert losses == pytest.approx(expected, rel=2e-3) and expected[-1] < expected[0] - 0.01
-
-
-def test_a_published_model_and_its_vocabulary():
-    from transformers import AutoTokenizer, BertModel
-    folder = real_folder("minilm")
-    texts = ["The café's Straße is near, unaffable!", "Two."]
-    theirs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
-    tokenizer, (model, missing) = Tokenizer.load(folder / "vocab.txt"), labels.load_folder(folder)
-    assert all(name.startswith(("fill", "labels")) for name in missing)
-    rows = [bert.pack(tokenizer, bert.pieces_of(tokenizer, bert.words_of(text))) for text in texts]
-    ids, types, _, see = bert.batch_of(tokenizer, rows)
-    assert ids.tolist() == theirs.input_ids.tolist() and see[:, 0].long().equal(theirs.attention_mask)
-    with torch.no_grad():
-        expected = BertModel.from_pretrained(folder)(**theirs).last_hidden_state
-        assert torch.allclose(model.hidden(ids, types, see)[see[:, 0]], expected[see[:, 0]], atol=2e-5)
-
-
-def test_folders_that_cannot_be_read_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
-        labels.load_folder(tmp_path)
-    published("bert", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "t5"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="model_type is t5, allowed are bert"):
-        labels.load_folder(tmp_path)
+        for mine, other in ((ours.fill_dense, head.transform.dense), (ours.fill_norm, head.transform.LayerNorm),
+                            (ours.pair, theirs.seq_relationship)):
+            other.load_state_dict(mine.state_dict())
+        head.decoder.weight.copy_(ours.tokens.weight)
+        head.decoder.bias.copy_(ours.fill_bias)
+        x = torch.randn(2, 5, 64)
+        logits, pair = theirs(x, torch.tanh(ours.pool(x[:, 0])))
+        assert torch.allclose(ours.fill(x), logits, atol=1e-5) and torch.allclose(ours.belongs(x), pair, atol=1e-6)
 
 
 # ---- masks and orders
@@ -172,11 +95,15 @@ def test_folders_that_cannot_be_read_are_one_line(tmp_path):
 @pytest.mark.parametrize("whole", [False, True])
 def test_masks_are_those_of_the_collator(whole, tokenizer):
     from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
-    library = PreTrainedTokenizerFast(tokenizer_object=library_of(tokenizer),
+    from tokenizers import Tokenizer as Library
+    from tokenizers.processors import BertProcessing
+    library = Library.from_str(json.dumps(tokenizer.spec | dict(version="1.0", post_processor=None)))
+    library.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    library = PreTrainedTokenizerFast(tokenizer_object=library,
                                       unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
                                       mask_token="[MASK]")
-    rows = [bert.pack(tokenizer, bert.pieces_of(tokenizer, words)) for words in WORDS * 40]
-    ids, _, words, _ = bert.batch_of(tokenizer, rows)
+    rows = [bert.pack(tokenizer, words) for words in WORDS * 40]
+    ids, words, _, _ = bert.batch_of(tokenizer, rows)
     torch.manual_seed(3)
     ours = bert.mask_tokens(ids, words, 4, tokenizer.vocab_size, whole, masked=1.0 if whole else 0.8,
                             randomized=0.0 if whole else 0.1)
@@ -245,55 +172,3 @@ def test_the_second_stream_is_attention_of_torch():
     y = F.layer_norm(x + theirs(x, memory, memory, attn_mask=~see)[0], (64,), eps=1e-12)
     expected = F.layer_norm(y + block.down(F.gelu(block.up(y))), (64,), eps=1e-12)
     assert torch.allclose(block(x, see[None], memory), expected)
-
-
-# ---- padding, windows, tags, answers
-
-def test_padding_and_windows_are_those_of_tokenizers(tokenizer):
-    question = "where does jova live ?"
-    text = "jova lives in kelby . mibran likes a cat in kelby . a dog lives in a house"
-    asked = bert.pieces_of(tokenizer, bert.words_of(question))[0]
-    for room, stride, side in ((20, 0, "right"), (20, 5, "left"), (24, 9, "right"), (90, 3, "right"), (100, 0, "left")):
-        library = library_of(tokenizer)
-        library.enable_truncation(room, stride=stride, strategy="only_second")
-        library.enable_padding(direction=side, pad_id=0, pad_token="[PAD]")
-        first = library.encode(question, text)
-        parts = [first, *first.overflowing]
-        rows = labels.question_rows(tokenizer, question, text, room=room, stride=stride)
-        assert [row.ids for row in rows] == [[i for i, m in zip(p.ids, p.attention_mask) if m] for p in parts]
-        if side == "right" or len(parts) == 1:                     # the library pads each window, we pad the batch
-            longest = max(len(p.ids) for p in parts)
-            assert bert.pad([row.ids for row in rows], 0, side).tolist() == [p.ids[:longest] for p in parts]
-        assert [row.types for row in rows] == [[i for i, m in zip(p.type_ids, p.attention_mask) if m] for p in parts]
-    with pytest.raises(ValueError, match="stride=12: must be at least 0 and less than the room"):
-        labels.windows(40, 12, 12)
-
-
-def test_entities_and_their_f1_are_those_of_seqeval():
-    from seqeval.metrics import f1_score
-    from seqeval.metrics.sequence_labeling import get_entities
-    draw, kinds = random.Random(0), ["O", "O", "B-a", "I-a", "B-b", "I-b"]
-    for _ in range(200):
-        known, given = ([[draw.choice(kinds) for _ in range(length)] for length in (9, 1, 6)] for _ in range(2))
-        assert labels.entities(known[0]) == {(kind, start, end + 1) for kind, start, end in get_entities(known[0])}
-        assert labels.entity_f1(known, given) == pytest.approx(f1_score(known, given))
-
-
-def test_labels_of_words_reach_their_pieces_and_answers_come_back(tokenizer):
-    assert labels.tag_words("one sunny day , jova went up the hill near kelby".split()) == [
-        "B-time", "I-time", "I-time", "O", "B-person", "O", "B-place", "I-place", "I-place", "O", "B-place"]
-    people = [tw.Person("Jova", "he", {}, "train")]
-    row, = labels.tag_chunks(tokenizer, [WORDS[:1]], people, 9)
-    names = [tokenizer.names[i] for i in row.ids]
-    assert names[:4] == ["[CLS]", "jo", "##va", "lives"]
-    person, place = map(labels.TAGS.index, ("B-person", "B-place"))
-    assert row.target[:4] == [-100, person, -100, 0] and row.target[-2:] == [place, -100]
-    draw = tw.Draw(1)
-    for _ in range(50):                                            # right logits give the answer, from any window
-        question, text, answer = labels.ask_facts(draw, tw.make_world("quick", 0).people)
-        rows = labels.question_rows(tokenizer, question, text, answer, room=40, stride=16)
-        logits = torch.zeros(len(rows), 2, 40)
-        for scores, row in zip(logits, rows):
-            if row.target != (0, 0):
-                scores[0, row.target[0]] = scores[1, row.target[1]] = 1
-        assert any(row.target != (0, 0) for row in rows) and labels.best_answer(logits, rows, text) == answer

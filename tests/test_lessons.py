@@ -73,7 +73,7 @@ def test_a_page_has_its_parts(name):
     assert len(page_of(name).splitlines()) <= LONGEST.get(name, 330)
 
 
-LONGEST = {}    # lesson -> lines, for one that needs more
+LONGEST = {"labels": 380}    # lesson -> lines, for one that needs more: three tasks and the folders of two families
 
 
 def test_the_index_lists_every_lesson():

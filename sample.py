@@ -336,7 +336,7 @@ class Context:
             self.cache = KVCache(self.model, len(unread), self.size)
         counts = list(map(len, unread))
         self.steps += T == 1
-        # recording a step takes as long as ten of them, so a few tokens are written without
+        # recording runs the step twice, so a few tokens are written without
         if T == 1 and self.steps > 3 and how == {"last": True} and len(rows) == len(unread) \
                 and can_replay(self.model, self.cache):
             if not self.replay or not self.replay.fits(self.cache):

@@ -6,7 +6,7 @@ between them, so long texts suffer. Bahdanau let the writer look back at all sta
 the transformer of 2017 keeps only this looking. Encoder-decoder, decoder only, encoder only: the same layers, other
 masks. The tiny world's second language has other words, and begins each sentence at its end: far words matter.
 
-Run     python -m lessons.seq2seq                        # 15 s on one core; --quick: 7 s
+Run     python -m lessons.seq2seq                        # 24 s on one core; --quick: 7 s
         python -m lessons.seq2seq --multi30k --steps=3000    # English to German, NANOPATH_DATA/multi30k; not measured
 
 You see

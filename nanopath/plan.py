@@ -96,7 +96,7 @@ def micro_batch(cfg, raw, before, out, machine):
 
 def compile_pays(cfg, flops, machine):
     """--compile=auto. flops: of the whole run. Compiling takes 10 to 25 s on a CPU and gains 1.5 to 1.7 x in bf16; on a
-    GPU 20 to 40 s and 2 x (H200). So the run must be long enough; the answer depends on the settings alone, never on a
+    GPU about 15 s and 2 x (H200). So the run must be long enough; the answer depends on the settings alone, never on a
     timing."""
     if machine.device.type == "cuda":                              # a minute without it, at 150 TFLOP/s or 15 ms a step
         return flops / machine.world > 1e16 or cfg.max_steps >= 4000

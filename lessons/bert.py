@@ -7,7 +7,7 @@ question and hides other tokens each time a text is read; ALBERT uses one layer'
 embeddings. XLNet hides nothing: it predicts tokens in a random order, and a second stream, which knows places but not
 its own token, keeps a token from seeing itself. What such an encoder has learned, lessons/labels.py turns to use.
 
-Run     python -m lessons.bert                           # 55 s; --quick; --whole_words: hide all pieces of a word
+Run     python -m lessons.bert                           # 17 s; --quick; --whole_words: hide all pieces of a word
 Writes  bert.png and bert/vocab.txt, a vocabulary of word pieces, in out/lessons
 
 You see
@@ -35,7 +35,6 @@ Papers  BERT arXiv:1810.04805, RoBERTa 1907.11692, ALBERT 1909.11942, XLNet 1906
 """
 import math
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -44,8 +43,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bpe import Tokenizer
 from data import tinyworld as tw
+from lessons.encoder import WORD, batch_of, pack, small_tokenizer
 from lessons.page import new_figure, run_lesson, save_picture
 from nanopath.flags import Positive, Rate, Share
 
@@ -125,9 +124,10 @@ class Encoder(nn.Module):
         return self.widen(self.embed_norm(x))                      # (B, T, C)
 
     def hidden(self, ids, types, see):
+        """see (B, T): true but for padding -> (B, T, C)"""
         x = self.embed(ids, types)
         for block in self.layers:
-            x = block(x, see)
+            x = block(x, see[:, None])
         return self.last_norm(x)
 
     def second_stream(self, ids, types, order, mask_id, leak=False):
@@ -147,42 +147,6 @@ class Encoder(nn.Module):
     def belongs(self, x):
         """(B, T, C) -> logits (B, 2) from the first token, [CLS]: is the second half the right one?"""
         return self.pair(torch.tanh(self.pool(x[:, 0])))
-
-
-# ---- from words to batches
-
-WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def small_tokenizer(folder, documents):
-    """Write a vocab.txt and load it: all words but names, which are made of pieces."""
-    words = {word for sentences in documents for sentence in sentences for word in sentence}
-    words = words.union(*(map(str.lower, values) for values in tw.VALUES.values())) - {*map(str.lower, tw.ALL_NAMES)}
-    pieces = [*map(str.lower, tw.NAME_STARTS), *(f"##{end}" for end in tw.NAME_ENDS), *sorted(words)]
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces])                # each one once
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    return Tokenizer.load(folder / "vocab.txt")
-
-
-def pack(tokenizer, *segments):
-    """One or two lists of words -> three lists: ids of [CLS] first [SEP] second [SEP], number of the word that each one
-    is a piece of or -1, number of the segment."""
-    ids, numbers, types = [tokenizer.before[0]], [-1], [0]
-    for segment, words in enumerate(segments):
-        pieces = [tokenizer.encode(word) for word in words]
-        ids += [*sum(pieces, []), tokenizer.after[-1]]
-        numbers += [*(n for n, piece in enumerate(pieces) for _ in piece), -1]
-        types += [segment] * (len(ids) - len(types))
-    return ids, numbers, types
-
-
-def batch_of(tokenizer, rows):
-    """ids, numbers, types (B, T), which tokens there are to see (B, 1, T). Padding stands on the right."""
-    lengths = torch.tensor([len(row[0]) for row in rows])
-    parts = [nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), True, value)
-             for part, value in zip(zip(*rows), (tokenizer.pad_id, -1, 0))]
-    return *parts, (torch.arange(lengths.max()) < lengths[:, None])[:, None]
 
 
 # ---- pretraining
@@ -227,7 +191,7 @@ def batches(tokenizer, documents, cfg, pair=None, static=False, permute=False, s
                 rows.append(pack(tokenizer, first, second) if pair else pack(tokenizer, first + second))
             ids, words, types, see = batch_of(tokenizer, rows)
             if permute:                                            # [CLS] and [SEP] first, what is predicted last
-                order = torch.rand(words.shape).masked_fill(words < 0, -1).masked_fill(~see[:, 0], 2)
+                order = torch.rand(words.shape).masked_fill(words < 0, -1).masked_fill(~see, 2)
                 hide = order, (words >= 0) & (order > 1 - cfg.share)
             else:
                 hide = mask_tokens(ids, words, mask_id, tokenizer.vocab_size, cfg.whole_words, cfg.share)
@@ -279,10 +243,10 @@ def fill_facts(model, tokenizer, people, permute=False):
     rows = [pack(tokenizer, WORD.findall(tw.tell(person, fact, wording).lower()))
             for person in people for fact in tw.FACTS for wording in range(3)]
     ids, words, types, see = batch_of(tokenizer, rows)
-    at = (torch.arange(len(rows)), see.sum((1, 2)) - 3)   # before the full stop and [SEP]
+    at = (torch.arange(len(rows)), see.sum(1) - 3)   # before the full stop and [SEP]
     right, mask_id = ids[at], tokenizer.specials["[MASK]"]
     if permute:
-        order = words.clamp(max=0).float().masked_fill(~see[:, 0], 2)
+        order = words.clamp(max=0).float().masked_fill(~see, 2)
         order[at] = 1
         x = model.second_stream(ids, types, order, mask_id)
     else:
@@ -292,7 +256,7 @@ def fill_facts(model, tokenizer, people, permute=False):
 
 def main(cfg):
     people, documents = small_world(3200)
-    tokenizer = small_tokenizer(Path(cfg.out) / "bert", documents)
+    tokenizer = small_tokenizer(Path(cfg.out) / "bert", [first + second for first, second in documents])
     rows, curves = [["model", "weights", "loss", "pair", "fact"]], {}
     for name, recipe in RECIPES.items():
         torch.manual_seed(cfg.seed)

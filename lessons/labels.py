@@ -31,11 +31,9 @@ Break it
 
 Papers  BERT arXiv:1810.04805, DistilBERT 1910.01108, CoNLL-2003 cs/0306050 (entities), SQuAD 1606.05250 (answers)
 """
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,6 +42,7 @@ from torch.nn import functional as F
 from bpe import Tokenizer
 from data import tinyworld as tw
 from data.metrics import exact_match
+from lessons.encoder import WORD, Encoder, Row, batch_of, load_folder, pack, pad, small_tokenizer
 from lessons.page import new_figure, run_lesson, save_picture
 from nanopath.flags import Positive
 
@@ -60,71 +59,6 @@ class Config:
     break_pieces: bool = False  # the n-th tag goes to the n-th token, as if no word had two pieces
 
 
-class Encoder(nn.Module):
-    """BERT from the layers of torch: lessons/bert.py writes them out by hand and shows that they are equal."""
-
-    def __init__(self, vocab_size, n_embd=64, n_layer=1, n_head=4, n_hidden=128, block_size=64, n_type=2, labels=2):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        self.types = nn.Embedding(n_type, n_embd) if n_type else None                 # DistilBERT has no segments
-        self.embed_norm, self.pool = nn.LayerNorm(n_embd, eps=1e-12), nn.Linear(n_embd, n_embd)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(n_embd, n_head, n_hidden, 0.0, F.gelu, 1e-12, True)
-                                    for _ in range(n_layer))
-        self.labels = nn.Linear(n_embd, labels)
-        for weight in self.parameters():
-            if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.5 * n_embd ** -0.5)
-
-    def hidden(self, ids, types, see):
-        """ids, types (B, T), see (B, T): true but for padding -> (B, T, C)"""
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
-        x = self.embed_norm(x + self.types(types) if self.types else x)
-        for block in self.blocks:
-            x = block(x, src_key_padding_mask=~see)
-        return x
-
-    def outputs(self, x, task, see):
-        """(B, T, C) -> logits whose last axis is what the target counts: labels, tags, or positions."""
-        if task == "label":                                        # from [CLS]
-            return self.labels((torch.tanh if self.types else torch.relu)(self.pool(x[:, 0])))
-        logits = self.labels(x)
-        return logits if task == "tag" else logits.transpose(1, 2).masked_fill(~see[:, None], -1e9)     # (B, 2, T)
-
-
-WORD = re.compile(r"\w+|[^\w\s]")
-
-
-class Row(NamedTuple):
-    ids: list                   # [CLS] first [SEP] second [SEP]
-    words: list                 # number of the word that a token is a piece of; -1: none
-    types: list                 # 0 in the first segment, 1 in the second
-    target: object = 0          # a label, a label per token, or (start, end)
-
-
-def pack(tokenizer, *segments, target=0):
-    """One or two lists of words -> Row."""
-    row = Row([tokenizer.before[0]], [-1], [0], target)
-    for number, words in enumerate(segments):
-        pieces = [tokenizer.encode(word) for word in words]
-        row.ids.extend([*sum(pieces, []), tokenizer.after[-1]])
-        row.words.extend([*(n for n, ids in enumerate(pieces) for _ in ids), -1])
-        row.types.extend([number] * (len(row.ids) - len(row.types)))
-    return row
-
-
-def pad(rows, value, side="right"):
-    """Lists of different length -> (B, T) tensor. Positions that count from the left want padding on the right."""
-    longest = max(map(len, rows))
-    rest = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([row + more if side == "right" else more + row for row, more in zip(rows, rest)])
-
-
-def batch_of(tokenizer, rows):
-    """ids, types, and which tokens there are to see, (B, T) each."""
-    ids, types = pad([row.ids for row in rows], tokenizer.pad_id), pad([row.types for row in rows], 0)
-    return ids, types, torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]
-
-
 def train(model, tokenizer, rows, task, steps, rate=2e-3, size=16, seed=0, labels=2, last_only=False):
     """task "fill": hide a quarter of the tokens behind [MASK] and guess them. Other tasks get a new last layer.
     AdamW, a tenth of the steps warm-up, then linear decay. Returns the losses."""
@@ -135,9 +69,9 @@ def train(model, tokenizer, rows, task, steps, rate=2e-3, size=16, seed=0, label
     order, losses = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist(), []
     for step in range(steps):
         part = [rows[order[(step * size + i) % len(rows)]] for i in range(size)]
-        ids, types, see = batch_of(tokenizer, part)
+        ids, words, types, see = batch_of(tokenizer, part)
         if task == "fill":
-            hidden = torch.rand(ids.shape).lt(0.25) & pad([row.words for row in part], -1).ge(0)
+            hidden = torch.rand(ids.shape).lt(0.25) & words.ge(0)
             x = model.hidden(ids.masked_fill(hidden, tokenizer.specials["[MASK]"]), types, see)
             logits, targets = x[hidden] @ model.tokens.weight.T, ids[hidden]
         else:
@@ -157,7 +91,7 @@ def train(model, tokenizer, rows, task, steps, rate=2e-3, size=16, seed=0, label
 
 @torch.no_grad()
 def predict(model, tokenizer, rows, task):
-    ids, types, see = batch_of(tokenizer, rows)
+    ids, _, types, see = batch_of(tokenizer, rows)
     return model.outputs(model.hidden(ids, types, see), task, see)
 
 
@@ -262,45 +196,6 @@ def best_answer(logits, rows, text, longest=30):
     return text[spans[start][0]:spans[end][1]]
 
 
-RENAMED = r"""^(bert|distilbert|cls)\. -  gamma$ weight  beta$ bias  ^(encoder|transformer).layer blocks
-    ^embeddings.word_embeddings tokens  ^embeddings.position_embeddings positions
-    ^embeddings.token_type_embeddings types  ^embeddings.LayerNorm embed_norm
-    attention.(self.)?(query|q_lin) self_attn.in_proj_0  attention.(self.)?(key|k_lin) self_attn.in_proj_1
-    attention.(self.)?(value|v_lin) self_attn.in_proj_2  attention.(output.dense|out_lin) self_attn.out_proj
-    attention.output.LayerNorm|sa_layer_norm norm1  output.LayerNorm|output_layer_norm norm2
-    intermediate.dense|ffn.lin1 linear1  (?<=\d\.)output.dense|ffn.lin2 linear2
-    ^(pooler.dense|pre_classifier) pool  ^(classifier|qa_outputs|seq_relationship) labels""".split()
-SIZES = {"bert": "hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
-                 "type_vocab_size", "distilbert": "dim n_layers n_heads hidden_dim max_position_embeddings"}
-
-
-def load_folder(folder, labels=2):
-    """A folder of BERT or DistilBERT -> Encoder, names of weights that it lacks (they stay random)."""
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(f"--model={folder}: no {name}. Download one: hf download distilbert-base-uncased")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind, activation = config.get("model_type"), config.get("hidden_act", config.get("activation"))
-    if kind not in SIZES or activation != "gelu":
-        raise ValueError(f"--model={folder}: model_type is {kind}, allowed are bert and distilbert with gelu")
-    sizes = [config[key] for key in SIZES[kind].split()] + [0] * (kind == "distilbert")
-    model, found = Encoder(config["vocab_size"], *sizes, labels), {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for pattern, new in zip(RENAMED[::2], RENAMED[1::2]):
-            name = re.sub(pattern, "" if new == "-" else new, name)
-        if not name.startswith(("predictions", "vocab_", "embeddings.position_ids")):             # fills gaps
-            found[name] = tensor
-    for name in [name for name in found if "in_proj_0" in name]:   # torch keeps queries, keys and values in one matrix
-        parts = [found.pop(name.replace("in_proj_0", f"in_proj_{i}")) for i in range(3)]
-        found[name.replace("in_proj_0.", "in_proj_")] = torch.cat(parts)
-    missing, unknown = model.load_state_dict(found, strict=False)
-    if unknown:
-        raise ValueError(f"{folder}/model.safetensors: no place for {', '.join(unknown[:3])}")
-    return model, missing
-
-
 def three_tasks(model, tokenizer, people, texts, steps, count, cfg):
     """Fine-tune copies of a model: on half of the words of each kind, on 48 labelled texts about 12 people, on 400
     questions about them. Returns accuracy, entity F1 and exact match on the other words and people."""
@@ -332,24 +227,14 @@ def three_tasks(model, tokenizer, people, texts, steps, count, cfg):
     return [*scores, float(exact_match(answers, known))]
 
 
-def small_tokenizer(folder, texts):
-    """Write a vocab.txt and load it: all words but names, which are made of pieces."""
-    known = " ".join([*sum(tw.ASKED.values(), ()), *sum(tw.VALUES.values(), [])])
-    words = set(WORD.findall(known.lower())).union(*texts) - {name.lower() for name in tw.ALL_NAMES}
-    pieces = [*map(str.lower, tw.NAME_STARTS), *(f"##{end}" for end in tw.NAME_ENDS), *sorted(words)]
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces])                # each one once
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    return Tokenizer.load(folder / "vocab.txt")
-
-
 def main(cfg):
     steps, tune_steps, count = (8, 2, 10) if cfg.quick else (cfg.steps, cfg.tune_steps, 100)
     items, draw, texts = tw.Items("quick", 0), tw.Draw("labels"), []
     while len(texts) < 3200:                                       # two sentences of a story or of notes
         sentences = re.split(r"(?<=\.) ", draw.one((tw.story, tw.notes))(draw, items).lower())
         texts += [WORD.findall(" ".join(sentences[i:i + 2])) for i in range(0, len(sentences) - 1, 2)]
-    small, rows = small_tokenizer(Path(cfg.out) / "labels", texts), [["encoder", "kind", "entities", "answer"]]
+    asked = [WORD.findall(question.lower()) for questions in tw.ASKED.values() for question in questions]
+    small, rows = small_tokenizer(Path(cfg.out) / "labels", texts + asked), [["encoder", "kind", "entities", "answer"]]
     for name in ("new", "pretrained", *([cfg.model] if cfg.model else [])):
         torch.manual_seed(cfg.seed)
         model, tokenizer = (load_folder(name)[0], Tokenizer.load(name)) if name == cfg.model else \

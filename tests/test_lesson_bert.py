@@ -15,7 +15,7 @@ WORDS = [["jova", "lives", "in", "kelby"], ["a"], ["mibran", "likes", "kelby", "
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return bert.small_tokenizer(tmp_path_factory.mktemp("words"), [WORDS])
+    return bert.small_tokenizer(tmp_path_factory.mktemp("words"), WORDS)
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_a_block_is_torchs_encoder_layer(pre_norm):
@@ -68,8 +68,8 @@ def test_the_encoder_and_its_switches_are_those_of_transformers(kind, tokenizer)
     rows = [bert.pack(tokenizer, *WORDS[:2]), bert.pack(tokenizer, WORDS[1]), bert.pack(tokenizer, WORDS[2], WORDS[0])]
     ids, _, types, see = bert.batch_of(tokenizer, rows)
     with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=see[:, 0].long(), token_type_ids=types).last_hidden_state
-        assert torch.allclose(ours.hidden(ids, types, see)[see[:, 0]], expected[see[:, 0]], atol=1e-4)
+        expected = theirs(input_ids=ids, attention_mask=see.long(), token_type_ids=types).last_hidden_state
+        assert torch.allclose(ours.hidden(ids, types, see)[see], expected[see], atol=1e-4)
 
 
 def test_the_heads_are_those_of_transformers(tokenizer):

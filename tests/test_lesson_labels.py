@@ -50,7 +50,7 @@ def test_a_folder_computes_what_transformers_does(kind, tmp_path, tokenizer):
     assert all(name.startswith(("pool", "labels") if kind in ("bert tag", "distilbert", "distilbert span") else "!")
                for name in missing)
     rows, (family, _, task) = rows_of(tokenizer), kind.partition(" ")
-    ids, types, see = labels.batch_of(tokenizer, rows)
+    ids, _, types, see = labels.batch_of(tokenizer, rows)
     inputs = dict(input_ids=ids, attention_mask=see.long()) | ({"token_type_ids": types} if family == "bert" else {})
     with torch.no_grad():
         out, body = theirs(**inputs), getattr(theirs, family)(**inputs).last_hidden_state
@@ -78,7 +78,7 @@ def test_fine_tuning_distilbert_takes_the_steps_of_transformers(tmp_path, tokeni
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 0.8, (8 - step) / 7.2)
         part = [rows[order[(step * 6 + i) % 12]] for i in range(6)]
-        ids, _, see = labels.batch_of(tokenizer, part)
+        ids, _, _, see = labels.batch_of(tokenizer, part)
         loss = theirs(input_ids=ids, attention_mask=see.long(), labels=torch.tensor([row.target for row in part])).loss
         optimizer.zero_grad()
         loss.backward()
@@ -96,7 +96,7 @@ def test_a_published_model_and_its_vocabulary():
     tokenizer, (model, missing) = Tokenizer.load(folder / "vocab.txt"), labels.load_folder(folder)
     assert all(name.startswith("labels") for name in missing)
     rows = [labels.pack(tokenizer, labels.WORD.findall(text.lower())) for text in texts]
-    ids, types, see = labels.batch_of(tokenizer, rows)
+    ids, _, types, see = labels.batch_of(tokenizer, rows)
     assert ids.tolist() == theirs.input_ids.tolist() and see.long().equal(theirs.attention_mask)
     with torch.no_grad():
         expected = BertModel.from_pretrained(folder)(**theirs).last_hidden_state

@@ -2,15 +2,17 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, run
 
 HEAVY = ("bench/",)      # measurements that take minutes and another project's checkout
+FORKED = ("sample.py", "model.py", "evaluate.py", "quantize.py")
 
 
 def commands():
@@ -34,7 +36,11 @@ def test_readme_commands_run_as_written(tmp_path):
     assert len(listed) >= 8
     printed = {}
     for command in listed:
-        done = subprocess.run(command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        words = shlex.split(command)
+        if words[1] in FORKED and "*" not in command:              # the imports of these take longer than they do
+            done = run(*words[1:], cwd=project, check=False)
+        else:
+            done = subprocess.run(command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         printed[command] = done.stdout
     assert (project / "out/shakespeare/loss.png").is_file()

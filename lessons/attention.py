@@ -7,7 +7,7 @@ order, so positions are added to the input (sinusoidal, learned), turned into qu
 price of distance (ALiBi). Beyond the length of training these differ much. LayerNorm and RMSNorm keep the sizes of all
 numbers alike at one position; BatchNorm takes its mean over all positions and texts, and so tells what it must not.
 
-Run     python -m lessons.attention                               # 24 s on one core
+Run     python -m lessons.attention                               # 11 s on one core
         python -m lessons.attention --steps=1000 --length=64      # stronger models
 
 You see one model per row, trained on 32 characters of the tiny world and tested at positions far beyond

@@ -7,7 +7,7 @@ question and hides other tokens each time a text is read; ALBERT uses one layer'
 embeddings. XLNet hides nothing: it predicts tokens in a random order, and a second stream, which knows places but not
 its own token, keeps a token from seeing itself. What such an encoder has learned, lessons/labels.py turns to use.
 
-Run     python -m lessons.bert                           # 17 s; --quick; --whole_words: hide all pieces of a word
+Run     python -m lessons.bert                           # 13 s; --quick; --whole_words: hide all pieces of a word
 Writes  bert.png and bert/vocab.txt, a vocabulary of word pieces, in out/lessons
 
 You see

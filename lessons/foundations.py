@@ -8,7 +8,7 @@ frequencies reach these numbers for one character of context, but the table for 
 A multilayer perceptron (MLP) reads all eight with 43 thousand weights, and gradient descent finds them.
 lessons/networks.py continues from here: where weights begin, better optimizers, other networks.
 
-Run     python -m lessons.foundations            # 9 s; --quick 3 s
+Run     python -m lessons.foundations            # 7 s; --quick 3 s
 You see the checks of the derivatives, then what a context is worth: bits per character of new text of the tiny world.
         Every MLP learns by plain gradient descent, from 800 batches of 128 characters:
 

@@ -6,7 +6,7 @@ trains everything for a few steps. A text gets the label that is read from its f
 tag (BIO: an entity begins, continues, or there is none), read from its first piece. An answer is a span: one layer
 scores every token as its start and as its end. Long texts are read in windows that overlap, the best span of all wins.
 
-Run     python -m lessons.labels                         # 22 s; --quick: a few steps
+Run     python -m lessons.labels                         # 11 s; --quick: a few steps
         python -m lessons.labels --model=FOLDER          # + your DistilBERT or BERT; minutes
 
 You see

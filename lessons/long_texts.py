@@ -6,7 +6,7 @@ computes the same result tile by tile, forward and backward, and keeps only what
 most pairs out. Performer replaces the softmax by a product of features, and Linformer the keys by fewer mixtures of
 them: another function, in memory that grows with T. Transformer-XL reads by segments and keeps the last one as memory.
 
-Run     python -m lessons.long_texts                              # 26 s on one core; --steps=1000: stronger models
+Run     python -m lessons.long_texts                              # 11 s on one core; --steps=1000: stronger models
 
 You see one model per row, trained on 32 characters of the tiny world and tested on texts of 256
 

@@ -8,7 +8,7 @@ AdamW shrinks the weights beside that. A multilayer perceptron (MLP) has a weigh
 convolution the same weights for all places. The singular values of a trained matrix say how many directions it uses,
 and which smaller matrix is nearest to it.
 
-Run     python -m lessons.networks               # 15 s; --quick 3 s
+Run     python -m lessons.networks               # 9 s; --quick 5 s
 You see what each idea is worth: bits per character of new text of the tiny world (counting characters gives 4.751,
         counting pairs 3.210). Every network learns from the same 300 batches of 128 characters:
 

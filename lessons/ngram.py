@@ -8,7 +8,7 @@ does not know the token, interpolation always mixes the two. Kneser-Ney also cha
 how many different tokens a token stood, not how often, because they are asked only where the longer context failed.
 Perplexity is 1 / (geometric mean of the tokens' probabilities): as if each were one of so many equally likely tokens.
 
-Run     python -m lessons.ngram                  # 14 s; --quick 3 s
+Run     python -m lessons.ngram                  # 8 s; --quick 4 s
         python -m lessons.ngram --dataset=data/tinyworld --model=out/tinyworld      # and a network on the same tokens
 You see a text drawn with each n, then the perplexity of new text. Counted are 460,000 tokens of the tiny world (12,000
         documents), V = 768 different ones:

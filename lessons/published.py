@@ -6,7 +6,7 @@ BERT's vocab.txt has one piece per line, and every word is cut greedily. Sentenc
 holds pieces with scores, and rules for the text, in which a space is the letter "▁". A score is a probability (Unigram)
 or an order of joining (BPE). Pieces of the user are found whole, and what no piece covers becomes its UTF-8 bytes.
 
-Run     python -m lessons.published      # 3 s on one core; --tokenizer=FILE: and a .model, vocab.txt or .json
+Run     python -m lessons.published      # 2 s on one core; --tokenizer=FILE: and a .model, vocab.txt or .json
 
 You see three small files that the run writes (out/lessons/published), read again
 

@@ -8,7 +8,7 @@ memory through gates instead of computing it again: with an open gate the factor
 can be learned. Attention has one step between any two places and computes them all at once; a recurrent network must
 compute them in order, but writes the next symbol from its state alone, however long the text was.
 
-Run     python -m lessons.rnn                               # 21 s on one core
+Run     python -m lessons.rnn                               # 12 s on one core
         python -m lessons.rnn --text=tinyshakespeare.txt --hidden=128 --steps=2000      # under NANOPATH_DATA
 Writes  out/lessons/rnn.png, and on the screen 200 characters that the LSTM wrote
 

@@ -6,7 +6,7 @@ between them, so long texts suffer. Bahdanau let the writer look back at all sta
 the transformer of 2017 keeps only this looking. Encoder-decoder, decoder only, encoder only: the same layers, other
 masks. The tiny world's second language has other words, and begins each sentence at its end: far words matter.
 
-Run     python -m lessons.seq2seq                        # 24 s on one core; --quick: 7 s
+Run     python -m lessons.seq2seq                        # 11 s on one core; --quick: 5 s
         python -m lessons.seq2seq --multi30k --steps=3000    # English to German, NANOPATH_DATA/multi30k; not measured
 
 You see
@@ -320,9 +320,9 @@ def draw_picture(curves, source, target, weights, cfg):
     left.set(title="Learning to translate", xlabel="optimizer step", ylabel="loss per word (nats, mean of 10 steps)")
     left.legend()
     right.imshow(torch.cat(weights).detach().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    right.set(title="Where GRU + attention looks while it writes (dark: 1)\n(a state also holds the words before it)",
+              xlabel="source", ylabel="translation", yticks=range(len(target) + 1), yticklabels=[*target, "(end)"])
     right.set_xticks(range(len(source)), source, rotation=90)
-    right.set_yticks(range(len(target) + 1), [*target, "(end)"])
-    right.set(title="Where GRU + attention looks while it writes (dark: 1)", xlabel="source", ylabel="translation")
     save_picture(figure, "seq2seq", cfg.out)
 
 

@@ -8,7 +8,7 @@ probability by expectation maximization, and removes those that the text needs l
 segmentations: Viterbi finds the most probable, and training on samples of them makes a model robust.
 A character that no piece covers makes a whole word unknown, or becomes bytes (lessons/published.py reads such files).
 
-Run     python -m lessons.subwords                                # 4 s on one core
+Run     python -m lessons.subwords                                # 3 s on one core
         python -m lessons.subwords --vocab_size=100 --words="a few words"
 
 You see

@@ -6,7 +6,7 @@ writes name by name what left. Then each task is a text with a gap, with the sam
 learned number per head for each distance, far ones in buckets. A summary may also be copied: TextRank picks the
 sentence that shares most words with the others. ROUGE counts the words and pairs shared with the right summary.
 
-Run     python -m lessons.t5                             # 23 s on one core; --quick: 5 s
+Run     python -m lessons.t5                             # 9 s on one core; --quick: 5 s
 
 You see
         summary         ROUGE-1  ROUGE-2  ROUGE-L

@@ -8,7 +8,7 @@ page of code reads them word by word, even where the file is larger than the mem
 largest cosine; "man is to king as woman is to ...?" is answered by the row nearest to king - man + woman. Lists of such
 questions score any set of vectors.
 
-Run     python -m lessons.vectors                           # 9 s on one core; --quick 3 s
+Run     python -m lessons.vectors                           # 4 s on one core; --quick 3 s
         python -m lessons.vectors --word=baker                                              # neighbours in this world
         python -m lessons.vectors --vectors=glove.6B.50d.txt --word="man king woman"        # man : king = woman : ?
         python -m lessons.vectors --vectors=GoogleNews-vectors-negative300.bin.gz --questions=questions-words.txt

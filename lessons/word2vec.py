@@ -7,7 +7,7 @@ learns to tell true neighbours from random words, one pair at a time. FastText a
 mean of the vectors of its letter groups, so a word that it never saw has one too. Nobody names a kind of word or a fact
 in training, yet nearest words are of one kind, and "who lives where" is a direction: kelby - jova + ella is norwick.
 
-Run     python -m lessons.word2vec                          # 18 s on one core
+Run     python -m lessons.word2vec                          # 10 s on one core
         python -m lessons.word2vec --text=wikitext2/test.txt --size=100     # real text, under NANOPATH_DATA
 Writes  out/lessons/word2vec.png, and vectors that gensim and fastText read too: skip-gram-2.txt and others
 Next    python -m lessons.vectors --vectors=out/lessons/skip-gram-2.txt --word=baker        # its neighbours

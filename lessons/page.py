@@ -65,11 +65,14 @@ def new_figure(*shape, **options):
 def run_lesson(main, Config, doc):
     """The command line of a lesson: flags -> main(cfg) -> its table and where its picture is. A mistake of the user
     (ValueError) ends with one line."""
-    cfg = parse(Config, doc)
+    cfg, name = parse(Config, doc), Path(sys.argv[0]).stem
     try:
-        rows = main(cfg)
+        print(table(main(cfg)))
+        print(f"\nA picture of it: {Path(cfg.out, name)}.png. What to break, and the papers: the top of lessons/{name}.py")
+        sys.stdout.flush()
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    print(table(rows))
-    name = Path(sys.argv[0]).stem
-    print(f"\nA picture of it: {Path(cfg.out, name)}.png. What to break, and the papers: the top of lessons/{name}.py")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None                            # as a shell reports what Ctrl-C ended
+    except BrokenPipeError:                                        # the reader, such as head, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

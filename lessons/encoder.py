@@ -112,16 +112,21 @@ SIZES = {"bert": "hidden_size num_hidden_layers num_attention_heads intermediate
 
 
 def load_folder(folder, labels=2):
-    """A folder of BERT or DistilBERT -> Encoder, names of weights that it lacks (they stay random)."""
+    """A folder of BERT or DistilBERT -> Encoder, names of weights that it lacks (they stay random). A last layer with
+    another number of labels is left out."""
     from safetensors.torch import load_file
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ValueError(f"--model={folder}: no {name}. Download one: hf download distilbert-base-uncased")
+            raise ValueError(f"--model={folder}: no {name}. Download one: hf download distilbert-base-uncased "
+                             "config.json model.safetensors vocab.txt tokenizer_config.json --local-dir=distilbert")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind, activation = config.get("model_type"), config.get("hidden_act", config.get("activation"))
     if kind not in SIZES or activation != "gelu":
-        raise ValueError(f"--model={folder}: model_type is {kind}, allowed are bert and distilbert with gelu")
+        raise ValueError(f"--model={folder}: model_type={kind}, activation={activation}; allowed are bert and "
+                         "distilbert, with gelu")
+    if config.get("layer_norm_eps", 1e-12) != 1e-12:
+        raise ValueError(f"--model={folder}: layer_norm_eps={config['layer_norm_eps']}, allowed is 1e-12")
     sizes = [config[key] for key in SIZES[kind].split()] + [0] * (kind == "distilbert")
     model, found = Encoder(config["vocab_size"], *sizes, labels), {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -132,6 +137,7 @@ def load_folder(folder, labels=2):
     for name in [name for name in found if "in_proj_0" in name]:   # torch keeps queries, keys and values in one matrix
         parts = [found.pop(name.replace("in_proj_0", f"in_proj_{i}")) for i in range(3)]
         found[name.replace("in_proj_0.", "in_proj_")] = torch.cat(parts)
+    found = {name: tensor for name, tensor in found.items() if not name.startswith("labels") or len(tensor) == labels}
     missing, unknown = model.load_state_dict(found, strict=False)
     if unknown:
         raise ValueError(f"{folder}/model.safetensors: no place for {', '.join(unknown[:3])}")

@@ -68,7 +68,8 @@ def run_lesson(main, Config, doc):
     cfg, name = parse(Config, doc), Path(sys.argv[0]).stem
     try:
         print(table(main(cfg)))
-        print(f"\nA picture of it: {Path(cfg.out, name)}.png. What to break, and the papers: the top of lessons/{name}.py")
+        print(f"\nA picture of it: {Path(cfg.out, name)}.png. What to break, and the papers: the top of "
+              f"lessons/{name}.py")
         sys.stdout.flush()
     except ValueError as error:
         raise SystemExit(str(error)) from None

@@ -15,20 +15,20 @@ You see
         GRU, 4 beams       26402  65          < 35        26 %
         GRU + attention    26402  100         100        100 %
         encoder-decoder    27778  99          100         99 %
-        decoder only       27650  97          98          95 %
-        encoder only       27650  < 35        < 35         0 %
+        decoder only       27650  88          97          86 %
+        encoder only       27650  < 35        < 35         1 %
 
         BLEU (data/metrics.py) of 40 short and 40 long held-out sentences, and how many have no mistake, after 120
-        steps of 32 sentences. The encoder alone writes all words in one step and needs the length to find the right
-        place: it learns slowest, but with --steps=600 it has no mistake either (the GRU: 65 % right).
+        steps of 32. The encoder alone writes all words in one step and needs the length to find each place: it learns
+        slowest, but --steps=600 are enough for 99 % (the GRU, which does not use 2,144 of its weights: 65 %).
 
 Deliverable  attention on a GRU, a transformer that equals torch.nn.Transformer, an exact beam search when it is wide.
 
 Break it
         --break_order  no positions: the order of the source is lost. 52 % of the encoder-decoder's sentences are right.
-        --break_scale  scores without the division by sqrt(head width): encoder-decoder 90 %, decoder only 76 % right.
+        --break_scale  scores without the division by sqrt(head width): encoder-decoder 90 %, decoder only 74 % right.
 
-Papers  Sutskever 2014 arXiv:1409.3215, Bahdanau 2014 1409.0473, Vaswani 2017 1706.03762, beams: Wu 2016 1609.08144
+Papers  Cho arXiv:1406.1078, Sutskever 1409.3215, Bahdanau 1409.0473, Vaswani 1706.03762, beams: Wu 1609.08144
 """
 import gzip
 import re
@@ -64,7 +64,7 @@ class Config:
 # ---- a decoder that looks back, 2014
 
 class Recurrent(nn.Module):
-    """Two GRUs: one reads, one writes. Without attention, one vector must hold all that was read (Sutskever 2014)."""
+    """Two GRUs: one reads, one writes. Without attention, one vector must hold all that was read (Cho 2014)."""
 
     def __init__(self, words, C, attention):
         super().__init__()
@@ -154,8 +154,8 @@ class Transformer(nn.Module):
         self.logits = nn.Linear(C, words[1])
 
     def embed(self, table, ids, start=0):
-        places = sinusoids(start + ids.shape[1], self.C)[start:] if self.order else 0
-        return table(ids) * self.C ** 0.5 + places
+        places = start + torch.arange(ids.shape[1])                # start: a number, or one per row (B, 1)
+        return table(ids) * self.C ** 0.5 + (sinusoids(int(places.max()) + 1, self.C)[places] if self.order else 0)
 
     def encode(self, source):
         see, x = (source != PAD)[:, None], self.embed(self.read_words, source)
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
     def decode(self, target, memory, see):
         T, S = target.shape[1], memory.shape[1]
         target = torch.full_like(target, HOLE) if self.kind == "encoder" else target         # it sees no target
-        x = self.embed(self.write_words, target, 0 if self.kind == "both" else S)
+        x = self.embed(self.write_words, target, 0 if self.kind == "both" else see.sum(-1))       # after the source
         causal = torch.ones(1, S + T, S + T, dtype=torch.bool).tril()
         if self.kind == "both":
             for layer in self.decoder:

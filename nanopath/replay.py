@@ -5,8 +5,8 @@ A step that writes one token per row is a few hundred kernels of a few microseco
 Python can launch them, so sampling is no faster on a large GPU than on a small one. A recorded step needs shapes and
 addresses that never change: the slot of each row's token is read from a buffer, and attention reads all slots and masks
 those after it (Replay.begin, in the place of KVCache.begin). The numbers are those of the step it records, up to the
-order of additions. Between two steps of one text the model must stay as it is, but for updates of its weights in place:
-a recorded step sees no other adapter, no packing and no move.
+order of additions. Between two steps of one text the model must stay as it is, except for in-place updates of its
+weights: a recorded step sees no other adapter, no packing and no move.
 """
 import torch
 
@@ -24,7 +24,7 @@ class Replay:
         self.graph = self.out = None
 
     def fits(self, cache):
-        """False for another cache, and after this one got more rows, which means other memory."""
+        """False for another cache, and after KVCache.keep moved this one to larger memory."""
         return cache is self.cache and cache.k.shape[1] == self.inputs.shape[1]
 
     def begin(self, cache):
@@ -46,8 +46,8 @@ class Replay:
             self.cache.steady = None
 
     def capture(self):
-        """Returns the graph and the tensor that its replay fills. Once before on a side stream: libraries choose their
-        kernels and allocate at the first call, which cannot be recorded."""
+        """Returns the graph and the tensor that its replay fills. The step first runs once on a side stream: libraries
+        choose kernels and allocate memory at their first call, which cannot be recorded."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -2,12 +2,12 @@
 train.py on a Ray cluster: Ray starts one process per GPU anywhere in the cluster, connects them, and starts again after a
 failure; the training is the same file as everywhere.
 
-Run     pip install 'ray[train]'
+Run     pip install 'ray[train]==2.60.0'
         python runs/ray_train.py --workers=8 --gpu -- --preset=gpt2 --dataset=NAME --out=/shared/out/gpt2 --parallel=fsdp
         python runs/ray_train.py --workers=2 -- --dataset=shakespeare --max_steps=20 --out=out/ray     # on a laptop
 Needs   this folder at the same place on every machine of the cluster, as a shared file system gives it; --out on it too
-After   a failure all workers start again, from the newest checkpoint of --out. Signals are Ray's: `ray job stop` ends the
-        workers without a last checkpoint, so --save_every is what an interruption can cost
+A failure restarts all workers from the newest checkpoint of --out. So does a second start: unlike train.py, the same
+--out means the same run. `ray job stop` ends the workers without a last checkpoint: up to --save_every steps are lost.
 """
 import argparse
 import os
@@ -33,6 +33,8 @@ def main():
     parser.add_argument("--failures", type=int, default=3, help="how often all workers start again")
     parser.add_argument("flags", nargs="*", help="after --: the flags of train.py; --out is needed")
     o = parser.parse_args()
+    if o.workers < 1:
+        raise SystemExit(f"--workers={o.workers}: must be at least 1")
     sys.path.insert(0, str(ROOT))
     import train
     from nanopath.run import parse_run
@@ -40,7 +42,7 @@ def main():
     if not cfg.out:
         raise SystemExit("give the run a folder that all machines see, after the two dashes: -- --out=/shared/out/NAME")
     try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
         raise SystemExit(f"this needs Ray: pip install 'ray[train]==2.60.0' ({error})") from None
@@ -50,7 +52,7 @@ def main():
                            run_config=RunConfig(failure_config=FailureConfig(max_failures=o.failures)))
     try:
         trainer.fit()
-    except WorkerGroupError as error:
+    except TrainingFailedError as error:
         raise SystemExit(f"the training failed: {str(error).strip().splitlines()[-1]}. What was saved is complete: run "
                          "the same command again") from None
 

@@ -78,7 +78,8 @@ def test_a_change_of_a_default_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     claim = {"depends": ["train.py:Config"]}
     before, text = state_of(claim), (tmp_path / "train.py").read_text(encoding="utf-8")
-    (tmp_path / "train.py").write_text(text.replace("# columns", "# other words").replace("log_every: Positive = 25", "log_every: Positive = 9"),
+    assert all(old in text for old in ("# peak rate of Muon", "log_every: Positive = 25", "muon_lr: Rate = 0.05"))
+    (tmp_path / "train.py").write_text(text.replace("# peak rate of Muon", "# other words").replace("log_every: Positive = 25", "log_every: Positive = 9"),
                                        encoding="utf-8")
     assert state_of(claim) == before                               # comments and what only shows do not matter
     (tmp_path / "train.py").write_text(text.replace("muon_lr: Rate = 0.05", "muon_lr: Rate = 0.06"), encoding="utf-8")

@@ -109,7 +109,17 @@ def test_folders_that_cannot_be_read_are_one_line(tmp_path):
     published("bert", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "t5"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="model_type is t5, allowed are bert"):
+    with pytest.raises(ValueError, match="model_type=t5, activation=gelu; allowed are bert"):
+        labels.load_folder(tmp_path)
+
+
+def test_another_number_of_labels_gives_a_new_last_layer_and_another_epsilon_is_refused(tmp_path):
+    published("bert tag", tmp_path)                                # 5 labels
+    model, missing = labels.load_folder(tmp_path, labels=3)
+    assert set(missing) >= {"labels.weight", "labels.bias"} and model.labels.out_features == 3
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}), encoding="utf-8")
+    with pytest.raises(ValueError, match="layer_norm_eps=0.001, allowed is 1e-12"):
         labels.load_folder(tmp_path)
 
 

@@ -10,7 +10,7 @@ from nanopath.rope import rope_frequencies
 
 
 @pytest.mark.parametrize("way,kind,more", [
-    ("as trained", "default", {}), ("linear", "linear", {}), ("YaRN", "yarn", dict(beta_fast=4.0, beta_slow=1.0)), ("NTK", "dynamic", {})])
+    ("as trained", "default", {}), ("linear", "linear", {}), ("YaRN", "yarn", {}), ("NTK", "dynamic", {})])
 @pytest.mark.parametrize("factor,trained,size", [(8, 32, 16), (4, 128, 32), (2, 4096, 64)])
 def test_frequencies_are_those_of_transformers_and_of_the_model(way, kind, more, factor, trained, size):
     from transformers import LlamaConfig
@@ -57,6 +57,12 @@ def test_a_text_asks_for_its_needle_and_for_nothing_that_nobody_can_know():
         assert [i for i in range(12 - 2) if given[i] != text[i]] == [place]
 
 
+def test_every_loss_is_of_a_character_that_can_be_known():
+    torch.manual_seed(0)
+    losses, found = lesson.test(lesson.Model(40), torch.randint(9, 40, (8, 32)), *lesson.frequencies("as trained", 1))
+    assert len(losses) == 29 and losses.min() > 1 and len(found) == lesson.DEPTHS
+
+
 def test_the_model_is_causal_and_breaks_do_what_they_say():
     torch.manual_seed(0)
     model, (turn, sharp) = lesson.Model(40), lesson.frequencies("YaRN", 8)
@@ -64,6 +70,11 @@ def test_the_model_is_causal_and_breaks_do_what_they_say():
     changed = ids.clone()
     changed[:, 12:] = 0
     assert torch.allclose(model(ids, turn, sharp)[:, :12], model(changed, turn, sharp)[:, :12], atol=1e-6)
+    expected = model(ids, turn, sharp)                             # both queries and keys are multiplied
+    for qkv in model.qkv:
+        qkv.weight.data[:2 * lesson.C] *= sharp
+        qkv.bias.data[:2 * lesson.C] *= sharp
+    assert torch.allclose(model(ids, turn), expected, atol=1e-5)
     assert sharp == pytest.approx(0.1 * math.log(8) + 1) and lesson.frequencies("YaRN", 8, sharpen=False)[1] == 1
     plain, other = lesson.frequencies("as trained", 1)[0], lesson.frequencies("YaRN", 8, reverse=True)[0]
     assert turn[0] == plain[0] and turn[-1] == plain[-1] / 8 and other[0] == plain[0] / 8 and other[-1] == plain[-1]

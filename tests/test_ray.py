@@ -27,5 +27,7 @@ def test_two_workers_resume_the_run_of_one_process(tiny, tmp_path):
 def test_bad_flags_are_one_line_before_ray_starts(tmp_path):
     done = run(ROOT / "runs/ray_train.py", "--", "--max_steps=6", cwd=tmp_path, check=False)
     assert done.returncode and done.stderr.startswith("give the run a folder") and done.stderr.count("\n") == 1
+    done = run(ROOT / "runs/ray_train.py", "--workers=0", "--", f"--out={tmp_path}", cwd=tmp_path, check=False)
+    assert done.returncode and done.stderr == "--workers=0: must be at least 1\n"
     done = run(ROOT / "runs/ray_train.py", "--", "--max_steps=-6", f"--out={tmp_path}", cwd=tmp_path, check=False)
     assert done.returncode and done.stderr.startswith("--max_steps=-6") and done.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
-"""Every command of the README runs, in its order, in a copy of the project, as a new user would type it."""
+"""Every command of the README in a block without a language runs, but for bench/, in its order, in a copy of the project, as a
+new user would type it."""
 import ast
 import os
 import re
@@ -33,11 +34,11 @@ def test_readme_commands_run_as_written(tmp_path):
     environment = {**os.environ, "NANOPATH_DATA": str(DATA), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     listed = commands()
-    assert len(listed) >= 8
+    assert len(listed) >= 20
     printed = {}
     for command in listed:
         words = shlex.split(command)
-        if words[1] in FORKED and "*" not in command:              # the imports of these take longer than they do
+        if words[1] in FORKED and "*" not in command:              # with this checkout's modules: their imports take longest
             done = run(*words[1:], cwd=project, check=False)
         else:
             done = subprocess.run(command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
@@ -80,7 +81,9 @@ def test_the_loss_of_the_readme_is_that_of_the_results():
 def test_every_file_the_readme_names_exists():
     for page in [ROOT / "README.md", ROOT / "lessons/README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
-        named = set(re.findall(r"`((?:\w+/)?\w+\.(?:py|sh|md|txt))(?: \(|`)", text))
+        named = set(re.findall(r"\b((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|yaml))\b", text)) - {"FILE.py"}
+        for file, name in re.findall(r"`([\w/]+\.py)` \(`(\w+)`", text):
+            assert re.search(rf"\b(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8")), f"{page.name}: {name}"
         missing = [name for name in named if not (ROOT / name).is_file() and not (page.parent / name).is_file()]
         assert missing == [], page
         for name in re.findall(r"\]\(([^)#:]+)\)", text):         # links to files of the project

@@ -6,8 +6,8 @@ Run     python runs/path.py             # `make` runs this
 You see one line per stage, with the time that is left; then out/report.md and out/report.html
 Writes  data/tinyworld/; out/tinyworld, finetuned, merged, dpo, grpo, int4, evaluation; out/path/: what the stages print
 
-A second run skips every stage that is done with the same command, script and input; an interrupted run continues. After a
-change in another file delete out/path/done.json. --quick and the full path share their folders and replace each other.
+A second run skips every stage that is done with the same command, script and input; an interrupted run continues. After
+a change in another file delete out/path/done.json. --quick and the full path share their folders and replace each other.
 """
 import argparse
 import contextlib

@@ -1,9 +1,9 @@
 """
-train.py on a Ray cluster: Ray starts one process per GPU anywhere in the cluster, connects them, and starts again after a
-failure; the training is the same file as everywhere.
+train.py on a Ray cluster: Ray starts one process per GPU anywhere in the cluster, connects them, and starts again after
+a failure; the training is the same file as everywhere.
 
 Run     pip install 'ray[train]==2.60.0'
-        python runs/ray_train.py --workers=8 --gpu -- --preset=gpt2 --dataset=NAME --out=/shared/out/gpt2 --parallel=fsdp
+        python runs/ray_train.py --workers=8 --gpu -- --preset=gpt2 --dataset=NAME --out=/shared/gpt2 --parallel=fsdp
         python runs/ray_train.py --workers=2 -- --dataset=shakespeare --max_steps=20 --out=out/ray     # on a laptop
 Needs   this folder at the same place on every machine of the cluster, as a shared file system gives it; --out on it too
 A failure restarts all workers from the newest checkpoint of --out. So does a second start: unlike train.py, the same
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def worker(job):
-    """One process of the training. Ray has set RANK, WORLD_SIZE and the others, as torchrun does, and the group is up."""
+    """One process of the training. Ray has set RANK, WORLD_SIZE and the others, as torchrun does, and connected them."""
     os.chdir(job["cwd"])
     sys.path.insert(0, job["root"])
     import train
@@ -38,7 +38,7 @@ def main():
     sys.path.insert(0, str(ROOT))
     import train
     from nanopath.run import parse_run
-    cfg = parse_run(train.Config, train.PRESETS, train.__doc__, o.flags)               # a wrong flag ends here, in one line
+    cfg = parse_run(train.Config, train.PRESETS, train.__doc__, o.flags)           # a wrong flag ends here, in one line
     if not cfg.out:
         raise SystemExit("give the run a folder that all machines see, after the two dashes: -- --out=/shared/out/NAME")
     try:

@@ -7,7 +7,7 @@ You see one line per stage, with the time that is left; then out/report.md and o
 Writes  data/tinyworld/; out/tinyworld, finetuned, merged, dpo, grpo, int4, evaluation; out/path/: what the stages print
 
 A second run skips every stage that is done with the same command, script and input; an interrupted run continues. After
-a change in another file delete out/path/done.json. --quick and the full path share their folders and replace each other.
+a change in another file delete out/path/done.json. --quick and the full path write into the same folders.
 """
 import argparse
 import contextlib

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def worker(job):
-    """One process of the training. Ray has set RANK, WORLD_SIZE and the others, as torchrun does, and connected them."""
+    """One process of the training. Ray has set RANK, WORLD_SIZE and the others, as torchrun does, and joined them."""
     os.chdir(job["cwd"])
     sys.path.insert(0, job["root"])
     import train

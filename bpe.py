@@ -38,7 +38,7 @@ from data.splits import compile_pattern
 from data.tokenizer_files import (BYTE_ORDER, DAMAGE, NotByteLevel, byte_level, find_tokenizer, named_ids, read_files,
                                   spell, write_tokenizer)
 from data.words import CHUNK, count_words, read_chunks, to_bytes
-from nanopath.flags import Bound, parse
+from nanopath.flags import Bound, nobody_reads, parse
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>",
             "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|file_sep|>")
@@ -574,6 +574,8 @@ def main(cfg):
                                     workers=cfg.workers or os.cpu_count(),
                                     on_merge=show_merge if cfg.verbose else None, progress=not cfg.verbose)
         tokenizer.save(cfg.out)
+    except BrokenPipeError:                                        # --verbose | head
+        nobody_reads()
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     print(f"{tokenizer.vocab_size:,} ids learnt in {time.perf_counter() - start:.1f} s, written to {cfg.out}")

@@ -536,7 +536,7 @@ def main(cfg):
     results.save(vars(cfg))
     for name in names if tasks else ():
         show_harness(cfg, name, tasks, benches, items, "cuda" if torch.cuda.is_available() else "cpu")
-    print(f"Written to {out}/: results.json, results.png, items.jsonl\nNext: python sample.py --model={names[0]}")
+    print(f"Written to {out}/: results.json, results.png, items.jsonl\nNext: python sample.py --model={names[-1]}")
 
 
 if __name__ == "__main__":

@@ -599,6 +599,8 @@ def quantize(cfg, name):
                          "--group_size")
     reads = cfg.auto_bits or cfg.method in CALIBRATED or cfg.method == "rtn" and cfg.search
     model, tokenizer = load_model(name, cfg.device, getattr(torch, cfg.dtype), need_tokenizer=reads)
+    if model.prefix is not None or any(hasattr(module, "base") for module in model.modules()):
+        raise ValueError(f"is an adapter. Merge it first: python finetune_lora.py --merge={name}")
     plan_forms(model, cfg.method, cfg.bits, cfg.group_size)        # before the text is read
     before, calibration, forms = size_of(model), None, None
     if reads:

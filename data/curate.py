@@ -441,7 +441,8 @@ def main(cfg):
     report.print(time.perf_counter() - begun)
     if cfg.report:
         report.save(cfg.report, cfg)
-    print("next    " + shlex.join(["python", "prepare.py", cfg.out or "clean.jsonl"]), file=sys.stderr)
+    then = "the same with --out=clean.jsonl: then the text is kept"
+    print("next    " + (shlex.join(["python", "prepare.py", cfg.out]) if cfg.out else then), file=sys.stderr)
 
 
 if __name__ == "__main__":

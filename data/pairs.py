@@ -122,7 +122,8 @@ def read_prompts(dataset, held_out=False):
         if row["chosen"] == row.get("rejected"):
             return None
         prompt = as_messages(to_preference(row)[0]["prompt"], "user")
-        return {"prompt": prompt, "row": {"prompt": prompt[-1]["content"]}}
+        rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+        return {"prompt": prompt, "row": rest | {"prompt": prompt[-1]["content"]}}
 
     for kind in FILES:
         try:

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from nanopath.flags import parse
+from nanopath.flags import nobody_reads, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,5 +75,5 @@ def run_lesson(main, Config, doc):
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None                            # as a shell reports what Ctrl-C ended
-    except BrokenPipeError:                                        # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        nobody_reads()

@@ -13,6 +13,7 @@ from data.dataset import load_meta
 from data.examples import show_example
 from data.shards import Tokens, open_dataset
 from nanopath.checkpoint import json_hash
+from nanopath.files import read_json
 from nanopath.hub import find_folder
 from nanopath.peft import weights_hash
 from nanopath.run import log_rows
@@ -58,11 +59,14 @@ def check_choices(cfg):
 
 
 def newest_run(wanted, advice):
-    """The newest plain model under out/ for which wanted(settings of its training, {} where it was merged) is true."""
+    """The newest plain model under out/ for which wanted(settings of its training, {} where it was merged) is true. Its
+    name is printed."""
     files = sorted(Path("out").glob("*/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for folder in (file.parent for file in files):
         try:
-            if wanted(manifest_of(folder)):
+            if wanted(manifest_of(folder)) and "quantization_config" not in read_json(folder / "config.json"):
+                if not int(os.environ.get("RANK", 0)):
+                    print(f"model: {folder.as_posix()}", file=sys.stderr)
                 return folder.as_posix()
         except ValueError:                                         # a damaged manifest
             continue

@@ -9,6 +9,7 @@ from: the command line, a preset, a saved run, or another program.
 import dataclasses
 import functools
 import math
+import os
 import shlex
 import signal
 import sys
@@ -73,6 +74,12 @@ def check_bounds(cfg):
                 raise ValueError(f"--{field.name}={value}: must be {bound}")
 
 
+def nobody_reads():
+    """For a BrokenPipeError: the reader of our lines, such as head, has closed the pipe. Ends the program quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(1) from None
+
+
 def parse(Config, doc, default=None, args=None):
     """The command line -> Config. doc: the stage's docstring, whose first paragraph heads --help. default: a Config
     whose values the flags override. Ends the program with one line where a value is out of its bounds."""
@@ -83,7 +90,8 @@ def parse(Config, doc, default=None, args=None):
     names = [field.name for field in dataclasses.fields(Config)]
     positional = any("Positional" in str(hint) for hint in hints_of(Config).values())
     if args and not args[0].startswith("-") and not positional:
-        flag = next(name for name in ("dataset", "prompt", "summary", names[0]) if name in names)
+        values = [name for name in names if hints_of(Config)[name] is not bool]
+        flag = next(name for name in ("dataset", "prompt", "summary", *values, *names) if name in names)
         example = f"--{flag}={shlex.quote(args[0])}"
         raise SystemExit(f"{args[0]!r} has no flag: write for example {example}. All flags: --help")
     for arg, value in zip(args, args[1:] + [""]):                # tyro's own words for a wrong choice take twenty lines
@@ -92,7 +100,9 @@ def parse(Config, doc, default=None, args=None):
         value = given if equals else value
         if typing.get_origin(hint) is typing.Literal and value not in map(str, typing.get_args(hint)):
             raise SystemExit(f"--{name}={value}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
-    extra = {} if default is None else {"default": default}
+    extra, module = {} if default is None else {"default": default}, getattr(sys.modules["__main__"], "__spec__", None)
+    if module and module.name.startswith(("data.", "lessons.")):   # started as python -m
+        extra["prog"] = f"python -m {module.name}"
     try:
         cfg = tyro.cli(Config, args=args, use_underscores=True, description=doc.split("\n\n")[0], **extra)
         check_bounds(cfg)

@@ -65,6 +65,9 @@ def facts(out, done):
     for stage, folder, what in (("dpo", "dpo", "preferred answers"), ("grpo", "grpo", "tasks")):
         values = [row["val_reward"] for row in log_rows(out / folder) if "val_reward" in row]
         found[stage] = f"held-out {what} right and terse: {values[0]:.1%} -> {max(values):.1%}. {speed(out / folder)}"
+    before, after = first_last(out / "dpo", "val_accuracy")
+    found["dpo"] += f". The better answer of a pair is the likelier one, more than before: {before:.1%} -> {after:.1%}"
+    found["merge"] = "two files of the adapter and a base -> one folder that needs neither"
     before, after = first_last(out / "finetuned", "loss")[0], first_last(out / "finetuned", "val_loss")[1]
     adapter = size_of_file(out / "finetuned/adapter_model.safetensors")
     found["fine-tune"] = f"loss of answers {before:.2f} at the first step, {after:.3f} at the end, held out. " \

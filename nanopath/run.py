@@ -384,7 +384,7 @@ class Log:
         say of the best that was reached, and the next command, where these are not a validation loss and sample.py."""
         out, steps = self.out, self.cfg.max_steps
         if self.finished:
-            self.say(f"{out} had all its {progress.step} steps already. Train longer: {self.again} "
+            self.say(f"{out} is at step {progress.step} already, and --max_steps={steps}. Train longer: {self.again} "
                      f"--max_steps={2 * progress.step}")
         elif progress.step < steps and not early:
             self.say(f"stopped at step {progress.step}; everything is saved. Continue: {self.again}")

@@ -20,7 +20,7 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
-from data.metrics import Score, bootstrap, paired_bootstrap
+from data.metrics import Score, bootstrap, paired_bootstrap, paired_randomization
 from nanopath.files import read_json, write_json
 
 
@@ -117,7 +117,7 @@ class Results:
         equal ones can be paired. A plain number, or the score of a single item, has no interval."""
         self.scores.setdefault((task, metric), {})[model] = score
         self.ids[task, metric, model] = ids
-        self.intervals[task, metric, model] = bootstrap(score) if items_of(score) > 1 else (None, None)
+        self.intervals[task, metric, model] = interval_of(score)
 
     def rows(self):
         for (task, metric), found in self.scores.items():
@@ -141,7 +141,8 @@ class Results:
         for task, metric, first, model, same in self.pairs():
             if same:
                 found = self.scores[task, metric]
-                difference, (low, high), p = paired_bootstrap(found[first], found[model])
+                difference, (low, high), _ = paired_bootstrap(found[first], found[model])
+                _, p = paired_randomization(found[first], found[model], trials=1000)   # exact also where few items differ
                 tested.append(dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
                                    high=high, p=p))
         return tested
@@ -166,7 +167,8 @@ class Results:
         widths = [max(map(len, column)) for column in zip(*lines)]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-        print("[low, high]: 95 % interval, by resampling the items (bootstrap); none for a single item")
+        print("[low, high]: 95 % interval, by resampling the items (bootstrap; Wilson's where all are right or all "
+              "wrong); none for a single item")
         for row in self.differences:
             print(f"{row['task']} {row['metric']}: {names[row['second']]} - {names[row['first']]} = "
                   f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], p = {row['p']:.3g}".lstrip())
@@ -211,6 +213,19 @@ class Results:
 def items_of(score):
     """How many sentences, questions or windows a score is of; 0 for a plain number."""
     return len(score.stats) if isinstance(score, Score) else 0
+
+
+def interval_of(score):
+    """(low, high) by bootstrap. Where all items are right or all wrong, every sample is like them, and resampling would
+    claim certainty: Wilson's interval then, 0 to 9 % for 0 of 40. (None, None) for less than two items."""
+    n = items_of(score)
+    if n < 2:
+        return None, None
+    low, high = bootstrap(score)
+    if low == high and float(score) in (0.0, 1.0) and standard_error(score) is not None:
+        beyond = 1.959964 ** 2 / (n + 1.959964 ** 2)
+        return (0.0, beyond) if not score else (1 - beyond, 1.0)
+    return low, high
 
 
 def standard_error(score):

@@ -36,7 +36,8 @@ def find_run(flag, name):
     configs = sorted((file for kind in kinds for file in Path("out").glob(f"*/{kind}")),
                      key=lambda file: file.stat().st_mtime, reverse=True)
     runs, advice = [file.parent.as_posix() for file in configs], "train one first: python train.py"
-    if name and (Path(name).parts[:1] != ("out",) or any(Path(name, kind).is_file() for kind in kinds)):
+    if name and (Path(name).parts[:1] != ("out",) or Path(name).is_file()
+                 or any(Path(name, kind).is_file() for kind in kinds)):
         return name
     if not runs:
         raise SystemExit(f"no model at {name or 'out/'}: {advice}")

@@ -85,7 +85,8 @@ class Line:
 
     def end(self, number, words):
         name = self.stages[number].name
-        print(("\r" if self.live else "") + f"[{number + 1:2d}/{len(self.stages)}] {name:10} {words:80}", flush=True)
+        words = f"{words:80}" if self.live else words              # covers the longer line that stood there
+        print(("\r" if self.live else "") + f"[{number + 1:2d}/{len(self.stages)}] {name:10} {words}", flush=True)
 
 
 def run_stage(stage, log, show, begun):
@@ -185,10 +186,17 @@ def run_path(todo, quick=False):
         if stage.name == "serve":
             seconds, more = serve(stage, log, show)
         else:
-            begun = done.get(stage.name, {}).get("begun") == key
-            done[stage.name] = {"begun": key}
+            before = done.get(stage.name, {})
+            begun = before.get("begun") == key
+            spent = before.get("spent", 0) if begun else 0         # by earlier calls that were interrupted
+            done[stage.name] = {"begun": key, "spent": spent}
             write_json(folder / "done.json", done)
-            seconds, more = run_stage(stage, log, show, begun), {}
+            try:
+                seconds, more = spent + run_stage(stage, log, show, begun), {}
+            except BaseException:
+                done[stage.name]["spent"] += time.monotonic() - began
+                write_json(folder / "done.json", done)
+                raise
         done[stage.name] = {"key": key, "seconds": seconds, "command": stage.command, **more}
         write_json(folder / "done.json", done)
         line.end(number, f"{seconds:4.0f} s")
@@ -204,7 +212,10 @@ def main():
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     os.chdir(ROOT)
     todo = stages(quick)
-    write_report(Path("out"), todo, run_path(todo, quick), quick)
+    try:
+        write_report(Path("out"), todo, run_path(todo, quick), quick)
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped. Run the same command again: it continues here") from None
     print("The report card: out/report.html, or out/report.md\n"
           "Next: python sample.py --model=out/dpo --chat, or python serve.py --model=out/int4")
 

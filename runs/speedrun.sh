@@ -42,6 +42,6 @@ if [ -n "${TASKS:-}" ]; then
     model=$out-grpo
 fi
 stage "$out-int4/config.json" python quantize.py --model="$model" --calibration="data/$DATASET" --out="$out-int4"
-stage "out/evaluation-$NAME/results.json" python evaluate.py --model "$out" "$model" "$out-int4" --dataset="$DATASET" \
+stage "out/evaluation-$NAME/results.json" python evaluate.py --model "$out" $([ "$model" = "$out" ] || echo "$model") "$out-int4" --dataset="$DATASET" \
     --tasks hellaswag arc_easy piqa --out="out/evaluation-$NAME"
 printf '\nNext: python serve.py --model=%s\n' "$out-int4"

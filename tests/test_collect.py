@@ -212,9 +212,10 @@ def test_a_reward_model_needs_the_tokenizer_of_the_model_that_responds(place):
 def test_prompts_come_from_every_kind_of_file(tmp_path):
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [
-        {"prompt": "p", "chosen": "x", "rejected": "y"}, {"question": "q", "answer": "x"}, {"prompt": chat}, {"prompt": "p"},
+        {"prompt": "p", "chosen": "x", "rejected": "y", "skill": "s"}, {"question": "q", "answer": "x"}, {"prompt": chat}, {"prompt": "p"},
         {"chosen": [*chat, {"role": "assistant", "content": "x"}], "rejected": [*chat, {"role": "assistant", "content": "y"}]}]), encoding="utf-8")
     _, found = read_prompts(str(tmp_path / "rows.jsonl"))
+    assert [row["row"] for row in found[:2]] == [{"prompt": "p", "skill": "s"}, {"question": "q", "answer": "x"}]   # for the reward
     assert [row["prompt"] for row in found] == [[{"role": "user", "content": "p"}], [{"role": "user", "content": "q"}], chat]
     assert c.as_text(chat) == "[system]\nBe kind.\n\n[user]\nHello?" and c.Votes.plain(chat) is chat
 

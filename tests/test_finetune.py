@@ -287,7 +287,7 @@ def test_a_resumed_run_must_be_the_same(tune, world):
             tune("--resume", flag)
     with pytest.raises(SystemExit, match="not what the run"):
         tune("--resume", dataset="val.jsonl")
-    assert "had all its" in tune("--resume", "--rank=4")[0]
+    assert "already, and --max_steps=" in tune("--resume", "--rank=4")[0]
 
 
 def test_one_example_no_validation(tune, world):

@@ -669,6 +669,8 @@ def test_without_a_run_it_says_so_and_without_a_name_it_takes_the_newest(folder,
         with pytest.raises(SystemExit, match=f"^no model at out/shakespeare: .*python sample.py --{flag}=out/stdlib$"):
             sample.main(sample.Config(**short | {flag: "out/shakespeare"}))
     sample.main(sample.Config(**short))
+    (tmp_path / "out/model-Q8_0.gguf").write_bytes(b"not yet")     # a file under out/ is meant as it is
+    assert terminal.find_run("model", "out/model-Q8_0.gguf") == "out/model-Q8_0.gguf"
     shutil.copytree(folder, tmp_path / "out" / "later")
     os.utime(tmp_path / "out" / "later" / "config.json", (2e9, 2e9))
     sample.main(sample.Config(**short))

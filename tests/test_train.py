@@ -768,7 +768,7 @@ def test_advice_fits_the_case(here, tiny, tmp_path):
     text = here(tmp_path / "done", "--max_steps=2", "--parallel=fsdp")
     assert "--parallel=fsdp: this is a single process" in text and "torchrun --standalone --nproc_per_node=2 train.py" in text
     text = here(tmp_path / "done", "--resume")
-    assert f"{tmp_path / 'done'} had all its 2 steps already" in text and "--max_steps=4" in text
+    assert f"{tmp_path / 'done'} is at step 2 already, and --max_steps=2" in text and "--max_steps=4" in text
     (tmp_path / "my text.txt").write_text("Some words. " * 500, encoding="utf-8")
     run(ROOT / "prepare.py", tmp_path / "my text.txt", f"--out={tmp_path / 'data'}", "--val_fraction=0", "--vocab_size=270", "--skip_bad",
         cwd=tmp_path)
@@ -951,7 +951,7 @@ def test_the_manifest_is_checked_and_keeps_its_start(here, reference, tmp_path):
     before = path.read_bytes()
     with pytest.raises(SystemExit, match="--resume --preset=sprint"):
         here(out, "--resume", "--preset=sprint")
-    assert "had all its 30 steps already" in here(out, "--resume", "--max_steps=10") and path.read_bytes() == before
+    assert "is at step 30 already, and --max_steps=10" in here(out, "--resume", "--max_steps=10") and path.read_bytes() == before
     here(out, "--resume", "--max_steps=31")
     after = rescue.read_manifest(out)
     assert after["started"] == data["started"] and [record["step"] for record in after["resumed"]] == [30]

@@ -140,10 +140,12 @@ def read_prompts(dataset, held_out=False):
         rows = [{"prompt": as_messages(line.strip(), "user"), "row": {"prompt": line.strip()}} for line in lines]
     else:
         rows = convert_rows(path, convert, "Correct or remove it")
-    rows = list({json.dumps(row["prompt"]): row for row in rows if row}.values())
-    if not rows:
+    found = {}
+    for row in filter(None, rows):
+        found.setdefault(json.dumps(row["prompt"]), row)
+    if not found:
         raise ValueError(f"{path}: it holds no prompts")
-    return path, rows
+    return path, list(found.values())
 
 
 def open_pairs(cfg, tokenizer, T):

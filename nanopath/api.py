@@ -649,7 +649,7 @@ def listen(settings):
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        why = (getattr(error, "strerror", None) or str(error)).split(" (while")[0]
+        why = (getattr(error, "strerror", None) or str(error)).split(" (while")[0].rstrip(".")
         raise SystemExit(f"--host={settings.host} --port={settings.port}: {why}. Give an address of this machine and a "
                          f"free port: python serve.py --port={settings.port % 60000 + 1}") from None
 

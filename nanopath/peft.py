@@ -371,7 +371,10 @@ def read_adapter(folder, model, base):
     """A PEFT folder -> SavedAdapter. model: the GPT that it belongs to, without adapters, possibly on the meta device;
     base: its folder or GGUF file, which says how its tensors are called. ValueError names what is damaged, what has
     another shape, or what finetune_lora.py does not compute."""
-    config, where, family = read_json(folder / ADAPTER_FILES[0]), folder / ADAPTER_FILES[0], stored_family(base)
+    where = folder / ADAPTER_FILES[0]
+    if not where.is_file():
+        raise ValueError(f"{folder}: no {where.name}, so it is no adapter. Make one: python finetune_lora.py")
+    config, family = read_json(where), stored_family(base)
     check_settings_of(config, where)
     with open_tensors(folder) as opened:
         metadata, tensors = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}

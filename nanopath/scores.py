@@ -142,7 +142,7 @@ class Results:
             if same:
                 found = self.scores[task, metric]
                 difference, (low, high), _ = paired_bootstrap(found[first], found[model])
-                _, p = paired_randomization(found[first], found[model], trials=1000)   # exact also where few items differ
+                _, p = paired_randomization(found[first], found[model], trials=1000)   # right where few items differ
                 tested.append(dict(task=task, metric=metric, first=first, second=model, difference=difference, low=low,
                                    high=high, p=p))
         return tested

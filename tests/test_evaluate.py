@@ -19,7 +19,7 @@ from conftest import DATA, ROOT, SMALL, run
 from data import metrics
 from data.benchmarks import BENCHMARKS, files_of_split, load_task
 from model import GPT, GPTConfig, save_model
-from nanopath import scores
+from nanopath import scores as tables
 
 REAL = Path(os.environ.get("NANOPATH_REAL", "/nowhere"))
 LMEVAL = os.environ.get("NANOPATH_LMEVAL", "")                     # the python of an environment that has lm-eval 0.4.13
@@ -511,13 +511,13 @@ def test_models_side_by_side_read_the_same_text(trained, tiny, capsys):
 def test_intervals_and_luck_of_few_differences():
     """Resampling scores that are all alike would claim certainty; one answer of 40 is no evidence of anything."""
     nothing, all_right = (metrics.exact_match(["a"] * 40, [known] * 40) for known in ("b", "a"))
-    low, high = scores.interval_of(nothing)
+    low, high = tables.interval_of(nothing)
     assert low == 0 and high == pytest.approx(proportion_interval(0, 40)[1], abs=1e-6)
-    assert scores.interval_of(all_right) == pytest.approx(proportion_interval(40, 40), abs=1e-6)
-    assert scores.interval_of(metrics.exact_match(["a"], ["a"])) == (None, None)
+    assert tables.interval_of(all_right) == pytest.approx(proportion_interval(40, 40), abs=1e-6)
+    assert tables.interval_of(metrics.exact_match(["a"], ["a"])) == (None, None)
     some = metrics.exact_match(["a"] * 40, ["a"] * 30 + ["b"] * 10)
-    assert scores.interval_of(some) == metrics.bootstrap(some)
-    table = scores.Results(Path("."), ["x", "y"])
+    assert tables.interval_of(some) == metrics.bootstrap(some)
+    table = tables.Results(Path("."), ["x", "y"])
     for model, right in (("x", 20), ("y", 21)):
         table.add("t", "exact", model, metrics.exact_match(["a"] * 40, ["a"] * right + ["b"] * (40 - right)))
     assert table.differences[0]["p"] == 1

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_lora as f
+import quantize
 from bpe import Tokenizer
 from conftest import ROOT, real_folder, run
 from data.examples import encode_examples, read_examples
 from data.shards import MixedRows, PackedRows, Tokens
 from model import GPT, GPTConfig, load_model, save_model
 from nanopath import run as rescue
+from nanopath.peft import read_adapter
 
 METHODS = ["full", "lora", "dora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3"]
 
@@ -288,6 +290,10 @@ def test_a_resumed_run_must_be_the_same(tune, world):
     with pytest.raises(SystemExit, match="not what the run"):
         tune("--resume", dataset="val.jsonl")
     assert "already, and --max_steps=" in tune("--resume", "--rank=4")[0]
+    with pytest.raises(SystemExit, match="is an adapter. Merge it first: python finetune_lora.py --merge="):       # as --model of others
+        quantize.main(quantize.Config(model=str(out), method="nf4", device="cpu"))
+    with pytest.raises(ValueError, match="base: no adapter_config.json, so it is no adapter. Make one"):
+        read_adapter(world / "base", None, None)
 
 
 def test_one_example_no_validation(tune, world):

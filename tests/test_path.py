@@ -102,13 +102,16 @@ sys.argv = ["path.py"]
 path.main()
 """, encoding="utf-8")
     process = subprocess.Popen([sys.executable, "runner.py"], cwd=place, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                               stderr=subprocess.PIPE, text=True)
     log, began = place / "out/path/01-slow.log", time.monotonic()
     while not (log.is_file() and "ready" in log.read_text(encoding="utf-8")):
         assert time.monotonic() - began < 60
         time.sleep(0.1)
     os.killpg(process.pid, getattr(signal, name))                  # a terminal sends it to the whole group
-    assert process.wait(30) != 0 and (place / "saved").is_file()
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode != 0 and (place / "saved").is_file() and "Traceback" not in said
+    assert name != "SIGINT" or "stopped. Run the same command again" in said
+    assert json.loads((place / "out/path/done.json").read_text(encoding="utf-8"))["slow"]["spent"] > 0
 
 
 def test_the_stages_name_their_scripts_and_outputs():

@@ -7,7 +7,7 @@ the transformer of 2017 keeps only this looking. Encoder-decoder, decoder only, 
 masks. The tiny world's second language has other words, and begins each sentence at its end: far words matter.
 
 Run     python -m lessons.seq2seq                        # 11 s on one core; --quick: 5 s
-        python -m lessons.seq2seq --multi30k --steps=3000    # English to German, NANOPATH_DATA/multi30k; not measured
+        python -m lessons.seq2seq --multi30k --steps=600     # English to German: BLEU 4 to 14, encoder 0; 6 minutes
 
 You see
         model            weights  BLEU short  BLEU long  right
@@ -19,8 +19,8 @@ You see
         encoder only       27650  < 35        < 35         1 %
 
         BLEU (data/metrics.py) of 40 short and 40 long held-out sentences, and how many have no mistake, after 120
-        steps of 32. The encoder alone writes all words in one step and needs the length to find each place: it learns
-        slowest, but --steps=600 are enough for 99 % (the GRU, which does not use 2,144 of its weights: 65 %).
+        steps of 32. The encoder alone writes all words in one step and learns slowest, but --steps=600 are enough for
+        99 % (the GRU, which does not use 2,144 of its weights: 65 %).
 
 Deliverable  attention on a GRU, a transformer that equals torch.nn.Transformer, an exact beam search when it is wide.
 

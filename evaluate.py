@@ -18,7 +18,7 @@ Reads   model folders, data/<dataset>/, data/benchmarks/<task>/ (data/benchmarks
 Writes  <out>/results.json, items.jsonl (every prompt, prediction and log-likelihood), results.png
 Next    python sample.py                                           # read what the model writes; a score is not a text
 Papers  perplexity and bits per character (Brown 1992), few-shot scoring (arXiv:2005.14165), pass@k (2107.03374),
-        bootstrap (Efron 1979); prompts and rules of lm-evaluation-harness 0.4.13 (2405.14782)
+        bootstrap (Efron 1979), p by randomization (Noreen 1989); rules of lm-evaluation-harness 0.4.13 (2405.14782)
 """
 import nanopath.start                                              # first: OpenMP reads its settings while torch loads
 import math

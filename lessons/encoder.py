@@ -38,11 +38,10 @@ def pack(tokenizer, *segments, target=0):
     return row
 
 
-def pad(rows, value, side="right"):
-    """Lists of different length -> (B, T) tensor. Positions that count from the left want padding on the right."""
+def pad(rows, value):
+    """Lists of different length -> (B, T) tensor, filled on the right: positions count from the left."""
     longest = max(map(len, rows))
-    rest = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([row + more if side == "right" else more + row for row, more in zip(rows, rest)])
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def batch_of(tokenizer, rows):

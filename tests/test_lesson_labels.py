@@ -131,11 +131,11 @@ def test_padding_and_windows_are_those_of_tokenizers(tokenizer):
     question = "where does jova live ?"
     text = "jova lives in kelby . mibran likes a cat in kelby . a dog lives in a house"
     asked = sum(map(tokenizer.encode, question.split()), [])
-    for room, stride, side in ((20, 0, "right"), (20, 5, "left"), (24, 9, "right"), (90, 3, "right"), (100, 0, "left")):
+    for room, stride in ((20, 0), (20, 5), (24, 9), (90, 3), (100, 0)):
         library = Library.from_str(json.dumps(tokenizer.spec | dict(version="1.0", post_processor=None)))
         library.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         library.enable_truncation(room, stride=stride, strategy="only_second")
-        library.enable_padding(direction=side, pad_id=0, pad_token="[PAD]")
+        library.enable_padding(pad_id=0, pad_token="[PAD]")
         first = library.encode(question, text)
         parts = [first, *first.overflowing]
         rows = labels.question_rows(tokenizer, question, text, room=room, stride=stride)
@@ -144,7 +144,7 @@ def test_padding_and_windows_are_those_of_tokenizers(tokenizer):
         library.no_truncation()
         both = library.encode_batch([(question, text), (question, "a dog")])
         rows = [labels.pack(tokenizer, question.split(), words.split()) for words in (text, "a dog")]
-        assert labels.pad([row.ids for row in rows], 0, side).tolist() == [encoding.ids for encoding in both]
+        assert labels.pad([row.ids for row in rows], 0).tolist() == [encoding.ids for encoding in both]
         assert rows[0].ids[1:len(asked) + 1] == asked
     with pytest.raises(ValueError, match="stride=12: must be at least 0 and less than the room"):
         labels.windows(40, 12, 12)
